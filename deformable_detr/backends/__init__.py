@@ -1,0 +1,1 @@
+"""Implementations of the operator; `deformable_detr.ops` picks one."""

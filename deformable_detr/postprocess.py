@@ -1,0 +1,34 @@
+"""From the model's output to detections in pixels."""
+
+import torch
+
+from deformable_detr.boxes import cxcywh_to_xyxy
+from deformable_detr.structures import Detections, Output
+
+
+@torch.no_grad()
+def postprocess(
+    output: Output,
+    original_sizes: list[tuple[int, int]],
+    top_k: int = 100,
+    threshold: float = 0.0,
+) -> list[Detections]:
+    """The top_k highest scores over all queries and classes of each image, best first.
+
+    A query may appear with several classes: sigmoid scores are independent. original_sizes: B
+    pairs (H, W) in pixels, in which the boxes are returned. threshold: least score kept, in [0, 1].
+    """
+    B, Q, classes = output.logits.shape
+    if len(original_sizes) != B:
+        raise ValueError(f"expected {B} original sizes, got {len(original_sizes)}")
+    scores, index = output.logits.sigmoid().flatten(1).topk(min(top_k, Q * classes), dim=1)
+    query, label = index // classes, index % classes
+    detections = []
+    for i, (height, width) in enumerate(original_sizes):
+        scale = output.boxes.new_tensor([width, height, width, height])
+        boxes = cxcywh_to_xyxy(output.boxes[i, query[i]]) * scale
+        keep = scores[i] >= threshold
+        detections.append(
+            Detections(scores[i][keep], label[i][keep], boxes[keep], query[i][keep])
+        )
+    return detections
