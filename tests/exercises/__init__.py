@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = ["Verdict", "check", "checks", "expect", "verdicts"]
@@ -57,13 +58,13 @@ def expect(
 ) -> None:
     """Assert that two numbers, tensors or plain values agree; `hint` names the likely mistake.
 
-    Tensors (and numbers compared with tensors) must have the same shape and be equal within
+    Tensors, arrays and numbers must have the same shape and be equal within
     `atol + rtol * |expected|`, whatever their dtype; anything else must be equal.
 
     Raises:
         AssertionError: they differ. Its message says what was expected and what was given.
     """
-    numbers = (int, float, torch.Tensor)
+    numbers = (int, float, np.number, np.ndarray, torch.Tensor)
     if not isinstance(expected, numbers):
         agree = bool(given == expected)
     elif not isinstance(given, numbers):
@@ -90,9 +91,9 @@ def verdicts(exercise: str, *answers: Any) -> list[Verdict]:
     """
     importlib.import_module(f"{__name__}.ch{int(exercise.split('.')[0]):02d}")
     found: list[Verdict] = []
+    name = "it runs"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        name = "the exercise can be checked"
         try:
             for number, following in enumerate(CHECKERS[exercise](*answers)):
                 if number:

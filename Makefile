@@ -1,0 +1,58 @@
+# make read     open the book in JupyterLab
+# make test     lint, library, chapters, HTML book in a browser
+# make book     build the HTML book into book/_build/html
+# make results  train what data/ ships; takes long, says how long, resumes
+#
+# Each target makes .venv and installs what it needs on its first run; later runs need no network.
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+CHAPTERS := $(wildcard chapters/*.ipynb)
+DIGITS := data/digits/annotations/test.json
+export OMP_NUM_THREADS ?= 1
+
+# two installations at once would spoil .venv
+.NOTPARALLEL:
+.PHONY: help read test book results
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+read: .venv/.book $(DIGITS)
+	@options=""; \
+	[ "$$(id -u)" = 0 ] && options="--allow-root"; \
+	if [ "$$(uname)" = Linux ] && [ -z "$$DISPLAY$$WAYLAND_DISPLAY" ]; then \
+		options="$$options --no-browser"; \
+		echo "No screen here: open the address that JupyterLab prints below."; \
+	fi; \
+	$(BIN)/jupyter lab chapters $$options
+
+test: .venv/.dev $(DIGITS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest tests $(CHAPTERS) --nbval -n 2 --dist loadfile --durations 5
+
+book: .venv/.book
+	$(BIN)/python book/build.py book/_build
+	@echo "The book is in book/_build/html/index.html"
+
+results: .venv/.book $(DIGITS)
+	$(BIN)/python experiments/digits.py
+
+$(DIGITS): | .venv/.book
+	$(BIN)/python data/make_digits.py
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is not: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+.venv/.book: pyproject.toml | .venv/bin/python
+	@echo "Installing into .venv; the first time this takes some minutes."
+	@$(BIN)/python -m pip install --quiet --editable '.[book]'
+	@touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	@echo "Installing into .venv; the first time this takes some minutes."
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch .venv/.book $@

@@ -1,0 +1,276 @@
+"""The operator and its modules against plain float64 loops, and at the library's door."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+
+from deformable_detr import DeformAttn, MSDeformAttn, ms_deform_attn
+from tests.test_sampling import sample_by_loop
+
+SHAPES = [(5, 7), (3, 4), (1, 2)]  # odd, non-square, one row
+S = sum(height * width for height, width in SHAPES)
+
+
+def make_inputs(B=2, Q=3, M=2, D=5, K=4, shapes=SHAPES, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    S = sum(height * width for height, width in shapes)
+    value = torch.randn(B, S, M, D, generator=generator, dtype=dtype)
+    size = (B, Q, M, len(shapes), K)
+    locations = torch.rand(*size, 2, generator=generator, dtype=dtype) * 1.6 - 0.3
+    weights = torch.rand(*size, generator=generator, dtype=dtype)
+    return value, locations, weights
+
+
+def attention_by_loops(value, shapes, locations, weights):
+    B, _, M, D = value.shape
+    _, Q, _, L, K, _ = locations.shape
+    result = torch.zeros(B, Q, M * D, dtype=torch.float64)
+    starts = [sum(h * w for h, w in shapes[:level]) for level in range(L)]
+    for b in range(B):
+        for q in range(Q):
+            for m in range(M):
+                for level, (height, width) in enumerate(shapes):
+                    rows = value[b, starts[level] : starts[level] + height * width, m]
+                    feature_map = rows.t().reshape(D, height, width)
+                    for k in range(K):
+                        x, y = locations[b, q, m, level, k].tolist()
+                        sample = sample_by_loop(feature_map, x, y)
+                        weight = weights[b, q, m, level, k].item()
+                        for d in range(D):
+                            result[b, q, m * D + d] += weight * sample[d]
+    return result
+
+
+def test_operator_against_loops():
+    value, locations, weights = make_inputs()
+    result = ms_deform_attn(value, SHAPES, locations, weights)
+    torch.testing.assert_close(result, attention_by_loops(value, SHAPES, locations, weights))
+
+
+def test_operator_takes_shapes_as_tensor_and_non_contiguous_inputs():
+    value, locations, weights = make_inputs()
+    expected = ms_deform_attn(value, SHAPES, locations, weights)
+    strided = value.transpose(1, 2).contiguous().transpose(1, 2)
+    points = locations.flip(-1).contiguous().flip(-1).transpose(1, 3).contiguous().transpose(1, 3)
+    assert not strided.is_contiguous() and not points.is_contiguous()
+    result = ms_deform_attn(strided, torch.tensor(SHAPES), points, weights)
+    torch.testing.assert_close(result, expected)
+
+
+def test_operator_gradients():
+    inputs = make_inputs(B=1, Q=2, M=2, D=2, K=2)
+    inputs = tuple(tensor.requires_grad_() for tensor in inputs)
+    operator = lambda value, locations, weights: ms_deform_attn(value, SHAPES, locations, weights)  # noqa: E731
+    assert torch.autograd.gradcheck(operator, inputs)
+
+
+@pytest.mark.parametrize("coordinate", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+def test_hostile_coordinates_contribute_nothing_and_poison_nothing(coordinate):
+    value, locations, weights = make_inputs(dtype=torch.float32)
+    weights_without = weights.clone()
+    locations[0, 1, 0, 2, 3, 0] = coordinate
+    weights_without[0, 1, 0, 2, 3] = 0
+    inputs = tuple(tensor.requires_grad_() for tensor in (value, locations, weights))
+    result = ms_deform_attn(value, SHAPES, locations, weights)
+    harmless = locations.detach().nan_to_num(0, 0, 0)
+    expected = ms_deform_attn(value.detach(), SHAPES, harmless, weights_without)
+    torch.testing.assert_close(result, expected)
+    result.sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in inputs)
+
+
+@pytest.mark.parametrize(("B", "Q"), [(0, 3), (2, 0)])
+def test_empty_inputs_have_empty_outputs_and_gradients(B, Q):
+    value, locations, weights = (tensor.requires_grad_() for tensor in make_inputs(B=B, Q=Q))
+    result = ms_deform_attn(value, SHAPES, locations, weights)
+    assert result.shape == (B, Q, 10)
+    assert result.numel() == 0
+
+
+BAD_OPERATOR_INPUTS = {
+    "shapes that do not add up": (
+        {"shapes": [(5, 7), (3, 4)]},
+        ValueError,
+        r"hold 47 tokens, but value has S=49",
+    ),
+    "no pairs": ({"shapes": [5, 7]}, ValueError, "L pairs"),
+    "a level of no size": ({"shapes": [(5, 7), (3, 4), (0, 2)]}, ValueError, "positive ints"),
+    "value without heads": ({"value": torch.ones(2, S, 10)}, ValueError, r"\(B, S, M, D\)"),
+    "three coordinates": ({"locations": torch.ones(2, 3, 2, 3, 4, 3)}, ValueError, "K, 2"),
+    "another batch": ({"locations": torch.ones(1, 3, 2, 3, 4, 2)}, ValueError, "B=2"),
+    "weights of other points": ({"weights": torch.ones(2, 3, 2, 3, 5)}, ValueError, "weights must"),
+    "integers": ({"value": torch.ones(2, S, 2, 5, dtype=torch.long)}, TypeError, "floating"),
+    "mixed precision": ({"weights": torch.ones(2, 3, 2, 3, 4).half()}, TypeError, "float16"),
+    "another device": (
+        {"weights": torch.ones(2, 3, 2, 3, 4, device="meta")},
+        ValueError,
+        "one device",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPERATOR_INPUTS)
+def test_operator_refuses(name):
+    changed, error, message = BAD_OPERATOR_INPUTS[name]
+    value, locations, weights = make_inputs(dtype=torch.float32)
+    given = {"value": value, "shapes": SHAPES, "locations": locations, "weights": weights} | changed
+    with pytest.raises(error, match=message) as caught:
+        ms_deform_attn(given["value"], given["shapes"], given["locations"], given["weights"])
+    assert "\n" not in str(caught.value)
+
+
+def randomised(module):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return module.double()
+
+
+def module_by_formula(module, query, references, features, shapes, padding_mask):
+    """Eq. 3 with 4-d and 2-d references, from the module's matrices, one number at a time."""
+    B, Q, C = query.shape
+    M, L, K = module.num_heads, module.num_levels, module.num_points
+    offsets = query @ module.sampling_offsets.weight.t() + module.sampling_offsets.bias
+    offsets = offsets.reshape(B, Q, M, L, K, 2)
+    scores = query @ module.attention_weights.weight.t() + module.attention_weights.bias
+    value = features @ module.value_proj.weight.t() + module.value_proj.bias
+    locations, weights = torch.empty_like(offsets), torch.empty(B, Q, M, L, K).double()
+    for b, q, m in [(b, q, m) for b in range(B) for q in range(Q) for m in range(M)]:
+        exponentials = scores[b, q, m * L * K : (m + 1) * L * K].exp()
+        weights[b, q, m] = (exponentials / exponentials.sum()).reshape(L, K)
+        for level, (height, width) in enumerate(shapes):
+            for k in range(K):
+                dx, dy = offsets[b, q, m, level, k]
+                x, y, *size = references[b, q, level]
+                step = (size[0] / 2 / K, size[1] / 2 / K) if size else (1 / width, 1 / height)
+                locations[b, q, m, level, k, 0] = x + dx * step[0]
+                locations[b, q, m, level, k, 1] = y + dy * step[1]
+    value[padding_mask] = 0
+    value = value.reshape(B, -1, M, C // M)
+    heads = attention_by_loops(value, shapes, locations, weights)
+    return heads @ module.output_proj.weight.t() + module.output_proj.bias, locations, weights
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+@torch.no_grad()
+def test_module_against_formula(coordinates):
+    module = randomised(MSDeformAttn(12, num_levels=3, num_heads=2, num_points=4))
+    query, features = torch.randn(2, 5, 12).double(), torch.randn(2, S, 12).double()
+    references = torch.rand(2, 5, 3, coordinates).double()
+    padding = torch.rand(2, S) < 0.2
+    output, sampling = module(query, references, features, SHAPES, padding, return_sampling=True)
+    expected = module_by_formula(module, query, references, features, SHAPES, padding)
+    for given, wanted in zip((output, sampling.locations, sampling.weights), expected, strict=True):
+        torch.testing.assert_close(given, wanted)
+    assert sampling.spatial_shapes == SHAPES
+    same = module(query, references, features, SHAPES, padding)
+    assert torch.equal(same, output)
+
+
+def test_module_starts_as_a_star_with_equal_weights():
+    module = MSDeformAttn(16, num_levels=2, num_heads=8, num_points=3)
+    shapes = [(6, 9), (3, 5)]
+    sampling = module.sampling(torch.randn(1, 2, 16), torch.full((1, 2, 2, 2), 0.5), shapes)
+    assert torch.equal(sampling.weights, torch.full((1, 2, 8, 2, 3), 1 / 6))
+    for level, (height, width) in enumerate(shapes):
+        pixels = (sampling.locations[0, 0, :, level] - 0.5) * torch.tensor([width, height])
+        for k in range(3):  # the set of Appendix A.4, whatever the order of heads
+            around = {(round(x), round(y)) for x, y in pixels[:, k].tolist()}
+            n = k + 1
+            square = {(x, y) for x in (-n, 0, n) for y in (-n, 0, n)} - {(0, 0)}
+            assert around == square
+
+
+def test_initial_points_stay_inside_the_box():
+    module = MSDeformAttn(16, num_levels=1, num_heads=8, num_points=4)
+    box = torch.tensor([0.4, 0.6, 0.2, 0.1]).expand(1, 1, 1, 4)
+    points = module.sampling(torch.randn(1, 1, 16), box, [(9, 7)]).locations.flatten(0, -2)
+    assert (points >= torch.tensor([0.3, 0.55]) - 1e-6).all()
+    assert (points <= torch.tensor([0.5, 0.65]) + 1e-6).all()
+
+
+def test_official_parameter_names_and_shapes():
+    state = MSDeformAttn(256, 4, 8, 4).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
+        "sampling_offsets.weight": (256, 256),
+        "sampling_offsets.bias": (256,),
+        "attention_weights.weight": (128, 256),
+        "attention_weights.bias": (128,),
+        "value_proj.weight": (256, 256),
+        "value_proj.bias": (256,),
+        "output_proj.weight": (256, 256),
+        "output_proj.bias": (256,),
+    }
+
+
+@torch.no_grad()
+def test_single_scale_is_one_level():
+    single = randomised(DeformAttn(12, num_heads=3, num_points=2))
+    many = MSDeformAttn(12, 1, 3, 2).double()
+    many.load_state_dict(single.state_dict())
+    query, feature = torch.randn(2, 4, 12).double(), torch.randn(2, 15, 12).double()
+    references = torch.rand(2, 4, 2).double()
+    torch.testing.assert_close(
+        single(query, references, feature, (3, 5)),
+        many(query, references.unsqueeze(2), feature, [(3, 5)]),
+    )
+
+
+@torch.no_grad()
+def test_one_point_per_head_is_a_deformable_convolution():
+    """Section 4.1: K = 1, identity value projection, weight 1; a head for each tap of a 3 x 3."""
+    C, height, width = 5, 4, 6
+    weight = torch.randn(7, C, 3, 3).double()
+    offset = torch.randn(1, 18, height, width).double()  # torchvision: (dy, dx) for each tap
+    image = torch.randn(1, C, height, width).double()
+    expected = torchvision.ops.deform_conv2d(image, offset, weight, padding=1)
+
+    value = image.flatten(2).transpose(1, 2).unsqueeze(2).expand(-1, -1, 9, -1)  # same for heads
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    centre = torch.stack([x, y], -1).reshape(-1, 1, 2)
+    tap_y, tap_x = torch.meshgrid(torch.arange(3) - 1, torch.arange(3) - 1, indexing="ij")
+    taps = torch.stack([tap_x, tap_y], -1).reshape(1, 9, 2)
+    shift = offset.reshape(9, 2, -1).permute(2, 0, 1).flip(-1)  # (Q, M, 2) as (x, y)
+    pixels = centre + taps + shift
+    locations = (pixels + 0.5) / torch.tensor([width, height])
+    samples = ms_deform_attn(
+        value,
+        [(height, width)],
+        locations[None, :, :, None, None],
+        torch.ones(1, height * width, 9, 1, 1).double(),
+    )  # (1, Q, 9 * C)
+    result = samples @ weight.permute(2, 3, 1, 0).reshape(9 * C, 7)  # the heads' W_m
+    torch.testing.assert_close(result.transpose(1, 2).reshape(expected.shape), expected)
+
+
+BAD_MODULE_INPUTS = {
+    "3 coordinates": ({"references": torch.ones(1, 5, 2, 3)}, "2 or 4"),
+    "references without levels": ({"references": torch.ones(1, 5, 2)}, "reference_points must be"),
+    "another width": ({"query": torch.ones(1, 5, 9)}, r"C=8\), got \(1, 5, 9\)"),
+    "another number of levels": ({"shapes": [(3, 4)]}, "expected 2 levels"),
+    "mask of another size": ({"mask": torch.zeros(1, 13).bool()}, "padding_mask must be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODULE_INPUTS)
+def test_module_refuses(name):
+    changed, message = BAD_MODULE_INPUTS[name]
+    module = MSDeformAttn(8, num_levels=2, num_heads=2, num_points=1)
+    given = {
+        "query": torch.ones(1, 5, 8),
+        "references": torch.rand(1, 5, 2, 2),
+        "shapes": [(3, 4), (1, 2)],
+        "mask": None,
+    } | changed
+    features = torch.ones(1, 14, 8)
+    with pytest.raises(ValueError, match=message) as caught:
+        module(given["query"], given["references"], features, given["shapes"], given["mask"])
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="divisible"):
+        MSDeformAttn(10, num_heads=4)
