@@ -36,6 +36,7 @@ ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
 METADATA = ("tags", "mystnb")
 PACKAGES = ("torch", "torchvision", "numpy", "matplotlib")
 WORDS_A_MINUTE, CODE_LINES_A_MINUTE = 200, 15
+CHAPTER_SECONDS, BOOK_SECONDS, CHAPTER_MIB = 120, 900, 1536
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 PEAK_MEMORY = """
 import pathlib, re, resource, sys
@@ -64,6 +65,11 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def read_source(path: Path) -> NotebookNode:
+    """A chapter's source as it stands, as a notebook: solutions and placeholders included."""
+    return jupytext.read(path, fmt="py:percent")
 
 
 def solution_lines(text: str) -> int:
@@ -135,9 +141,8 @@ def notebook_from_source(path: Path, measured: dict | None = None) -> NotebookNo
     path = Path(path)
     if measured is None and (measured := read_results(path).get(path.stem)) is None:
         raise ValueError(f"{path.name} has no measured figures: run python book/chapters.py {path}")
-    source = jupytext.read(path, fmt="py:percent")
     cells, unsolved = [], None
-    for index, cell in enumerate(source.cells):
+    for index, cell in enumerate(read_source(path).cells):
         text = cell.source
         if is_exercise(cell):
             if unsolved is not None:

@@ -193,7 +193,7 @@ def test_images_are_refused():
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(1, 1, 8, 8\)"):
         image = torch.zeros(1, 1, 8, 8)
         model(Batch(image, torch.zeros(1, 8, 8).bool(), torch.tensor([[8, 8]])))
-    config = DeformableDETRConfig(**SMALL, refine=True, two_stage=True)
+    config = DeformableDETRConfig(**SMALL | {"num_queries": 40}, refine=True, two_stage=True)
     two_stage = DeformableDETR(config).eval()
-    with pytest.raises(ValueError, match="images too small: 3 tokens cannot propose 7 queries"):
-        two_stage(make_batch((8, 8)))
+    with pytest.raises(ValueError, match="images too small: 38 tokens cannot propose 40 queries"):
+        two_stage(make_batch((40, 40)))
