@@ -9,8 +9,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CHAPTERS := $(wildcard chapters/*.ipynb)
+# matplotlib's list of fonts, made now and not, with a message, in a reader's first figure
+WARM_UP = @$(BIN)/python -c 'import matplotlib.font_manager'
 DIGITS := data/digits/annotations/test.json
-export OMP_NUM_THREADS ?= 1
 
 # two installations at once would spoil .venv
 .NOTPARALLEL:
@@ -27,6 +28,8 @@ read: .venv/.book $(DIGITS)
 	fi; \
 	$(BIN)/jupyter lab chapters $$options
 
+# two processes with one thread each, not two that fight for the cores
+test: export OMP_NUM_THREADS := 1
 test: .venv/.dev $(DIGITS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,15 +47,17 @@ $(DIGITS): | .venv/.book
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is not: make PYTHON=/path/to/python3"; exit 1; }
+		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is not: make read PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/.book: pyproject.toml | .venv/bin/python
 	@echo "Installing into .venv; the first time this takes some minutes."
-	@$(BIN)/python -m pip install --quiet --editable '.[book]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --editable '.[book]'
+	$(WARM_UP)
 	@touch $@
 
 .venv/.dev: pyproject.toml | .venv/bin/python
 	@echo "Installing into .venv; the first time this takes some minutes."
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	$(WARM_UP)
 	@touch .venv/.book $@

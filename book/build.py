@@ -44,7 +44,8 @@ def machines(results: dict[str, dict]) -> str:
     lines = set()
     for measured in results.values():
         packages = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
-        lines.add(f"- {measured['cpu']}, {measured['cores']} cores; {packages}")
+        cores = f"{measured['cores']} core{'' if measured['cores'] == 1 else 's'}"
+        lines.add(f"- {cores} of {measured['cpu']}; {packages}")
     return "\n".join(sorted(lines))
 
 
@@ -71,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     gather(output / "source")
     # -E: the pages are copied anew each time, so nothing of an earlier build can be reused
     options = ["-b", "html", "-q", "-E", "-W", "--keep-going", "-c", str(BOOK)]
-    return sphinx([*options, "-d", str(output / "doctrees"), str(output / "source"), str(output / "html")])
+    return sphinx(
+        [*options, "-d", str(output / "doctrees"), str(output / "source"), str(output / "html")]
+    )
 
 
 if __name__ == "__main__":

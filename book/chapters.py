@@ -191,7 +191,7 @@ def faults(notebook: NotebookNode) -> list[str]:
             elif WARNING.search(text):
                 found.append(f"{cell.id}: a warning: {text.strip()}")
             elif ADDRESS.search(text):
-                found.append(f"{cell.id}: an address in memory: {text.strip()}")
+                found.append(f"{cell.id}: an address in memory, new in each run: {text.strip()}")
         own = (str(Path.home()), str(Path.cwd()), sys.prefix)
         for text in texts:
             paths = [match[0] for match in MACHINE_PATH.finditer(text)]
@@ -210,6 +210,14 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def usable_cores() -> int:
+    """How many cores a chapter's arithmetic may use: those of this process, or fewer if told so."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return min(cores, int(os.environ.get("OMP_NUM_THREADS", cores)))
+
+
 def execute(notebook: NotebookNode, folder: Path, name: str) -> tuple[float, int]:
     """Run a notebook in place in a new kernel with the working directory `folder`.
 
@@ -217,7 +225,7 @@ def execute(notebook: NotebookNode, folder: Path, name: str) -> tuple[float, int
         Wall time in seconds, from the start of the kernel, and the kernel's peak memory in MiB.
     """
     notebook.cells.append(nbformat.v4.new_code_cell(PEAK_MEMORY))
-    with tqdm(total=len(notebook.cells), desc=name, unit="cell", leave=False) as bar:
+    with tqdm(total=len(notebook.cells), desc=name, unit="cell", leave=False, disable=None) as bar:
         client = nbclient.NotebookClient(
             notebook,
             timeout=600,
@@ -241,9 +249,7 @@ def build(source: Path) -> str:
         ValueError: the source or an output breaks a convention; nothing is stored then.
         nbclient.exceptions.CellExecutionError: a cell raised; nothing is stored then.
     """
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     measured = {"seconds": 0.0, "peak_mib": 0, "reading_minutes": 0, "cores": cores}
     ran = notebook_from_source(source, measured)
     measured["seconds"], measured["peak_mib"] = execute(ran, source.resolve().parent, source.stem)

@@ -26,6 +26,9 @@ html_theme_options = {
     "show_navbar_depth": 2,
     "use_download_button": True,  # the notebook itself
     "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the search field is in the sidebar
+    "footer_content_items": [],
 }
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system
 html_show_copyright = False
 html_show_sphinx = False

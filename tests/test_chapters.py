@@ -12,13 +12,13 @@ import re
 import symtable
 from pathlib import Path
 
-import chapters as tool
 import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from nbformat import NotebookNode
 
+import chapters as tool
 from deformable_detr.exercises import CHECKERS, verdicts
 
 CHAPTERS = Path(__file__).resolve().parent.parent / "chapters"
@@ -201,7 +201,9 @@ def test_exercises_come_with_help(source):
         assert re.search(rf"^## Exercise {re.escape(number)}\s+\S", task, re.M)
         claimed = DIFFICULTY.search(task)
         assert claimed, f"exercise {number} lacks its difficulty, minutes and lines"
-        lines = sum(tool.solution_lines(match["lines"]) for match in tool.SOLUTION.finditer(cell.source))
+        lines = sum(
+            tool.solution_lines(match["lines"]) for match in tool.SOLUTION.finditer(cell.source)
+        )
         assert int(claimed[1]) == lines, f"the solution of exercise {number} has {lines} lines"
         for help_text in (f"{SUMMARY}Hint 1", f"{SUMMARY}Hint 2", UNUSUAL, "{{solution}}"):
             assert help_text in helps, f"exercise {number} lacks {help_text}"

@@ -126,6 +126,8 @@ def _show(value: Any) -> str:
     """A short text of a value: small tensors in full, large ones by shape and mean."""
     if isinstance(value, float):
         return f"{value:.5g}"
+    if isinstance(value, np.number | np.ndarray):
+        value = torch.as_tensor(value)
     if not isinstance(value, torch.Tensor):
         return repr(value)
     if value.numel() > 12:

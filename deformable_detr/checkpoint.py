@@ -1,0 +1,92 @@
+"""A trained detector as one safetensors file: weights, configuration and category names."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
+
+
+def save_model(
+    model: DeformableDETR, path: Path | str, categories: list[dict], card: dict | None = None
+) -> None:
+    """Write a detector, atomically.
+
+    categories: {"id": int, "name": str} for every class, in the order of the labels. card: whatever
+    else should be known of the model, as JSON. Raises OSError where it cannot be written, and
+    leaves what was there.
+    """
+    if len(categories) != model.config.num_classes:
+        raise ValueError(
+            f"the model has {model.config.num_classes} classes, got {len(categories)} categories"
+        )
+    metadata = {
+        "config": json.dumps(dataclasses.asdict(model.config)),
+        "categories": json.dumps([{"id": c["id"], "name": c["name"]} for c in categories]),
+        "card": json.dumps(card or {}),
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_model(path: Path | str) -> tuple[DeformableDETR, list[dict]]:
+    """The detector in a file of `save_model`, in evaluation mode, and its categories.
+
+    Strict: ValueError names the tensors that are missing, left over or of another shape, and says
+    in one line where the file is no such file. Nothing in the file is executed.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no model at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    if not {"config", "categories"} <= metadata.keys():
+        raise ValueError(f"{path} was not written by deformable_detr: it has no configuration")
+    try:
+        model = DeformableDETR(DeformableDETRConfig(**json.loads(metadata["config"])))
+        categories = json.loads(metadata["categories"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds a configuration that is none of ours: {error}") from None
+    _check(model.state_dict(), tensors, path)
+    model.load_state_dict(tensors)
+    return model.eval(), categories
+
+
+def _check(expected: dict, given: dict, path: Path | str) -> None:
+    for problem, names in (
+        ("lacks", expected.keys() - given.keys()),
+        ("has left over", given.keys() - expected.keys()),
+    ):
+        if names:
+            raise ValueError(f"{path} {problem} {len(names)} tensors, such as {min(names)}")
+    for name, tensor in expected.items():
+        if given[name].shape != tensor.shape:
+            shapes = f"{tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
+            raise ValueError(f"{path}: tensor {name} has shape {shapes}")
+
+
+def write_atomically(path: Path | str, write: Callable[[str], object]) -> None:
+    """Have `write` fill a temporary file, and put it in place only when it is whole on disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)

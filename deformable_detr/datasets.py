@@ -1,0 +1,205 @@
+"""Data in COCO format: reading it, batching it, and saying what is wrong with it."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from deformable_detr.boxes import xyxy_to_cxcywh
+from deformable_detr.structures import Batch, Target
+from deformable_detr.transforms import TO_TENSOR
+
+
+class CocoDataset(Dataset):
+    """Images and boxes in COCO format, with any category ids.
+
+    Labels are positions in `categories`, the data's own list sorted by id. Crowd boxes are left
+    out, boxes are cut at the image's border, and what has no size then is dropped; images without
+    boxes stay.
+    """
+
+    def __init__(
+        self, images_dir: Path | str, annotation_file: Path | str, transform: v2.Transform = TO_TENSOR
+    ) -> None:
+        self.images_dir, self.transform = Path(images_dir), transform
+        content = read_annotations(Path(annotation_file))
+        self.coco = COCO()
+        self.coco.dataset = content
+        with redirect_stdout(StringIO()):
+            self.coco.createIndex()
+        self.info = content.get("info", {})
+        self.categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.label_of = {category["id"]: i for i, category in enumerate(self.categories)}
+        self.image_ids = sorted(self.coco.imgs)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        """The transformed image, (3, h, w), and its target."""
+        image_id = self.image_ids[index]
+        image = self.load_image(image_id)
+        width, height = image.size
+        boxes, labels = self._objects(image_id)
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
+        image, boxes, labels = self.transform(image, v2.functional.clamp_bounding_boxes(boxes), labels)
+        boxes = boxes.as_subclass(Tensor)
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+        h, w = image.shape[-2:]
+        boxes = xyxy_to_cxcywh(boxes[keep]) / boxes.new_tensor([w, h, w, h])
+        image = image.as_subclass(Tensor)
+        return image, Target(image_id, labels[keep], boxes, (height, width))
+
+    def load_image(self, image_id: int) -> Image.Image:
+        """The picture itself, RGB. ValueError or FileNotFoundError names it where that fails."""
+        return open_image(self.images_dir / self.coco.imgs[image_id]["file_name"])
+
+    def _objects(self, image_id: int) -> tuple[Tensor, Tensor]:
+        found = [a for a in self.coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
+        for annotation in found:
+            if annotation["category_id"] not in self.label_of:
+                raise ValueError(
+                    f"annotation {annotation['id']}: unknown category {annotation['category_id']}"
+                )
+        boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]  # xywh to xyxy
+        return boxes, torch.tensor([self.label_of[a["category_id"]] for a in found]).long()
+
+
+def collate(samples: list[tuple[Tensor, Target]]) -> Batch:
+    """A padded batch of what `CocoDataset` returns."""
+    images, targets = zip(*samples, strict=True)
+    return Batch.from_images(list(images), list(targets))
+
+
+def open_image(path: Path | str) -> Image.Image:
+    """An RGB picture from a file; one line of ValueError or FileNotFoundError where that fails."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image at {path}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read image {path}: {error}") from None
+
+
+def find_split(data_dir: Path | str, split: str) -> tuple[Path, Path]:
+    """The image folder and annotation file of a split, in either of two layouts:
+
+    DATA/train and DATA/annotations/train.json, or as COCO comes, DATA/train2017 and
+    DATA/annotations/instances_train2017.json. FileNotFoundError where neither is there.
+    """
+    root = Path(data_dir)
+    layouts = [
+        (root / split, root / "annotations" / f"{split}.json"),
+        (root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"),
+    ]
+    for images_dir, annotation_file in layouts:
+        if annotation_file.is_file():
+            return images_dir, annotation_file
+    raise FileNotFoundError(
+        f"no {split} annotations in {root}: expected {layouts[0][1]} or {layouts[1][1]}"
+    )
+
+
+def read_annotations(path: Path) -> dict:
+    """The content of a COCO annotation file; ValueError in one line where it is no such file."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no annotation file at {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    needed = ("images", "annotations", "categories")
+    missing = [key for key in needed if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{path} is not a COCO annotation file: it has no {', '.join(missing)}")
+    return content
+
+
+@dataclass
+class Fault:
+    """Something wrong with a data set. A fatal one would stop training or spoil it."""
+
+    kind: str
+    fatal: bool
+    message: str
+    image_id: int | None = None
+    annotation_id: int | None = None
+
+    def __str__(self) -> str:
+        return f"{'FATAL' if self.fatal else 'warning'}: {self.message}"
+
+
+def check_dataset(images_dir: Path | str, annotation_file: Path | str) -> list[Fault]:
+    """Every fault of a COCO-format data set, those of its images first; decodes every image."""
+    content = read_annotations(Path(annotation_file))
+    images = {image["id"]: image for image in content["images"]}
+    faults = list(_duplicates(content))
+    for image in images.values():
+        faults += _image_faults(Path(images_dir), image)
+    categories = {category["id"] for category in content["categories"]}
+    for annotation in content["annotations"]:
+        faults += _annotation_faults(annotation, images, categories)
+    return faults
+
+
+def _duplicates(content: dict) -> Iterator[Fault]:
+    for kind in ("images", "annotations", "categories"):
+        for key, count in Counter(item["id"] for item in content[kind]).items():
+            if count > 1:
+                yield Fault("duplicate id", True, f"{kind}: id {key} is used {count} times")
+
+
+def _image_faults(images_dir: Path, image: dict) -> Iterator[Fault]:
+    path, image_id = images_dir / image["file_name"], image["id"]
+    try:
+        width, height = open_image(path).size
+    except FileNotFoundError as error:
+        yield Fault("missing image", True, f"image {image_id}: {error}", image_id)
+    except ValueError as error:
+        yield Fault("corrupt image", True, f"image {image_id}: {error}", image_id)
+    else:
+        stated = image.get("width"), image.get("height")
+        if stated != (width, height):
+            text = f"image {image_id}: {path} is {width} x {height}, not {stated[0]} x {stated[1]}"
+            yield Fault("image size", True, text, image_id)
+
+
+def _annotation_faults(annotation: dict, images: dict, categories: set) -> Iterator[Fault]:
+    key, image_id = annotation["id"], annotation["image_id"]
+
+    def fault(kind: str, fatal: bool, text: str) -> Fault:
+        return Fault(kind, fatal, f"annotation {key}: {text}", image_id, key)
+
+    if annotation["category_id"] not in categories:
+        yield fault("unknown category", True, f"unknown category {annotation['category_id']}")
+    box = annotation.get("bbox")
+    numbers = isinstance(box, list) and len(box) == 4
+    if not numbers or not all(isinstance(n, int | float) and math.isfinite(n) for n in box):
+        yield fault("bad box", True, f"bbox must be four finite numbers x, y, w, h, got {box}")
+        return
+    x, y, width, height = box
+    if width <= 0 or height <= 0:
+        yield fault("empty box", True, f"box of no size: x, y, w, h = {box}")
+    if image_id not in images:
+        yield fault("unknown image", True, f"unknown image {image_id}")
+        return
+    image = images[image_id]
+    image_width, image_height = image.get("width", math.inf), image.get("height", math.inf)
+    if x >= image_width or y >= image_height or x + width <= 0 or y + height <= 0:
+        yield fault("box outside", True, f"box {box} lies outside its image {image_id}")
+    elif x < -1 or y < -1 or x + width > image_width + 1 or y + height > image_height + 1:
+        yield fault("box cut", False, f"box {box} is cut at the border of image {image_id}")

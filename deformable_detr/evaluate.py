@@ -1,0 +1,161 @@
+"""COCO metrics by pycocotools."""
+
+import dataclasses
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+
+import numpy as np
+import torch
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from deformable_detr.boxes import xyxy_to_cxcywh
+from deformable_detr.datasets import CocoDataset, collate
+from deformable_detr.detector import DeformableDETR
+from deformable_detr.postprocess import postprocess
+
+COCO_THRESHOLDS = (32**2, 96**2)  # areas at which small and medium objects end, in pixels
+
+
+@dataclass
+class Metrics:
+    """COCO's average precision and recall, in [0, 1]; NaN where the data has no such object.
+
+    ap is the mean over IoU thresholds 0.50 to 0.95; ap50 and ap75 are at one threshold. Small,
+    medium and large objects end at the areas in `area_thresholds`. ar: recall at 100 detections.
+    """
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float
+    ap_medium: float
+    ap_large: float
+    ar: float
+    per_class: dict[str, float]
+    images: int
+    area_thresholds: tuple[int, int]
+
+    def to_dict(self) -> dict:
+        """For a JSON file: rounded to four digits, None where undefined."""
+
+        def number(value: object) -> object:
+            if isinstance(value, dict):
+                return {key: number(item) for key, item in value.items()}
+            if isinstance(value, float):
+                return None if np.isnan(value) else round(value, 4)
+            return value
+
+        return {key: number(value) for key, value in dataclasses.asdict(self).items()}
+
+    def __str__(self) -> str:
+        small, medium = (round(area**0.5) for area in self.area_thresholds)
+        rows = {
+            "AP": self.ap,
+            "AP50": self.ap50,
+            "AP75": self.ap75,
+            f"AP small (below {small}^2 px)": self.ap_small,
+            f"AP medium (to {medium}^2 px)": self.ap_medium,
+            "AP large": self.ap_large,
+            "AR (100 detections)": self.ar,
+        } | {f"AP of {name}": value for name, value in self.per_class.items()}
+        lines = [
+            f"{name:28}{'n/a' if np.isnan(value) else f'{value:.3f}':>7}"
+            for name, value in rows.items()
+        ]
+        return "\n".join([f"{self.images} images", *lines])
+
+
+@torch.no_grad()
+def predict_dataset(
+    model: DeformableDETR,
+    dataset: CocoDataset,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> list[dict]:
+    """The model's 100 best detections of every image, as COCO results with the data's own ids."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        collate_fn=collate,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # leaves the global random state alone
+    )
+    results = []
+    for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress, leave=False):
+        sizes = [target.original_size for target in batch.targets]
+        found = postprocess(model(batch.to(device)), sizes)
+        for target, detections in zip(batch.targets, found, strict=True):
+            boxes = xyxy_to_cxcywh(detections.boxes)
+            boxes[:, :2] -= boxes[:, 2:] / 2  # to COCO's xywh
+            results += [
+                {
+                    "image_id": target.image_id,
+                    "category_id": dataset.categories[label]["id"],
+                    "bbox": box,
+                    "score": score,
+                }
+                for box, label, score in zip(
+                    boxes.tolist(),
+                    detections.labels.tolist(),
+                    detections.scores.tolist(),
+                    strict=True,
+                )
+            ]
+    model.train(was_training)
+    return results
+
+
+def evaluate(
+    model: DeformableDETR,
+    dataset: CocoDataset,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Metrics:
+    """Detect on every image of a data set and compare with its annotations."""
+    if model.config.num_classes != len(dataset.categories):
+        raise ValueError(
+            f"the model has {model.config.num_classes} classes, "
+            f"the data has {len(dataset.categories)} categories"
+        )
+    return score(predict_dataset(model, dataset, batch_size, num_workers, progress), dataset)
+
+
+def score(results: list[dict], dataset: CocoDataset) -> Metrics:
+    """COCO metrics of detections given as COCO results."""
+    small, medium = dataset.info.get("area_thresholds", COCO_THRESHOLDS)
+    with redirect_stdout(StringIO()):
+        evaluation = COCOeval(dataset.coco, dataset.coco.loadRes(results), "bbox")
+        evaluation.params.imgIds = dataset.image_ids
+        evaluation.params.areaRng = [(0, 1e10), (0, small), (small, medium), (medium, 1e10)]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"]  # (IoU, recall, class, area, detections)
+    recall = evaluation.eval["recall"]  # (IoU, class, area, detections)
+
+    def mean(values: np.ndarray) -> float:
+        values = values[values > -1]
+        return float(values.mean()) if values.size else float("nan")
+
+    return Metrics(
+        ap=mean(precision[:, :, :, 0, -1]),
+        ap50=mean(precision[0, :, :, 0, -1]),
+        ap75=mean(precision[5, :, :, 0, -1]),
+        ap_small=mean(precision[:, :, :, 1, -1]),
+        ap_medium=mean(precision[:, :, :, 2, -1]),
+        ap_large=mean(precision[:, :, :, 3, -1]),
+        ar=mean(recall[:, :, 0, -1]),
+        per_class={
+            category["name"]: mean(precision[:, :, i, 0, -1])
+            for i, category in enumerate(dataset.categories)
+        },
+        images=len(dataset),
+        area_thresholds=(small, medium),
+    )

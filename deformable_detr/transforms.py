@@ -1,0 +1,118 @@
+"""Image transforms with boxes, by torchvision.transforms.v2."""
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
+
+TO_TENSOR = v2.Compose(
+    [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+)
+
+
+def coco_train_transform() -> v2.Transform:
+    """The training recipe of DETR and Deformable DETR: mirror, then either a random short side or
+    a random crop between two resizings; no side over 1333."""
+    sides = list(range(480, 801, 32))
+    crop = v2.Compose(
+        [
+            v2.RandomShortestSize([400, 500, 600]),
+            RandomSizeCrop(384, 600),
+            v2.RandomShortestSize(sides, max_size=1333),
+        ]
+    )
+    resize = v2.RandomShortestSize(sides, max_size=1333)
+    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, crop]), TO_TENSOR])
+
+
+def coco_eval_transform(short: int = 800, max_size: int = 1333) -> v2.Transform:
+    """Resize to a shorter side of `short` pixels, the longer at most `max_size`."""
+    return v2.Compose([v2.RandomShortestSize([short], max_size=max_size), TO_TENSOR])
+
+
+def digits_train_transform() -> v2.Transform:
+    """For small pictures of things that must not be mirrored: zoom in or out, other colours.
+
+    The size stays as it is. Boxes of which less than half is left after a crop are dropped.
+    """
+    return v2.Compose(
+        [
+            v2.RandomChoice([RandomZoom(0.7, 1.4), v2.Identity()], p=[0.7, 0.3]),
+            v2.RandomChannelPermutation(),
+            v2.RandomInvert(0.5),
+            v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
+            TO_TENSOR,
+        ]
+    )
+
+
+def digits_eval_transform() -> v2.Transform:
+    """The picture as it is."""
+    return TO_TENSOR
+
+
+class RandomSizeCrop(v2.Transform):
+    """A crop whose width and height are drawn from [smallest, largest], or the image's if less."""
+
+    def __init__(self, smallest: int, largest: int) -> None:
+        super().__init__()
+        self.smallest, self.largest = smallest, largest
+
+    def make_params(self, flat_inputs: list) -> dict:
+        """Where to crop these inputs."""
+        size = v2.functional.get_size(flat_inputs[0])
+        height, width = (draw(min(self.smallest, n), min(n, self.largest)) for n in size)
+        top, left = draw(0, size[0] - height), draw(0, size[1] - width)
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, inpt: object, params: dict) -> object:
+        """Crop one of them."""
+        return self._call_kernel(v2.functional.crop, inpt, **params)
+
+
+class RandomZoom(v2.Transform):
+    """Enlarge and cut out, or shrink and set on grey, at a random place; the size stays.
+
+    Scales are uniform in [smallest, largest]. A box that keeps less than half of its area is
+    emptied, for the data set to drop.
+    """
+
+    def __init__(self, smallest: float, largest: float) -> None:
+        super().__init__()
+        self.smallest, self.largest = smallest, largest
+
+    def make_params(self, flat_inputs: list) -> dict:
+        """How to zoom these inputs."""
+        height, width = v2.functional.get_size(flat_inputs[0])
+        scale = self.smallest + (self.largest - self.smallest) * torch.rand(()).item()
+        size = round(height * scale), round(width * scale)
+        top = draw(min(0, size[0] - height), max(0, size[0] - height))
+        left = draw(min(0, size[1] - width), max(0, size[1] - width))
+        return {"size": size, "top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, inpt: object, params: dict) -> object:
+        """Zoom one of them."""
+        crop = {name: params[name] for name in ("top", "left", "height", "width")}
+        if not isinstance(inpt, tv_tensors.BoundingBoxes):
+            inpt = self._call_kernel(v2.functional.resize, inpt, size=list(params["size"]))
+            return self._call_kernel(v2.functional.crop, inpt, **crop)
+        whole = v2.functional.resize(inpt, size=list(params["size"]))
+        offset = whole.new_tensor([params["left"], params["top"]] * 2)
+        limit = whole.new_tensor([params["width"], params["height"]] * 2)
+        cut = (whole.as_subclass(Tensor) - offset).clamp(min=0).minimum(limit)
+        cut = cut * (area(cut) >= 0.5 * area(whole)).unsqueeze(-1)
+        return tv_tensors.BoundingBoxes(
+            cut, format="XYXY", canvas_size=(params["height"], params["width"])
+        )
+
+
+def area(boxes: Tensor) -> Tensor:
+    """(N,): the areas of (N, 4) boxes xyxy."""
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def draw(low: int, high: int) -> int:
+    """A random integer in [low, high]."""
+    return int(torch.randint(low, high + 1, ()).item())

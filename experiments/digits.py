@@ -1,0 +1,226 @@
+"""The shipped detector: pretrain a small backbone on crops, train two seeds, report on test.
+
+    python experiments/digits.py            # what `make results` runs; resumes where it stopped
+
+Writes data/checkpoints/digits_backbone.safetensors, data/checkpoints/digits.safetensors (seed 0),
+their cards beside them, and data/results/digits_training.json. About two hours of one core; the
+two seeds run side by side.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from deformable_detr.backbone import build_backbone
+from deformable_detr.checkpoint import load_model, save_model, write_atomically
+from deformable_detr.datasets import CocoDataset, find_split
+from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
+from deformable_detr.evaluate import evaluate
+from deformable_detr.train import DIGITS, train
+from deformable_detr.transforms import digits_eval_transform, digits_train_transform
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "data" / "digits"
+CHECKPOINTS, RESULTS = ROOT / "data" / "checkpoints", ROOT / "data" / "results"
+BACKBONE = CHECKPOINTS / "digits_backbone.safetensors"
+SEEDS = (0, 1)
+MODEL = DeformableDETRConfig(
+    num_classes=10,
+    num_queries=30,
+    backbone="small",
+    num_levels=3,
+    embed_dim=64,
+    num_heads=4,
+    num_points=4,
+    encoder_layers=2,
+    decoder_layers=2,
+    ffn_dim=256,
+    dropout=0.0,
+    refine=True,
+    two_stage=True,
+)
+RECIPE = dataclasses.replace(DIGITS, epochs=9)
+CROPS, PRETRAIN_STEPS = 12_000, 1_200
+
+
+class CropClassifier(nn.Module):
+    """The backbone with a linear classifier on each of its three maps, pooled by their maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = build_backbone("small")
+        self.heads = nn.ModuleList(nn.Linear(channels, 10) for channels in self.backbone.channels)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 3, 48, 48) to three times (B, 10)."""
+        maps = self.backbone(images)
+        return [head(x.amax((2, 3))) for head, x in zip(self.heads, maps, strict=True)]
+
+
+def load_split(split: str, transform: object) -> CocoDataset:
+    """A split of the digits."""
+    return CocoDataset(*find_split(DATA, split), transform)
+
+
+def load_crops(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `count` digits of a split, cut out with a margin and resized to 48 x 48."""
+    dataset = load_split(split, digits_eval_transform())
+    crops, labels = [], []
+    for image, target in (dataset[i] for i in range(len(dataset))):
+        for label, (cx, cy, w, h) in zip(target.labels, target.boxes * 128, strict=True):
+            half = max(w.item(), h.item()) * 0.6 + 1
+            left, right = (int(min(max(cx + s * half, 0), 128)) for s in (-1, 1))
+            top, bottom = (int(min(max(cy + s * half, 0), 128)) for s in (-1, 1))
+            crop = image[None, :, top:bottom, left:right]
+            crops.append(nn.functional.interpolate(crop, (48, 48), mode="bilinear")[0])
+            labels.append(label)
+        if len(crops) >= count:
+            break
+    return torch.stack(crops), torch.stack(labels)
+
+
+def pretrain_backbone() -> None:
+    """The digits' ImageNet: ten-way classification of crops, in about two minutes."""
+    if BACKBONE.exists():
+        print(f"{BACKBONE.relative_to(ROOT)} is there; delete it to train it anew")
+        return
+    torch.manual_seed(0)
+    crops, labels = load_crops("train", CROPS)
+    model = CropClassifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, PRETRAIN_STEPS)
+    for _ in tqdm(range(PRETRAIN_STEPS), desc="backbone", unit="step"):
+        chosen = torch.randint(len(crops), (64,))
+        images = crops[chosen][:, torch.randperm(3)]
+        if torch.rand(()) < 0.5:
+            images = -images
+        side = 8 * int(torch.randint(3, 7, ()))  # 24 to 48 pixels
+        images = nn.functional.interpolate(images, (side, side), mode="bilinear")
+        losses = [nn.functional.cross_entropy(x, labels[chosen]) for x in model(images)]
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+        schedule.step()
+    accuracy = crop_accuracy(model.eval())
+    write_atomically(BACKBONE, lambda path: save_file(model.backbone.state_dict(), path))
+    card = provenance() | {"crops": CROPS, "steps": PRETRAIN_STEPS, "val_accuracy": accuracy}
+    write_json(BACKBONE.with_suffix(".json"), card)
+    print(f"accuracy on crops of val at strides 8, 16, 32: {accuracy}")
+
+
+@torch.no_grad()
+def crop_accuracy(model: CropClassifier) -> list[float]:
+    """On 1,000 crops of val, for each of the three strides."""
+    crops, labels = load_crops("val", 1000)
+    return [round((x.argmax(1) == labels).float().mean().item(), 3) for x in model(crops)]
+
+
+def train_seed(seed: int) -> None:
+    """One training run in runs/digits/seedN, on one thread; resumes."""
+    torch.set_num_threads(1)
+    output = ROOT / "runs" / "digits" / f"seed{seed}"
+    if (output / "done.json").exists():
+        return
+    started = time.process_time()
+    torch.manual_seed(seed)
+    model = DeformableDETR(MODEL)
+    model.backbone.load_state_dict(load_file(BACKBONE))
+    train_set = load_split("train", digits_train_transform())
+    val_set = load_split("val", digits_eval_transform())
+    train(model, train_set, val_set, output, dataclasses.replace(RECIPE, seed=seed))
+    write_json(output / "done.json", {"cpu_seconds": round(time.process_time() - started)})
+
+
+def report() -> None:
+    """Evaluate every seed's last weights on test, and write the shipped files."""
+    test_set = load_split("test", digits_eval_transform())
+    runs = []
+    for seed in SEEDS:
+        folder = ROOT / "runs" / "digits" / f"seed{seed}"
+        model, categories = load_model(folder / "last.safetensors")
+        metrics = evaluate(model, test_set).to_dict()
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        curve = [{"step": x["step"], **x["val"]} for x in log if "val" in x]
+        losses = [[x["step"], round(x["loss"], 3)] for x in log if "loss" in x][::50]
+        seconds = json.loads((folder / "done.json").read_text())["cpu_seconds"]
+        runs.append(
+            {"seed": seed, "test": metrics, "cpu_seconds": seconds, "val": curve, "loss": losses}
+        )
+        print(f"seed {seed}, test:\n{evaluate_text(metrics)}")
+        if seed == SEEDS[0]:
+            card = provenance() | {
+                "seed": seed,
+                "steps": curve[-1]["step"],
+                "recipe": dataclasses.asdict(RECIPE),
+                "cpu_seconds": seconds,
+                "test": metrics,
+            }
+            save_model(model, CHECKPOINTS / "digits.safetensors", categories, card)
+            write_json(CHECKPOINTS / "digits.json", card)
+    write_json(RESULTS / "digits_training.json", provenance() | {"runs": runs})
+
+
+def evaluate_text(metrics: dict) -> str:
+    """The three figures that the project promises."""
+    return ", ".join(f"{name} {metrics[name]:.3f}" for name in ("ap", "ap50", "ap_small"))
+
+
+def provenance() -> dict:
+    """The command, the machine and the versions behind a result."""
+    packages = ("torch", "torchvision", "numpy", "scikit-learn", "scikit-image", "pillow")
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
+        if Path("/proc/cpuinfo").exists()
+        else (),
+        platform.processor(),
+    )
+    return {
+        "command": "python experiments/digits.py",
+        "data": json.loads((ROOT / "data" / "digits.sha256.json").read_text()),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "cpu": cpu,
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Readable and atomic."""
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--sequential", action="store_true", help="one seed after the other, on one core"
+    )
+    args = parser.parse_args()
+    if not DATA.exists():
+        raise SystemExit("no digits: run `python data/make_digits.py` first")
+    print("pretraining 2 minutes, then two seeds of about 40 minutes, each on a core of its own")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    pretrain_backbone()
+    with multiprocessing.get_context("spawn").Pool(1 if args.sequential else len(SEEDS)) as pool:
+        pool.map(train_seed, SEEDS, chunksize=1)
+    report()
+
+
+if __name__ == "__main__":
+    main()
