@@ -8,8 +8,8 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 from deformable_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid
 from deformable_detr.exercises import checks, expect
-from deformable_detr.structures import Output
 from deformable_detr.postprocess import postprocess
+from deformable_detr.structures import Output
 from deformable_detr.transformer import move, token_centres
 
 SHAPES = [(3, 5), (2, 4), (1, 2)]
@@ -109,19 +109,20 @@ def check_class_term(class_term):
 
 @checks("8.5")
 def check_pairwise_giou(pairwise_giou):
-    a = torch.tensor([[0.3, 0.4, 0.2, 0.4]])
+    a = torch.tensor([[0.3, 0.4, 0.4, 0.5]])
     yield "a box with itself has 1"
     expect(pairwise_giou(a, a), torch.ones(1, 1))
     yield "two boxes that overlap, given as cxcywh"
-    b = torch.tensor([[0.4, 0.4, 0.2, 0.4]])
+    b = torch.tensor([[0.5, 0.4, 0.4, 0.5]])
     hint = "a third of the union overlaps and the hull is the union; are these corners?"
     expect(pairwise_giou(a, b), torch.tensor([[1 / 3]]), hint)
     yield "every box of a with every box of b"
-    many = torch.tensor([[0.3, 0.4, 0.2, 0.4], [0.4, 0.4, 0.2, 0.4], [0.35, 0.4, 0.1, 0.4]])
+    many = torch.tensor([[0.3, 0.4, 0.4, 0.5], [0.4, 0.5, 0.2, 0.4], [0.35, 0.4, 0.1, 0.6]])
     given = pairwise_giou(many, many[:2])
-    expect(given, generalized_box_iou(cxcywh_to_xyxy(many), cxcywh_to_xyxy(many[:2])))
+    hint = "row i, column j: box i of a with box j of b; IoU minus the empty part of the hull"
+    expect(given, generalized_box_iou(cxcywh_to_xyxy(many), cxcywh_to_xyxy(many[:2])), hint)
     yield "disjoint boxes are below 0, also when they are apart in both directions"
-    apart = torch.tensor([[0.8, 0.9, 0.2, 0.1]])
+    apart = torch.tensor([[0.9, 0.9, 0.1, 0.2]])
     hint = "width and height of the overlap are both negative here, and their product is not"
     expected = generalized_box_iou(cxcywh_to_xyxy(a), cxcywh_to_xyxy(apart))
     expect(pairwise_giou(a, apart), expected, hint)
@@ -169,6 +170,10 @@ def _point(reference):
     return torch.cat([reference, torch.zeros_like(reference)], -1)
 
 
+def _centres_as_they_are(box, reference):
+    return torch.cat([box[..., :2] - reference, inverse_sigmoid(box[..., 2:])], -1)
+
+
 def _raw_ids(category_ids, queries, num_queries, categories):
     wanted = torch.zeros(num_queries, len(categories))
     for query, category_id in zip(queries, category_ids, strict=True):
@@ -192,14 +197,14 @@ def _first_rows(category_ids, queries, num_queries, categories):
     return wanted
 
 
-def _class_term(alpha=0.25, from_logits=True, all_queries=True, mean=False, least=1):
+def _class_term(alpha=0.25, alpha_no=None, from_logits=True, all_queries=True, mean=False, least=1):
     def class_term(logits, wanted, num_boxes):
         p = logits.sigmoid()
         p_t = p * wanted + (1 - p) * (1 - wanted)
         cross_entropy = -p_t.log()
         if from_logits:
             cross_entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-        weight = alpha * wanted + (1 - alpha) * (1 - wanted)
+        weight = alpha * wanted + (alpha_no or 1 - alpha) * (1 - wanted)
         terms = weight * (1 - p_t) ** 2 * cross_entropy
         if not all_queries and len(wanted) > 1:
             terms = terms[wanted.any(-1)]
@@ -246,6 +251,7 @@ WRONG = {
     ],
     "8.2": [
         ("a plain difference", lambda box, reference: box - _point(reference)),
+        ("a plain difference of the centres", _centres_as_they_are),
         ("reference left as it is", lambda b, r: inverse_sigmoid(b) - _point(r)),
         (
             "the reference's position taken from the size too",
@@ -260,6 +266,7 @@ WRONG = {
     ],
     "8.4": [
         ("alpha on the negatives", _class_term(alpha=0.75)),
+        ("the same alpha for all", _class_term(alpha=0.25, alpha_no=0.25)),
         ("the mean over queries and classes", _class_term(mean=True)),
         ("only matched queries", _class_term(all_queries=False)),
         ("division by no boxes", _class_term(least=0)),

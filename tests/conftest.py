@@ -1,0 +1,75 @@
+"""A small COCO-format data set, made afresh for each test that asks."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deformable_detr import DeformableDETRConfig
+
+TINY = DeformableDETRConfig(
+    num_classes=3,
+    num_queries=6,
+    backbone="small",
+    num_levels=2,
+    embed_dim=32,
+    num_heads=2,
+    num_points=2,
+    encoder_layers=1,
+    decoder_layers=2,
+    ffn_dim=32,
+    dropout=0.1,
+    refine=True,
+)
+
+
+def write_coco(root, split="train", images=6, side=48):
+    """Coloured squares on grey; category ids 3, 7 and 20; the last image has no box."""
+    rng = np.random.default_rng(0)
+    (root / split).mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    content = {
+        "images": [],
+        "annotations": [],
+        "categories": [
+            {"id": 20, "name": "blue"},
+            {"id": 3, "name": "red"},
+            {"id": 7, "name": "green"},
+        ],
+    }
+    for i in range(images):
+        pixels = np.full((side, side + 16, 3), 128, np.uint8)
+        key = 100 + i
+        content["images"].append(
+            {"id": key, "file_name": f"{key}.png", "width": side + 16, "height": side}
+        )
+        if i < images - 1:
+            x, y, label = rng.integers(0, 28), rng.integers(0, 28), i % 3
+            pixels[y : y + 16, x : x + 20] = np.eye(3)[label] * 255
+            content["annotations"].append(
+                {
+                    "id": 1000 + i,
+                    "image_id": key,
+                    "category_id": [3, 7, 20][label],
+                    "bbox": [int(x), int(y), 20, 16],
+                    "area": 320,
+                    "iscrowd": 0,
+                }
+            )
+        Image.fromarray(pixels).save(root / split / f"{key}.png")
+    save_annotations(root, content, split)
+    return content
+
+
+def save_annotations(root, content, split="train"):
+    (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """The folder of a data set with train and val."""
+    root = tmp_path / "coco"
+    write_coco(root)
+    write_coco(root, "val", images=4)
+    return root

@@ -1,0 +1,168 @@
+"""Reading COCO format, transforms with boxes, and the list of faults."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from deformable_detr import transforms
+from deformable_detr.boxes import cxcywh_to_xyxy
+from deformable_detr.datasets import CocoDataset, check_dataset, collate, find_split
+from tests.conftest import save_annotations, write_coco
+
+
+def load(root, split="train", **options):
+    return CocoDataset(*find_split(root, split), **options)
+
+
+def edit(root, change):
+    path = root / "annotations" / "train.json"
+    content = json.loads(path.read_text())
+    change(content)
+    save_annotations(root, content)
+
+
+def test_reads_any_category_ids_and_keeps_images_without_boxes(coco):
+    dataset = load(coco)
+    assert len(dataset) == 6
+    assert [c["id"] for c in dataset.categories] == [3, 7, 20]
+    image, target = dataset[2]
+    assert image.shape == (3, 48, 64) and target.original_size == (48, 64)
+    assert target.labels.tolist() == [2] and target.image_id == 102
+    x, y, w, h = dataset.coco.imgToAnns[102][0]["bbox"]
+    pixels = cxcywh_to_xyxy(target.boxes)[0] * torch.tensor([64, 48, 64, 48])
+    torch.testing.assert_close(pixels, torch.tensor([x, y, x + w, y + h]).float())
+    assert dataset[5][1].boxes.shape == (0, 4) and dataset[5][1].labels.dtype == torch.int64
+
+
+def test_crowds_are_left_out_and_boxes_cut_or_dropped(coco):
+    def change(content):
+        for annotation, box in zip(
+            content["annotations"],
+            ([-10, 5, 20, 16], [60, 40, 50, 50], [70, 5, 5, 5], [0, 0, 0, 5], [1, 1, 9, 9]),
+            strict=True,
+        ):
+            annotation["image_id"], annotation["bbox"] = 100, box
+        content["annotations"][4]["iscrowd"] = 1
+
+    edit(coco, change)
+    boxes = cxcywh_to_xyxy(load(coco)[0][1].boxes) * torch.tensor([64, 48, 64, 48])
+    torch.testing.assert_close(boxes, torch.tensor([[0.0, 5, 10, 21], [60, 40, 64, 48]]))
+
+
+def test_collate_pads(coco):
+    dataset = load(coco)
+    small = dataset[0][0][:, :30, :40]
+    batch = collate([dataset[1], (small, dataset[0][1])])
+    assert batch.images.shape == (2, 3, 48, 64) and batch.sizes.tolist() == [[48, 64], [30, 40]]
+    assert batch.targets[1].image_id == 100
+
+
+def test_both_layouts_are_found_and_a_missing_one_is_explained(tmp_path):
+    folder = tmp_path / "annotations"
+    folder.mkdir()
+    (folder / "instances_val2017.json").write_text("{}")
+    assert find_split(tmp_path, "val")[0] == tmp_path / "val2017"
+    with pytest.raises(FileNotFoundError, match=r"expected .*train.json or .*instances_train2017"):
+        find_split(tmp_path, "train")
+
+
+FAULTS = {
+    "unknown category": (lambda c: c["annotations"][1].update(category_id=8), True, 1001),
+    "empty box": (lambda c: c["annotations"][2].update(bbox=[3, 3, 0, 5]), True, 1002),
+    "box outside": (lambda c: c["annotations"][0].update(bbox=[90, 3, 4, 5]), True, 1000),
+    "box cut": (lambda c: c["annotations"][0].update(bbox=[60, 3, 14, 5]), False, 1000),
+    "bad box": (lambda c: c["annotations"][3].update(bbox=[1, 2, float("nan"), 3]), True, 1003),
+    "unknown image": (lambda c: c["annotations"][3].update(image_id=5), True, 1003),
+    "missing image": (lambda c: c["images"][0].update(file_name="no.png"), True, None),
+    "image size": (lambda c: c["images"][0].update(width=65), True, None),
+    "duplicate id": (lambda c: c["annotations"][1].update(id=1000), True, None),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_every_fault_is_listed_by_its_id(coco, kind):
+    change, fatal, annotation_id = FAULTS[kind]
+    edit(coco, change)
+    (fault,) = check_dataset(*find_split(coco, "train"))
+    assert (fault.kind, fault.fatal, fault.annotation_id) == (kind, fatal, annotation_id)
+    assert str(annotation_id or "") in str(fault) and "\n" not in str(fault)
+
+
+def test_a_corrupt_image_is_a_fault_and_an_error(coco):
+    path = coco / "train" / "102.png"
+    path.write_bytes(path.read_bytes()[:60])
+    (fault,) = check_dataset(*find_split(coco, "train"))
+    assert fault.kind == "corrupt image" and fault.fatal and fault.image_id == 102
+    with pytest.raises(ValueError, match=r"cannot read image .*102.png"):
+        load(coco)[2]
+
+
+def test_good_data_has_no_faults(coco):
+    assert check_dataset(*find_split(coco, "train")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "is not a COCO"), ('{"images": []}', "no annotations, categ")],
+)
+def test_other_files_are_refused(coco, text, message):
+    (coco / "annotations" / "train.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(coco)
+
+
+def test_unknown_category_is_refused_when_read(coco):
+    edit(coco, lambda c: c["annotations"][1].update(category_id=8))
+    with pytest.raises(ValueError, match="annotation 1001: unknown category 8"):
+        load(coco)[1]
+
+
+@pytest.mark.parametrize("name", ["digits_train_transform", "coco_train_transform"])
+def test_boxes_follow_the_pixels(tmp_path, name):
+    """A single red square: after any transform its box is where the bright pixels are."""
+    image = Image.new("RGB", (160, 120))
+    image.paste((255, 255, 255), (40, 30, 90, 80))
+    transform = getattr(transforms, name)()
+    box = tv_tensors.BoundingBoxes([[40.0, 30, 90, 80]], format="XYXY", canvas_size=(120, 160))
+    seen = 0
+    for seed in range(25):
+        torch.manual_seed(seed)
+        picture, boxes, _ = transform(image, box, torch.tensor([0]))
+        level = picture.as_subclass(torch.Tensor).mean(0)
+        # inverted pictures have the square dark; a corner tells, unless the square fills it
+        x0, y0, x1, y1 = boxes[0].tolist()
+        if (x1 - x0) * (y1 - y0) == 0:
+            continue
+        h, w = level.shape
+        inside = torch.zeros(h, w, dtype=torch.bool)
+        inside[round(y0) : round(y1), round(x0) : round(x1)] = True
+        if inside.all():
+            continue
+        seen += 1
+        middle = level[int((y0 + y1) / 2), int((x0 + x1) / 2)]
+        like_middle = (level - middle).abs() < 0.3
+        # zooming out leaves a third grey value around the picture, never the square's
+        wrong = (like_middle != inside).float().mean()
+        assert wrong < 0.03, (seed, boxes, wrong)
+    assert seen > 10
+
+
+def test_digits_keep_their_size_and_coco_obeys_1333():
+    image = Image.new("RGB", (500, 200))
+    box = tv_tensors.BoundingBoxes([[0.0, 0, 9, 9]], format="XYXY", canvas_size=(200, 500))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        picture, _, _ = transforms.digits_train_transform()(image, box, torch.tensor([0]))
+        assert picture.shape == (3, 200, 500)
+        picture, _, _ = transforms.coco_train_transform()(image, box, torch.tensor([0]))
+        assert max(picture.shape) <= 1333
+    picture = transforms.coco_eval_transform()(image)
+    assert picture.shape == (3, 533, 1333)
+
+
+def test_write_coco_is_what_the_tests_say(tmp_path):
+    content = write_coco(tmp_path / "x")
+    assert len(content["annotations"]) == 5
