@@ -13,17 +13,21 @@
 #
 # You will be able to
 # - **follow** one image through Deformable DETR and say the shape of every tensor on the way,
-# - **explain** what a query is, where its reference point comes from, and why boxes are predicted through an inverse sigmoid,
+# - **explain** what a query is, where its reference point comes from, and why boxes are predicted
+#   through an inverse sigmoid,
 # - **compute** by hand the focal loss, the GIoU, the matching and the total loss,
 # - **say** where the background class went, why scores start at 0.01, and why there is no NMS,
 # - **assemble** the detector from its parts and prove that it equals the library's.
 #
-# You should know: multi-scale deformable attention, valid ratios and padding (chapter 5), and dense attention (chapter 2).
+# You should know: multi-scale deformable attention, valid ratios and padding (chapter 5), and dense
+# attention (chapter 2).
 #
 # {{measured}}
 
 # %% [markdown]
-# A detector turns an image into a list: this class, this box, this sure. Deformable DETR {cite}`zhu2021deformable` does so in seven steps. We take them one at a time, with real images and random weights; chapter 9 trains.
+# A detector turns an image into a list: this class, this box, this sure. Deformable DETR
+# {cite}`zhu2021deformable` does so in seven steps. We take them one at a time, with real images and
+# random weights; chapter 9 trains.
 #
 # | step | out comes | shape |
 # |:--|:--|:--|
@@ -56,7 +60,8 @@ plt.style.use("book.mplstyle")
 # %% [markdown]
 # ## 8.1 A batch: two images of different size
 #
-# Two of the committed pictures: handwritten digits in scenes, 128 × 128 pixels. Their annotations are in COCO's format {cite}`lin2014coco`, as a JSON file.
+# Two of the committed pictures: handwritten digits in scenes, 128 × 128 pixels. Their annotations
+# are in COCO's format {cite}`lin2014coco`, as a JSON file.
 
 # %%
 samples = Path("../data/samples")
@@ -65,7 +70,9 @@ file_of = {image["id"]: image["file_name"] for image in coco["images"]}
 print([(category["id"], category["name"]) for category in coco["categories"]])
 
 # %% [markdown]
-# The file's category ids are names, not numbers to count with. Here they start at 1; COCO's own run from 1 to 90 with ten gaps. Inside the model a class is its **position** in the sorted list, from 0, without gaps.
+# The file's category ids are names, not numbers to count with. Here they start at 1; COCO's own run
+# from 1 to 90 with ten gaps. Inside the model a class is its **position** in the sorted list, from
+# 0, without gaps.
 
 # %%
 categories = sorted(category["id"] for category in coco["categories"])
@@ -75,7 +82,9 @@ num_classes = len(categories)
 assert class_of[1] == 0 and class_of[10] == 9 and num_classes == 10
 
 # %% [markdown]
-# We cut the pictures to two different sizes, neither of them square, so that no mix-up of height and width can hide. Pixels are normalised by ImageNet's mean and standard deviation, boxes become `cxcywh`, relative to the image.
+# We cut the pictures to two different sizes, neither of them square, so that no mix-up of height
+# and width can hide. Pixels are normalised by ImageNet's mean and standard deviation, boxes become
+# `cxcywh`, relative to the image.
 
 # %%
 from deformable_detr.structures import Batch, Target
@@ -108,7 +117,8 @@ print("digits ", *[[digits[i] for i in t.labels] for t in (first_target, second_
 print("boxes  ", tuple(first_target.boxes.shape), tuple(second_target.boxes.shape))
 
 # %% [markdown]
-# **Before you run**: the two images are 88 × 104 and 72 × 120 (height × width). One tensor must hold both. What is its size?
+# **Before you run**: the two images are 88 × 104 and 72 × 120 (height × width). One tensor must
+# hold both. What is its size?
 
 # %%
 height, width = max(first.shape[1], second.shape[1]), max(first.shape[2], second.shape[2])
@@ -122,7 +132,8 @@ print(tuple(images.shape), tuple(mask.shape))
 assert images.shape == (2, 3, 88, 120)  # the size of neither image
 
 # %% [markdown]
-# Padding goes to the right and to the bottom, so that pixel (0, 0) stays where it was. The mask remembers what is padding. In the library:
+# Padding goes to the right and to the bottom, so that pixel (0, 0) stays where it was. The mask
+# remembers what is padding. In the library:
 
 # %%
 batch = Batch.from_images([first, second], [first_target, second_target])
@@ -160,7 +171,9 @@ for i, (axis, target) in enumerate(zip(axes, batch.targets, strict=True)):
 plt.show()
 
 # %% [markdown]
-# *Figure 8.1. What to see: one batch, two images. The first lacks columns, the second lacks rows; where the mask is True we painted grey (the tensor holds zeros there). Boxes are relative to the image without padding.*
+# *Figure 8.1. What to see: one batch, two images. The first lacks columns, the second lacks rows;
+# where the mask is True we painted grey (the tensor holds zeros there). Boxes are relative to the
+# image without padding.*
 
 # %%
 for i, target in enumerate(batch.targets):  # no padding inside a box
@@ -173,7 +186,8 @@ assert mask[0, 0, -1] and not mask[0, -1, 0] and mask[1, -1, 0] and not mask[1, 
 # %% [markdown]
 # ## 8.2 Feature maps from the backbone
 #
-# A small model, so that everything runs at once. No two of its sizes are equal where they could be confused. The paper's model is the same with other numbers.
+# A small model, so that everything runs at once. No two of its sizes are equal where they could be
+# confused. The paper's model is the same with other numbers.
 
 # %%
 from deformable_detr import DeformableDETR, DeformableDETRConfig
@@ -188,9 +202,11 @@ B, Q, L, C = len(batch), config.num_queries, config.num_levels, config.embed_dim
 _ = torch.set_grad_enabled(False)  # we look; training comes at the end
 
 # %% [markdown]
-# `model` is here to lend us its parts. We call each part ourselves, and in the end put them together again.
+# `model` is here to lend us its parts. We call each part ourselves, and in the end put them
+# together again.
 #
-# **Before you run**: a convolution of stride 2 halves a map and rounds up. Strides of 8, 16 and 32 on 88 × 120 give which sizes?
+# **Before you run**: a convolution of stride 2 halves a map and rounds up. Strides of 8, 16 and 32
+# on 88 × 120 give which sizes?
 
 # %%
 maps = model.backbone(images)
@@ -199,11 +215,13 @@ for stride, feature_map in zip(model.backbone.strides, maps, strict=True):
     assert feature_map.shape[2:] == (math.ceil(88 / stride), math.ceil(120 / stride))
 
 # %% [markdown]
-# Three maps of three widths: 64, 96 and 128 channels (512, 1024 and 2048 in a ResNet-50 {cite}`he2016resnet`). Attention across levels needs **one** width.
+# Three maps of three widths: 64, 96 and 128 channels (512, 1024 and 2048 in a ResNet-50
+# {cite}`he2016resnet`). Attention across levels needs **one** width.
 #
 # ## 8.3 One width, and one level more
 #
-# A 1 × 1 convolution is a matrix applied to every cell. By hand for one cell, row 4, column 7 of image 1:
+# A 1 × 1 convolution is a matrix applied to every cell. By hand for one cell, row 4, column 7 of
+# image 1:
 
 # %%
 convolution, normalisation = model.input_proj[0]
@@ -213,7 +231,8 @@ assert torch.allclose(by_hand, projected[1, :, 4, 7], atol=1e-5)
 print(tuple(maps[0].shape), "->", tuple(projected.shape))
 
 # %% [markdown]
-# Group norm follows: 32 groups of channels, each with mean 0 and variance 1 over its channels and all places of one image. With 96 channels a group has three. Group 5 of image 1 by hand:
+# Group norm follows: 32 groups of channels, each with mean 0 and variance 1 over its channels and
+# all places of one image. With 96 channels a group has three. Group 5 of image 1 by hand:
 
 # %%
 group = projected[1, 15:18]
@@ -221,7 +240,9 @@ by_hand = (group - group.mean()) / (group.var(unbiased=False) + 1e-5).sqrt()
 assert torch.allclose(by_hand, normalisation(projected)[1, 15:18], atol=1e-5)
 
 # %% [markdown]
-# The fourth level comes from a 3 × 3 convolution of stride 2 on the backbone's **last map**, before that map was projected (Appendix A.2). There is no feature pyramid: multi-scale attention carries information between levels itself.
+# The fourth level comes from a 3 × 3 convolution of stride 2 on the backbone's **last map**, before
+# that map was projected (Appendix A.2). There is no feature pyramid: multi-scale attention carries
+# information between levels itself.
 
 
 # %%
@@ -245,7 +266,8 @@ assert shapes == [(11, 15), (6, 8), (3, 4), (2, 2)] and S == 165 + 48 + 12 + 4
 # %% [markdown]
 # ## 8.4 The mask on every level
 #
-# A level needs its own mask. Each cell takes the mask of one pixel (nearest neighbour): cell $i$ of $n$ takes pixel $\lfloor i \cdot H / n \rfloor$.
+# A level needs its own mask. Each cell takes the mask of one pixel (nearest neighbour): cell $i$ of
+# $n$ takes pixel $\lfloor i \cdot H / n \rfloor$.
 
 
 # %%
@@ -261,7 +283,8 @@ for level_mask, shape in zip(masks, shapes, strict=True):
     assert torch.equal(level_mask, F.interpolate(mask[None].float(), size=shape)[0].bool())
 
 # %% [markdown]
-# Cells are coarse, so the share of a level that is image is a little different on each level. This share is the **valid ratio** of chapter 5, as (x, y).
+# Cells are coarse, so the share of a level that is image is a little different on each level. This
+# share is the **valid ratio** of chapter 5, as (x, y).
 
 # %%
 ratios = torch.stack(
@@ -280,7 +303,9 @@ for level, axis in enumerate(axes):
 plt.show()
 
 # %% [markdown]
-# *Figure 8.2. What to see: the mask of image 0 on the four levels, padding dark. The same 16 pixels of padding are 2 columns of 15, 1 of 8, and none of the coarse cells: every level rounds for itself.*
+# *Figure 8.2. What to see: the mask of image 0 on the four levels, padding dark. The same 16 pixels
+# of padding are 2 columns of 15, 1 of 8, and none of the coarse cells: every level rounds for
+# itself.*
 
 # %%
 assert [int(m[0, 0].sum()) for m in masks] == [2, 1, 0, 0]
@@ -288,7 +313,8 @@ assert [int(m[0, 0].sum()) for m in masks] == [2, 1, 0, 0]
 # %% [markdown]
 # ## 8.5 From maps to tokens
 #
-# The levels become one long sequence: row by row, the finest level first. The channel axis must go last **before** anything is joined; a bare `reshape` would mix channels and places.
+# The levels become one long sequence: row by row, the finest level first. The channel axis must go
+# last **before** anything is joined; a bare `reshape` would mix channels and places.
 
 
 # %%
@@ -307,7 +333,9 @@ assert torch.equal(features[1, 165 + 2 * 8 + 5], levels[1][1, :, 2, 5])  # level
 #
 # *difficulty ●○○ · 8 minutes · 6 lines*
 #
-# To draw what a token looks at, one needs the way back: from the index in the sequence to the level and the place. Return `(level, x, y)`, with the centre of the token's cell normalised to [0, 1]. Nothing is padded here.
+# To draw what a token looks at, one needs the way back: from the index in the sequence to the level
+# and the place. Return `(level, x, y)`, with the centre of the token's cell normalised to [0, 1].
+# Nothing is padded here.
 
 
 # %% tags=["exercise"]
@@ -334,20 +362,24 @@ check("8.1", token_place)
 #
 # <details><summary>Hint 2</summary>
 #
-# Inside a level, `divmod(index, width)` gives row and column. A cell's centre is half a cell from its edge.
+# Inside a level, `divmod(index, width)` gives row and column. A cell's centre is half a cell from
+# its edge.
 #
 # </details>
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# You divide by the height. A row ends after `width` tokens. On square maps nobody would notice; the first release of Deformable DETR had a swap of this kind in the sampling offsets.
+# You divide by the height. A row ends after `width` tokens. On square maps nobody would notice; the
+# first release of Deformable DETR had a swap of this kind in the sampling offsets.
 #
 # </details>
 #
 # {{solution}}
 
 # %% [markdown]
-# Attention does not see order, so each token carries its place: a sine code of (y, x), which counts only what is not padding, plus a learned vector of its level. Why the second? Two cells at the same place on different levels have the **same** sine code:
+# Attention does not see order, so each token carries its place: a sine code of (y, x), which counts
+# only what is not padding, plus a learned vector of its level. Why the second? Two cells at the
+# same place on different levels have the **same** sine code:
 
 # %%
 from deformable_detr.position import SinePositionEncoding
@@ -387,7 +419,9 @@ for name in ("features", "position", "padding_mask", "valid_ratios"):
 # %% [markdown]
 # ## 8.6 The encoder: every token asks around itself
 #
-# The encoder's queries are the tokens. A token's reference point is its own centre, found in two steps: relative to the image without padding, then on each level that it asks. For the token in row 2, column 5 of level 1, image 0:
+# The encoder's queries are the tokens. A token's reference point is its own centre, found in two
+# steps: relative to the image without padding, then on each level that it asks. For the token in
+# row 2, column 5 of level 1, image 0:
 
 # %%
 row, column, level = 2, 5, 1
@@ -399,7 +433,9 @@ print([[round(v, 3) for v in point] for point in by_hand.tolist()])
 assert math.isclose(by_hand[level, 0], (column + 0.5) / width_1, rel_tol=1e-6)
 
 # %% [markdown]
-# On its own level this is the cell's centre, 5.5 / 8: the ratio cancels. On the other levels it does not, because they round their padding differently (figure 8.2). One token, four reference points. For all tokens:
+# On its own level this is the cell's centre, 5.5 / 8: the ratio cancels. On the other levels it
+# does not, because they round their padding differently (figure 8.2). One token, four reference
+# points. For all tokens:
 
 # %%
 from deformable_detr.transformer import token_centres
@@ -410,7 +446,7 @@ print(tuple(references.shape))
 assert torch.allclose(references[0, 165 + 2 * 8 + 5], by_hand)
 
 # %% mystnb={"image": {"alt": "Left: image 1 with a dot at the centre of every cell of four levels, dots on padding lie below the image. Right: one token of level 0 and its sampling points at initialisation, rays of points in six directions, short on level 0 and far apart on level 3."}}
-figure, axes = plt.subplots(1, 2, figsize=(7, 3.2))
+figure, axes = plt.subplots(1, 2, figsize=(7, 3.9))
 size = torch.tensor([width, height])
 for axis in axes:
     show(axis, 1)
@@ -431,7 +467,10 @@ axes[1].set(title="where one token looks", xlim=(-30, width + 30), ylim=(height 
 plt.show()
 
 # %% [markdown]
-# *Figure 8.3. What to see. Left: each level lays its own grid of reference points over image 1. Right: one token of level 0 (black cross) samples all four levels; before training each head looks in its own direction, k pixels of that level away. So coarse levels are asked far out, even outside the image; the farthest points do not fit into the figure.*
+# *Figure 8.3. What to see. Left: each level lays its own grid of reference points over image 1.
+# Right: one token of level 0 (black cross) samples all four levels; before training each head looks
+# in its own direction, k pixels of that level away. So coarse levels are asked far out, even
+# outside the image; the farthest points do not fit into the figure.*
 
 # %%
 across = sampling.locations[1, asked, ..., 0]  # (M, L, K)
@@ -441,7 +480,8 @@ assert spread.diff().gt(0).all()  # each coarser level is asked over a wider par
 assert torch.allclose(sampling.weights.sum((-1, -2)), torch.ones(B, S, config.num_heads))
 
 # %% [markdown]
-# One encoder layer: attention, add, norm; feed-forward, add, norm. The position is added to the **query** only. What is sampled are the features without it.
+# One encoder layer: attention, add, norm; feed-forward, add, norm. The position is added to the
+# **query** only. What is sampled are the features without it.
 
 
 # %%
@@ -461,7 +501,8 @@ print(tuple(memory.shape))
 assert torch.allclose(memory, model.encoder(tokens), atol=1e-5)
 
 # %% [markdown]
-# **Before you run**: we write nonsense into the features of all padded tokens. Which tokens of the memory change?
+# **Before you run**: we write nonsense into the features of all padded tokens. Which tokens of the
+# memory change?
 
 # %%
 nonsense = torch.where(padding[..., None], torch.tensor(1000.0), features)
@@ -472,18 +513,21 @@ print("unchanged: tokens on padding  ", same[padding].all().item())
 assert same[~padding].all()
 
 # %% [markdown]
-# Padded tokens ask, and their answers are worthless; but nobody reads them, because their values are set to zero before sampling.
+# Padded tokens ask, and their answers are worthless; but nobody reads them, because their values
+# are set to zero before sampling.
 #
 # ## 8.7 Queries: the slots of the answer
 #
-# The decoder starts from $Q$ learned vectors, the same for every image. Each is stored as `[position | content]`, $2C$ numbers. From its position comes its reference point: $\hat{p}_q = \sigma(W \cdot \text{position} + b)$.
+# The decoder starts from $Q$ learned vectors, the same for every image. Each is stored as
+# `[position | content]`, $2C$ numbers. From its position comes its reference point:
+# $\hat{p}_q = \sigma(W \cdot \text{position} + b)$.
 
 # %%
 table = model.query_embed.weight
 query_position, content = table[:, :C], table[:, C:]  # position first
 reference = model.reference_points(query_position).sigmoid()  # (Q, 2) as (x, y)
 print(tuple(table.shape), "->", tuple(query_position.shape), tuple(content.shape))
-print(tuple(reference.shape), "from", round(reference.min().item(), 2), "to", round(reference.max().item(), 2))
+print(tuple(reference.shape), "from", *[round(v.item(), 2) for v in reference.aminmax()])
 queries, query_position, reference = (
     x.expand(B, -1, -1) for x in (content, query_position, reference)
 )
@@ -501,7 +545,9 @@ for i, axis in enumerate(axes):
 plt.show()
 
 # %% [markdown]
-# *Figure 8.4. What to see: a query has the same relative place on every image, and none lies on padding. Before training the places are random. Training moves them; in DETR each query then comes to answer for a region and for boxes of a certain size {cite}`carion2020detr`.*
+# *Figure 8.4. What to see: a query has the same relative place on every image, and none lies on
+# padding. Before training the places are random. Training moves them; in DETR each query then comes
+# to answer for a region and for boxes of a certain size {cite}`carion2020detr`.*
 
 # %%
 assert torch.equal(reference[0], reference[1])
@@ -511,8 +557,10 @@ assert reference.min() > 0 and reference.max() < 1  # relative to the image with
 # ## 8.8 The decoder: queries talk, then look, then think
 #
 # A decoder layer has three parts, each followed by add and norm:
-# 1. **self-attention** among the queries: dense, as in chapter 2; $Q$ is small. Position is added to query and key, not to the value.
-# 2. **cross-attention** from the queries to the memory: multi-scale deformable attention around each query's reference.
+# 1. **self-attention** among the queries: dense, as in chapter 2; $Q$ is small. Position is added
+#    to query and key, not to the value.
+# 2. **cross-attention** from the queries to the memory: multi-scale deformable attention around
+#    each query's reference.
 # 3. **feed-forward**.
 
 
@@ -538,9 +586,12 @@ print(tuple(out.shape))
 assert torch.allclose(out, theirs, atol=1e-5)
 
 # %% [markdown]
-# In the official weights the norms are numbered by another order: `norm2` follows self-attention, which runs first, and `norm1` follows cross-attention. Whoever loads those weights by number gets a model that runs, and is wrong.
+# In the official weights the norms are numbered by another order: `norm2` follows self-attention,
+# which runs first, and `norm1` follows cross-attention. Whoever loads those weights by number gets
+# a model that runs, and is wrong.
 #
-# **Before you run**: we shuffle the 25 queries. What happens to the answers? And if we change query 3 alone: does the answer of query 20 change?
+# **Before you run**: we shuffle the 25 queries. What happens to the answers? And if we change query
+# 3 alone: does the answer of query 20 change?
 
 # %%
 shuffled = torch.randperm(Q)
@@ -554,7 +605,8 @@ out_pushed = decode_layer(layer, pushed, query_position, on_levels, memory, toke
 assert (out_pushed - out)[:, 20].abs().max() > 1e-4  # they talk
 
 # %% [markdown]
-# Queries form a *set*, and they know of each other. Through self-attention and nothing else: in cross-attention each is alone.
+# Queries form a *set*, and they know of each other. Through self-attention and nothing else: in
+# cross-attention each is alone.
 
 # %%
 args = (on_levels, memory, shapes, padding)
@@ -569,7 +621,8 @@ assert not moved[torch.arange(Q) != 3].any()
 #
 # ## 8.9 Boxes: why the inverse sigmoid
 #
-# The box head is three linear layers. It does not predict a box but a **delta** from the reference. Both meet before the sigmoid (Appendix A.3):
+# The box head is three linear layers. It does not predict a box but a **delta** from the reference.
+# Both meet before the sigmoid (Appendix A.3):
 #
 # $$\hat b_x = \sigma\bigl(\delta_x + \sigma^{-1}(\hat p_x)\bigr), \qquad \hat b_w = \sigma(\delta_w), \qquad \sigma^{-1}(p) = \ln\frac{p}{1 - p}$$
 #
@@ -620,9 +673,13 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# *Figure 8.5. What to see: added inside the sigmoid (left), delta 0 gives the reference, any delta gives a centre inside the image, and every centre can be reached. Added outside (right), boxes leave the image (grey).*
+# *Figure 8.5. What to see: added inside the sigmoid (left), delta 0 gives the reference, any delta
+# gives a centre inside the image, and every centre can be reached. Added outside (right), boxes
+# leave the image (grey).*
 #
-# The last layer of the box head starts with zero weights; its bias is 0 for the centre and −2 for the size. So before training every box sits on its reference, with sides of $\sigma(-2) = 0.119$ of the image:
+# The last layer of the box head starts with zero weights; its bias is 0 for the centre and −2 for
+# the size. So before training every box sits on its reference, with sides of $\sigma(-2) = 0.119$
+# of the image:
 
 # %%
 class_head, box_head = model.class_heads[0], model.box_heads[0]  # one of each, for all layers
@@ -633,13 +690,16 @@ assert torch.allclose(boxes[..., :2], reference, atol=1e-5)
 assert torch.allclose(boxes[..., 2:], torch.tensor(0.1192), atol=1e-4)
 
 # %% [markdown]
-# Why must a box be tied to the reference at all? The query samples *around its reference*. What it sees there says how far off the object is, and not where in the image it all happens.
+# Why must a box be tied to the reference at all? The query samples *around its reference*. What it
+# sees there says how far off the object is, and not where in the image it all happens.
 #
 # ## Exercise 8.2  What the head must say
 #
 # *difficulty ●●○ · 8 minutes · 2 lines*
 #
-# Turn it round: given an object's box and a query's reference point, which delta would hit the box exactly? Sizes start from no reference. The answer must stay finite for boxes that touch the border.
+# Turn it round: given an object's box and a query's reference point, which delta would hit the box
+# exactly? Sizes start from no reference. The answer must stay finite for boxes that touch the
+# border.
 
 
 # %% tags=["exercise"]
@@ -662,13 +722,15 @@ check("8.2", needed_delta)
 #
 # <details><summary>Hint 2</summary>
 #
-# $\delta = \sigma^{-1}(b) - \sigma^{-1}(p)$ for the centre, $\delta = \sigma^{-1}(b)$ for the size. `inverse_sigmoid` clamps at both ends.
+# $\delta = \sigma^{-1}(b) - \sigma^{-1}(p)$ for the centre, $\delta = \sigma^{-1}(b)$ for the size.
+# `inverse_sigmoid` clamps at both ends.
 #
 # </details>
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# You subtract the two centres as they are. Where box and reference coincide that makes no difference, and elsewhere it does: a difference of coordinates is not a difference of logits.
+# You subtract the two centres as they are. Where box and reference coincide that makes no
+# difference, and elsewhere it does: a difference of coordinates is not a difference of logits.
 #
 # </details>
 #
@@ -677,9 +739,15 @@ check("8.2", needed_delta)
 # %% [markdown]
 # ## 8.10 Classes: sigmoid, and no background
 #
-# The first DETR {cite}`carion2020detr` has a softmax over classes plus one for "no object". Deformable DETR has one **sigmoid for each class**: every logit answers its own yes-or-no question, and "no object" is simply no to all of them. There is no column for background.
+# The first DETR {cite}`carion2020detr` has a softmax over classes plus one for "no object".
+# Deformable DETR has one **sigmoid for each class**: every logit answers its own yes-or-no
+# question, and "no object" is simply no to all of them. There is no column for background.
 #
-# > **91 classes, or 80, or 90?** COCO has 80 categories with ids from 1 to 90. The official code uses the ids themselves as columns, so it needs columns 0 to 90: 91 in all. Column 0 and those of the ten missing ids are never positive. This is *not* 90 + 1 for background. Here columns are positions in the sorted list of ids: 10 digits, 10 columns, and the ids return when results are written.
+# > **91 classes, or 80, or 90?** COCO has 80 categories with ids from 1 to 90. The official code
+# > uses the ids themselves as columns, so it needs columns 0 to 90: 91 in all. Column 0 and those
+# > of the ten missing ids are never positive. This is *not* 90 + 1 for background. Here columns are
+# > positions in the sorted list of ids: 10 digits, 10 columns, and the ids return when results are
+# > written.
 
 # %%
 digit = torch.tensor([2.0, -3.0, 1.5])
@@ -694,7 +762,9 @@ assert math.isclose(nothing.softmax(0).max(), 1 / 3, rel_tol=1e-5)  # softmax ca
 #
 # *difficulty ●○○ · 6 minutes · 4 lines*
 #
-# Matching (section 8.13) has given object $i$, of COCO category `category_ids[i]`, to query `queries[i]`. Build what the class logits should become: a 1 where a query should say yes to a class, 0 elsewhere.
+# Matching (section 8.13) has given object $i$, of COCO category `category_ids[i]`, to query
+# `queries[i]`. Build what the class logits should become: a 1 where a query should say yes to a
+# class, 0 elsewhere.
 
 
 # %% tags=["exercise"]
@@ -728,7 +798,9 @@ check("8.3", class_targets)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# The shape is right but a 1 stands in the wrong place. `category_id - 1` is right only when ids have no gaps; in COCO it would call every stop sign (13) a parking meter, and id 90 would lie beyond the 80 columns: an index error, which a GPU reports long after and elsewhere.
+# The shape is right but a 1 stands in the wrong place. `category_id - 1` is right only when ids
+# have no gaps; in COCO it would call every stop sign (13) a parking meter, and id 90 would lie
+# beyond the 80 columns: an index error, which a GPU reports long after and elsewhere.
 #
 # </details>
 #
@@ -737,7 +809,8 @@ check("8.3", class_targets)
 # %% [markdown]
 # ## 8.11 The focal loss
 #
-# Of $Q \times$ classes answers almost all must be no. Summed up, those many easy noes would drown the few yeses. The focal loss {cite}`lin2017focal` turns the easy ones down:
+# Of $Q \times$ classes answers almost all must be no. Summed up, those many easy noes would drown
+# the few yeses. The focal loss {cite}`lin2017focal` turns the easy ones down:
 #
 # $$\mathrm{FL}(p_t) = -\alpha_t (1 - p_t)^\gamma \ln p_t, \qquad \gamma = 2, \quad \alpha_t = \tfrac14 \text{ for yes}, \ \tfrac34 \text{ for no},$$
 #
@@ -755,7 +828,8 @@ for p, wanted in [(0.9, 1), (0.1, 1), (0.5, 0), (0.01, 0)]:
     print(f"p = {p:<4}  wanted {wanted}  focal {focal(p, wanted):.7f}")
 
 # %% [markdown]
-# The next rungs: the same in PyTorch, in torchvision, and in the library, on two queries and three classes. Query 1 has an object of class 2.
+# The next rungs: the same in PyTorch, in torchvision, and in the library, on two queries and three
+# classes. Query 1 has an object of class 2.
 
 # %%
 from torchvision.ops import sigmoid_focal_loss
@@ -793,7 +867,8 @@ axes[1].legend(loc="lower center")
 plt.show()
 
 # %% [markdown]
-# *Figure 8.6. What to see: for the many noes (left) the focal loss vanishes once p is small: thousands of easy noes weigh less than one yes that is missed (right, at small p).*
+# *Figure 8.6. What to see: for the many noes (left) the focal loss vanishes once p is small:
+# thousands of easy noes weigh less than one yes that is missed (right, at small p).*
 
 # %%
 easy_no, missed_yes = focal(0.01, 0), focal(0.01, 1)
@@ -803,7 +878,9 @@ assert 300 * 91 * easy_no < 0.03 * missed_yes  # all noes of the paper's model, 
 # %% [markdown]
 # ### Why scores start at 0.01
 #
-# All class biases start at $-\ln 99 = -4.595$, for $\sigma(-\ln 99) = 0.01$. **Before you run**: without it, every $p$ would start near 0.5. How large is the class loss of the paper's model ($Q = 300$, 91 columns, weight 2), for an image with 7 objects, with and without?
+# All class biases start at $-\ln 99 = -4.595$, for $\sigma(-\ln 99) = 0.01$. **Before you run**:
+# without it, every $p$ would start near 0.5. How large is the class loss of the paper's model
+# ($Q = 300$, 91 columns, weight 2), for an image with 7 objects, with and without?
 
 # %%
 assert math.isclose(sigmoid(-math.log(99)), 0.01)
@@ -812,13 +889,17 @@ for start in (0.5, 0.01):
     print(f"p = {start:<4}: class loss {2 * total / 7:.2f}")
 
 # %% [markdown]
-# A thousand against two. Without the prior, training first has to learn "no". Not every port of the model has kept this line, so know what a healthy start looks like: a class loss of about 2.3 for each decoder layer. If yours starts in the hundreds, look here first. Our own model is measured in section 8.14.
+# A thousand against two. Without the prior, training first has to learn "no". Not every port of the
+# model has kept this line, so know what a healthy start looks like: a class loss of about 2.3 for
+# each decoder layer. If yours starts in the hundreds, look here first. Our own model is measured in
+# section 8.14.
 #
 # ## Exercise 8.4  The class loss, from logits
 #
 # *difficulty ●●○ · 10 minutes · 5 lines*
 #
-# Write the focal loss for all logits at once, **summed** over queries and classes and divided by the number of boxes, at least 1. It must stay finite for logits of ±200. (Weight 2 comes later.)
+# Write the focal loss for all logits at once, **summed** over queries and classes and divided by
+# the number of boxes, at least 1. It must stay finite for logits of ±200. (Weight 2 comes later.)
 
 
 # %% tags=["exercise"]
@@ -838,19 +919,22 @@ check("8.4", class_term)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# $-\ln p_t$ is the binary cross entropy, and PyTorch computes it from logits without ever forming the probability.
+# $-\ln p_t$ is the binary cross entropy, and PyTorch computes it from logits without ever forming
+# the probability.
 #
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# `F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")`, times $(1 - p_t)^2$, times $\alpha_t$; then `.sum() / max(num_boxes, 1)`.
+# `F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")`, times $(1 - p_t)^2$, times
+# $\alpha_t$; then `.sum() / max(num_boxes, 1)`.
 #
 # </details>
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# Your $\alpha$ is the same for yes and no, or the wrong way round. It is ¼ for yes: with γ = 2 the noes are already turned down so far that they can have the larger weight.
+# Your $\alpha$ is the same for yes and no, or the wrong way round. It is ¼ for yes: with γ = 2 the
+# noes are already turned down so far that they can have the larger weight.
 #
 # </details>
 #
@@ -859,7 +943,9 @@ check("8.4", class_term)
 # %% [markdown]
 # ## 8.12 Boxes: L1 and GIoU
 #
-# How good is a box? The L1 distance of the four numbers is simple but does not know about size: a shift of 0.05 is little for a large box and a miss for a small one. Intersection over union (IoU) knows. By hand, two boxes as corners `xyxy`:
+# How good is a box? The L1 distance of the four numbers is simple but does not know about size: a
+# shift of 0.05 is little for a large box and a miss for a small one. Intersection over union (IoU)
+# knows. By hand, two boxes as corners `xyxy`:
 
 
 # %%
@@ -876,7 +962,8 @@ print(overlap((0, 0, 4, 2), (2, 1, 6, 4)))
 assert overlap((0, 0, 4, 2), (2, 1, 6, 4)) == (2 * 1, 8 + 12 - 2, 6 * 4)
 
 # %% [markdown]
-# IoU = 2 / 18. But IoU is 0 for *all* boxes that do not meet, near or far. Generalised IoU {cite}`rezatofighi2019giou` also counts the empty part of the hull:
+# IoU = 2 / 18. But IoU is 0 for *all* boxes that do not meet, near or far. Generalised IoU
+# {cite}`rezatofighi2019giou` also counts the empty part of the hull:
 #
 # $$\mathrm{GIoU} = \mathrm{IoU} - \frac{\text{hull} - \text{union}}{\text{hull}} \in (-1, 1]$$
 
@@ -919,13 +1006,15 @@ axes["e"].legend()
 plt.show()
 
 # %% [markdown]
-# *Figure 8.7. What to see: boxes that no longer meet all have IoU 0; GIoU still says how far apart they are (hull dashed). Below: beyond a shift of 3 the IoU is flat, the GIoU keeps falling.*
+# *Figure 8.7. What to see: boxes that no longer meet all have IoU 0; GIoU still says how far apart
+# they are (hull dashed). Below: beyond a shift of 3 the IoU is flat, the GIoU keeps falling.*
 
 # %%
 assert (iou_curve[31:] == 0).all() and (giou_curve.diff() < 0).all()
 
 # %% [markdown]
-# Flat means: no gradient. A prediction beside its object would never learn which way to go. **Before you run**: which of the two gradients is zero?
+# Flat means: no gradient. A prediction beside its object would never learn which way to go.
+# **Before you run**: which of the two gradients is zero?
 
 # %%
 with torch.enable_grad():
@@ -938,9 +1027,12 @@ with torch.enable_grad():
     assert box.grad[0, 0] > 0 > box.grad[0, 2]
 
 # %% [markdown]
-# The four numbers belong to left, top, right and bottom. The left edge has a positive gradient: descent moves it left, towards the object. The right edge moves right, away from it, a little: as long as two boxes are apart, GIoU makes the box *grow* towards the other.
+# The four numbers belong to left, top, right and bottom. The left edge has a positive gradient:
+# descent moves it left, towards the object. The right edge moves right, away from it, a little: as
+# long as two boxes are apart, GIoU makes the box *grow* towards the other.
 #
-# L1 and GIoU make up for each other's blindness. The same shift of 0.05, on a large and a small box:
+# L1 and GIoU make up for each other's blindness. The same shift of 0.05, on a large and a small
+# box:
 
 # %%
 for size in (0.5, 0.1):
@@ -976,13 +1068,15 @@ check("8.5", pairwise_giou)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Corners first. Then give `a` the shape (N, 1, 2) and `b` the shape (1, T, 2), and let broadcasting make the pairs.
+# Corners first. Then give `a` the shape (N, 1, 2) and `b` the shape (1, T, 2), and let broadcasting
+# make the pairs.
 #
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# The sides of the intersection are `minimum(highs) - maximum(lows)`; clamp each at 0 *before* you multiply. The hull is the same with minimum and maximum exchanged, and needs no clamp.
+# The sides of the intersection are `minimum(highs) - maximum(lows)`; clamp each at 0 *before* you
+# multiply. The hull is the same with minimum and maximum exchanged, and needs no clamp.
 #
 # </details>
 #
@@ -997,11 +1091,14 @@ check("8.5", pairwise_giou)
 # %% [markdown]
 # ## 8.13 Matching: which query answers for which object?
 #
-# $Q$ predictions, fewer objects, no order on either side. Each object gets **exactly one** query: the assignment with the smallest total cost {cite}`carion2020detr`. The cost of a pair is what we would lose by it:
+# $Q$ predictions, fewer objects, no order on either side. Each object gets **exactly one** query:
+# the assignment with the smallest total cost {cite}`carion2020detr`. The cost of a pair is what we
+# would lose by it:
 #
 # $$\text{cost} = 2 \cdot \text{class} + 5 \cdot \mathrm{L1} - 2 \cdot \mathrm{GIoU}$$
 #
-# A case small enough for the hand: two objects of class 0 and three queries, all boxes 0.2 × 0.4 in one row, all scores 0.1.
+# A case small enough for the hand: two objects of class 0 and three queries, all boxes 0.2 × 0.4 in
+# one row, all scores 0.1.
 
 # %%
 from deformable_detr.matcher import HungarianMatcher
@@ -1015,7 +1112,8 @@ cost = matcher.cost(torch.full((3, 1), 0.1).logit(), query_boxes, target)
 print([[round(c, 2) for c in row] for row in cost.tolist()])
 
 # %% [markdown]
-# Query 0 and object 0 by hand. The boxes overlap in 0.08 of 0.2: IoU and GIoU are 0.08 / 0.32. The class cost says what a yes would cost more than a no, by the focal loss:
+# Query 0 and object 0 by hand. The boxes overlap in 0.08 of 0.2: IoU and GIoU are 0.08 / 0.32. The
+# class cost says what a yes would cost more than a no, by the focal loss:
 
 # %%
 class_cost = focal(0.1, 1) - focal(0.1, 0)
@@ -1024,7 +1122,8 @@ print(round(by_hand, 2))
 assert math.isclose(cost[0, 0], by_hand, rel_tol=1e-4)
 
 # %% [markdown]
-# A greedy matcher takes the cheapest pair, then the cheapest of the rest. **Before you run**: query 0 lies between the objects, nearer to object 1. What does greedy do, and is there better?
+# A greedy matcher takes the cheapest pair, then the cheapest of the rest. **Before you run**: query
+# 0 lies between the objects, nearer to object 1. What does greedy do, and is there better?
 
 
 # %%
@@ -1053,7 +1152,9 @@ for method in (greedy, brute_force):
 assert greedy(cost) == [(0, 1), (2, 0)] and brute_force(cost) == [(0, 0), (1, 1)]
 
 # %% [markdown]
-# Greedy gives query 0 to its nearest object, and object 0 is left with a query far away. It pays to give up the cheapest pair. Trying everything is hopeless for a real image, but the Hungarian algorithm {cite}`kuhn1955hungarian` finds the same in polynomial time:
+# Greedy gives query 0 to its nearest object, and object 0 is left with a query far away. It pays to
+# give up the cheapest pair. Trying everything is hopeless for a real image, but the Hungarian
+# algorithm {cite}`kuhn1955hungarian` finds the same in polynomial time:
 
 # %%
 from scipy.optimize import linear_sum_assignment
@@ -1087,7 +1188,8 @@ matrix.set(xticks=[0, 1], yticks=[0, 1, 2], xlabel="object", ylabel="query", tit
 plt.show()
 
 # %% [markdown]
-# *Figure 8.8. What to see: greedy (dashed) starts with the cheapest pair and ends with an expensive one; the least total (solid) gives object 1 a second-best query so that both are served.*
+# *Figure 8.8. What to see: greedy (dashed) starts with the cheapest pair and ends with an expensive
+# one; the least total (solid) gives object 1 a second-best query so that both are served.*
 
 # %%
 total = {m: sum(cost[pair].item() for pair in m(cost)) for m in (greedy, brute_force)}
@@ -1096,7 +1198,8 @@ assert total[brute_force] < total[greedy] - 0.5
 # %% [markdown]
 # ### Why there is no NMS
 #
-# **Before you run**: two queries predict the *same* right box, with nearly the same score. Which way does the loss push their scores?
+# **Before you run**: two queries predict the *same* right box, with nearly the same score. Which
+# way does the loss push their scores?
 
 # %%
 from deformable_detr.losses import SetCriterion
@@ -1110,11 +1213,15 @@ print(["up" if g < 0 else "down" for g in twins.grad.flatten().tolist()])
 assert twins.grad[0, 0] > 0 > twins.grad[0, 1]
 
 # %% [markdown]
-# One up, the other down. A classical detector trains many anchors on each object and must remove the duplicates afterwards, by non-maximum suppression. Here a duplicate is an *error in training*, and self-attention lets queries settle who answers. Duplicates that remain have low scores; what removes them is a threshold.
+# One up, the other down. A classical detector trains many anchors on each object and must remove
+# the duplicates afterwards, by non-maximum suppression. Here a duplicate is an *error in training*,
+# and self-attention lets queries settle who answers. Duplicates that remain have low scores; what
+# removes them is a threshold.
 #
 # ## 8.14 The total loss
 #
-# Every decoder layer is asked for boxes and classes and gets its own matching and loss: deep supervision, through the same heads. First the whole decoder, layer by layer.
+# Every decoder layer is asked for boxes and classes and gets its own matching and loss: deep
+# supervision, through the same heads. First the whole decoder, layer by layer.
 
 
 # %%
@@ -1135,7 +1242,8 @@ layers = decode(model.decoder.layers, heads, start, memory, tokens)
 print(len(layers), [tuple(layer.logits.shape) for layer in layers])
 
 # %% [markdown]
-# The loss of one layer, by hand, from the pieces above. All sums are divided by the number of boxes in the batch.
+# The loss of one layer, by hand, from the pieces above. All sums are divided by the number of boxes
+# in the batch.
 
 
 # %%
@@ -1169,7 +1277,8 @@ for suffix, terms in zip(("_0", "_1", ""), by_hand, strict=True):
 assert torch.isclose(sum(losses.values()), sum(by_hand).sum(), rtol=1e-4)
 
 # %% [markdown]
-# Suffix `_0`, `_1`: the auxiliary losses of the first layers; without suffix: the last layer. And the prior of section 8.11, measured on this model and batch:
+# Suffix `_0`, `_1`: the auxiliary losses of the first layers; without suffix: the last layer. And
+# the prior of section 8.11, measured on this model and batch:
 
 # %%
 bias = model.class_heads[0].bias
@@ -1180,11 +1289,15 @@ for name, value in (("without", 0.0), ("with prior", -math.log(99))):
     assert (loss < 4) == (name == "with prior")
 
 # %% [markdown]
-# With the prior it is even below 2.26, since the matching picks queries whose random logits happen to be high. The paper's model has a hundred times as many answers as ours, so there the difference is as much larger.
+# With the prior it is even below 2.26, since the matching picks queries whose random logits happen
+# to be high. The paper's model has a hundred times as many answers as ours, so there the difference
+# is as much larger.
 #
 # ## 8.15 From output to detections
 #
-# At test time nothing is matched. Scores are the sigmoids; take the best 100 over **all queries and classes together**, turn boxes into corners, and multiply by the size of the *original* image. By hand on two queries and three classes:
+# At test time nothing is matched. Scores are the sigmoids; take the best 100 over **all queries and
+# classes together**, turn boxes into corners, and multiply by the size of the *original* image. By
+# hand on two queries and three classes:
 
 # %%
 scores = torch.tensor([[0.7, 0.6, 0.1], [0.2, 0.1, 0.4]])
@@ -1203,18 +1316,21 @@ assert [len(d) for d in found] == [100, 100]
 assert all(len(d) == 0 for d in postprocess(output, sizes, threshold=0.3))
 
 # %% [markdown]
-# "It always returns 100 boxes" is a question that users really ask. Yes: COCO's metric wants the best 100, however unsure. To *look* at results, set a threshold. Before training nothing passes it.
+# "It always returns 100 boxes" is a question that users really ask. Yes: COCO's metric wants the
+# best 100, however unsure. To *look* at results, set a threshold. Before training nothing passes
+# it.
 #
 # ## Exercise 8.6  Detections
 #
 # *difficulty ●●○ · 10 minutes · 7 lines*
 #
-# Write it for one image. `original_size` is (H, W); return scores (best first), labels, and boxes as corners `xyxy` in pixels.
+# Write it for one image. `original_size` is (H, W); return scores (best first), labels, and boxes
+# as corners `xyxy` in pixels.
 
 
 # %% tags=["exercise"]
 def detections(logits, boxes, original_size, top_k):
-    """logits: (Q, classes). boxes: (Q, 4) cxcywh. Returns scores, labels (top_k,), boxes (top_k, 4)."""
+    """logits: (Q, classes). boxes: (Q, 4) cxcywh. Returns scores, labels and boxes of top_k."""
     # BEGIN SOLUTION
     scores, index = logits.sigmoid().flatten().topk(top_k)
     query, labels = index // logits.shape[1], index % logits.shape[1]
@@ -1237,13 +1353,15 @@ check("8.6", detections)
 #
 # <details><summary>Hint 2</summary>
 #
-# `index // classes` is the query, `index % classes` the class. x is scaled by the width, and the size comes as (H, W).
+# `index // classes` is the query, `index % classes` the class. x is scaled by the width, and the
+# size comes as (H, W).
 #
 # </details>
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# Your scores are right and your labels are not: the index was taken apart by the number of queries instead of the number of classes.
+# Your scores are right and your labels are not: the index was taken apart by the number of queries
+# instead of the number of classes.
 #
 # </details>
 #
@@ -1266,9 +1384,7 @@ class Parts(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.backbone = build_backbone(c.backbone)
-        self.input_proj = build_input_projections(
-            self.backbone.channels, c.num_levels, c.embed_dim
-        )
+        self.input_proj = build_input_projections(self.backbone.channels, c.num_levels, c.embed_dim)
         self.position = SinePositionEncoding(c.embed_dim // 2)
         self.level_embed = nn.Parameter(torch.randn(c.num_levels, c.embed_dim))
         sizes = (c.embed_dim, c.num_levels, c.num_heads, c.num_points, c.ffn_dim, 0.0)
@@ -1320,7 +1436,9 @@ class Detector(WithMemory):
 
 
 # %% [markdown]
-# Is it the library's? With fresh weights the question would be too easy: all offsets and boxes start from zero weights, and a bug behind a zero cannot be seen. So both get the same **random** weights, strictly: every name must fit.
+# Is it the library's? With fresh weights the question would be too easy: all offsets and boxes
+# start from zero weights, and a bug behind a zero cannot be seen. So both get the same **random**
+# weights, strictly: every name must fit.
 
 # %%
 torch.manual_seed(80)
@@ -1348,7 +1466,9 @@ for a, b in zip([mine, *mine.auxiliary], [theirs, *theirs.auxiliary], strict=Tru
 print("the same in", 1 + len(mine.auxiliary), "layers")
 
 # %% [markdown]
-# Your functions and this class *are* Deformable DETR, without the variants. The library adds those by the same path: iterative refinement and the two-stage model are chapter 10. Once more, the whole way in shapes:
+# Your functions and this class *are* Deformable DETR, without the variants. The library adds those
+# by the same path: iterative refinement and the two-stage model are chapter 10. Once more, the
+# whole way in shapes:
 
 # %%
 way = [("images", batch.images), ("mask", batch.mask)]
@@ -1361,7 +1481,8 @@ for name, tensor in way:
     print(f"{name:20s}", tuple(tensor.shape))
 
 # %% [markdown]
-# **Before you run**: padding is masked everywhere. Does image 1 alone give the same boxes as in the batch?
+# **Before you run**: padding is masked everywhere. Does image 1 alone give the same boxes as in the
+# batch?
 
 # %%
 alone = ours(Batch.from_images([second]))
@@ -1370,11 +1491,14 @@ print("the same to five digits:", difference < 1e-5)
 assert 1e-5 < difference < 0.2
 
 # %% [markdown]
-# Not quite. Attention does not read padding, but convolutions at the border do, group norm averages over it, and cells of coarse levels lie half on it. So scores of one image change a little with the company that it keeps, in the official model too.
+# Not quite. Attention does not read padding, but convolutions at the border do, group norm averages
+# over it, and cells of coarse levels lie half on it. So scores of one image change a little with
+# the company that it keeps, in the official model too.
 #
 # ## 8.17 Where the parameters are
 #
-# **Before you run**: the paper's base model has 40 million parameters. Which part has the most: backbone, encoder, decoder, or queries and heads?
+# **Before you run**: the paper's base model has 40 million parameters. Which part has the most:
+# backbone, encoder, decoder, or queries and heads?
 
 
 # %%
@@ -1395,7 +1519,9 @@ print(f"{'all':17s}{sum(small_parts.values()):12,}{sum(base_parts.values()):14,}
 assert sum(base_parts.values()) == 40_069_665 and base_parts["backbone"] == 23_454_912
 
 # %% [markdown]
-# More than half is the backbone. One encoder layer of the base model by hand, $C = 256$, $M = 8$, $L = 4$, $K = 4$, feed-forward 1024: offsets and weights of $MLK = 128$ samples, two projections, two linear layers, two norms.
+# More than half is the backbone. One encoder layer of the base model by hand, $C = 256$, $M = 8$,
+# $L = 4$, $K = 4$, feed-forward 1024: offsets and weights of $MLK = 128$ samples, two projections,
+# two linear layers, two norms.
 
 # %%
 C_base, samples_base, inner = 256, 8 * 4 * 4, 1024
@@ -1410,7 +1536,8 @@ del base
 # %% [markdown]
 # ## 8.18 Does it learn?
 #
-# The first test of any detector: can it learn **one batch by heart**? If not, the fault is in the code, not in the data. We train your class from a fresh start. First a single step.
+# The first test of any detector: can it learn **one batch by heart**? If not, the fault is in the
+# code, not in the data. We train your class from a fresh start. First a single step.
 
 # %%
 torch.set_grad_enabled(True)
@@ -1441,7 +1568,8 @@ print("the loss falls in one step:", after < before)
 assert after < before
 
 # %% [markdown]
-# Sixty more take a few seconds. (The detector stays in training mode, also below: batch norm works with the statistics of this batch, since so few steps do not settle its running ones.)
+# Sixty more take a few seconds. (The detector stays in training mode, also below: batch norm works
+# with the statistics of this batch, since so few steps do not settle its running ones.)
 
 # %%
 history += [train_step() for _ in range(60)]
@@ -1459,7 +1587,8 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# *Figure 8.9. What to see: all three terms fall. The class term starts near 2.3, as section 8.11 promised; L1 and GIoU start where 25 boxes of one size happen to lie.*
+# *Figure 8.9. What to see: all three terms fall. The class term starts near 2.3, as section 8.11
+# promised; L1 and GIoU start where 25 boxes of one size happen to lie.*
 
 # %%
 assert 1.5 < history[0]["loss_class"] < 3
@@ -1470,17 +1599,20 @@ with torch.no_grad():
 figure, axes = plt.subplots(1, 2)
 for i, (axis, target, found) in enumerate(zip(axes, batch.targets, trained, strict=True)):
     show(axis, i)
+    for box, score, label in zip(found.boxes.tolist(), found.scores, found.labels, strict=True):
+        left, top, right, bottom = box
+        axis.add_patch(
+            Rectangle((left, top), right - left, bottom - top, fill=False, ec="C0", lw=3)
+        )
+        name = f"{digits[label]} {score:.1f}"
+        axis.text(left, top, name, color="white", size=8, va="top", backgroundcolor="C0")
     draw_boxes(axis, target.boxes, target.original_size, "C4", "--")
-    for (left, top, right, bottom), score, label in zip(
-        found.boxes.tolist(), found.scores, found.labels, strict=True
-    ):
-        corner = (left, top), right - left, bottom - top
-        axis.add_patch(Rectangle(*corner, fill=False, ec="C5", lw=1.8))
-        axis.text(left, top - 1, f"{digits[label]} {score:.1f}", color="C5", size=8)
 plt.show()
 
 # %% [markdown]
-# *Figure 8.10. What to see: detections with a score above 0.3 (blue) and the objects (orange, dashed), after learning these two images by heart. No box is doubled, although nothing removed duplicates.*
+# *Figure 8.10. What to see: detections with a score above 0.3 (blue) and the objects (orange,
+# dashed), after learning these two images by heart. No box is doubled, although nothing removed
+# duplicates.*
 
 # %%
 for target, found in zip(batch.targets, trained, strict=True):
@@ -1494,23 +1626,35 @@ assert all(
 )
 
 # %% [markdown]
-# This is memory, not skill: two images say nothing about a third. Chapter 9 trains on thousands and tests on images that were never seen.
+# This is memory, not skill: two images say nothing about a third. Chapter 9 trains on thousands and
+# tests on images that were never seen.
 #
 # ## Summary
 #
-# - Images are padded to one size, with a mask; maps of several strides become one sequence of $S$ tokens of width $C$, with place and level added.
-# - The encoder lets each token sample around itself; the decoder lets $Q$ learned queries talk to each other and sample around their references.
-# - A box is $\sigma(\delta + \sigma^{-1}(\text{reference}))$; a class is a sigmoid; background is no to all classes, and starts at 0.99.
-# - The matching gives each object exactly one query, at least total cost; all others learn "no". Hence no NMS.
-# - The loss is focal + L1 + GIoU (2, 5, 2), summed over all decoder layers and divided by the number of boxes.
+# - Images are padded to one size, with a mask; maps of several strides become one sequence of $S$
+#   tokens of width $C$, with place and level added.
+# - The encoder lets each token sample around itself; the decoder lets $Q$ learned queries talk to
+#   each other and sample around their references.
+# - A box is $\sigma(\delta + \sigma^{-1}(\text{reference}))$; a class is a sigmoid; background is
+#   no to all classes, and starts at 0.99.
+# - The matching gives each object exactly one query, at least total cost; all others learn "no".
+#   Hence no NMS.
+# - The loss is focal + L1 + GIoU (2, 5, 2), summed over all decoder layers and divided by the
+#   number of boxes.
 #
-# > **Differs from the paper.** The paper says Adam, the official code uses AdamW {cite}`loshchilov2019adamw`. The paper gives the first boxes a size of 0.1; in the code it is $\sigma(-2) = 0.119$.
+# > **Differs from the paper.** The paper says Adam, the official code uses AdamW
+# > {cite}`loshchilov2019adamw`. For refinement the paper starts from boxes of size 0.1; the code
+# > has no such number, its first sizes are $\sigma(-2) = 0.119$.
 # >
-# > **Differs from the official code.** There, class columns are raw category ids (91 for COCO); here they are positions in the list. There, norms are numbered `norm2`, `norm1`, `norm3` in order of use; here they have names. The official model drops out a tenth of all activations in training; here dropout is 0 so that results compare.
+# > **Differs from the official code.** There, class columns are raw category ids (91 for COCO);
+# > here they are positions in the list. There, norms are numbered `norm2`, `norm1`, `norm3` in
+# > order of use; here they have names. The official model drops out a tenth of all activations in
+# > training; here dropout is 0 so that results compare.
 #
 # ## Further reading
 #
 # - {cite}`zhu2021deformable`, section 4.1 and Appendices A.2 to A.4: the detector of this chapter.
-# - {cite}`carion2020detr`: queries and set prediction, with dense attention and a softmax with background.
+# - {cite}`carion2020detr`: queries and set prediction, with dense attention and a softmax with
+#   background.
 # - {cite}`lin2017focal` and {cite}`rezatofighi2019giou`: the two losses.
 # - {cite}`kuhn1955hungarian`: the Hungarian method, in the original.

@@ -7,6 +7,7 @@ from io import StringIO
 
 import numpy as np
 import torch
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -132,7 +133,8 @@ def score(results: list[dict], dataset: CocoDataset) -> Metrics:
     """COCO metrics of detections given as COCO results."""
     small, medium = dataset.info.get("area_thresholds", COCO_THRESHOLDS)
     with redirect_stdout(StringIO()):
-        evaluation = COCOeval(dataset.coco, dataset.coco.loadRes(results), "bbox")
+        found = dataset.coco.loadRes(results) if results else COCO()
+        evaluation = COCOeval(dataset.coco, found, "bbox")
         evaluation.params.imgIds = dataset.image_ids
         evaluation.params.areaRng = [(0, 1e10), (0, small), (small, medium), (medium, 1e10)]
         evaluation.evaluate()

@@ -1,0 +1,105 @@
+"""The digits in scenes: the same on every machine, and no piece of one split in another."""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deformable_detr.datasets import check_dataset
+
+DATA = Path(__file__).parents[1] / "data"
+SPLITS = ("train", "val", "test")
+FIRST_30 = {  # of the pixels of each split's first 30 images and of their digits
+    "train": "31501744d008104ed97cd34672a6dc3a28bfea8758496d599f9d599812eb63ee",
+    "val": "2851c0a52b39b29bb8d86c8851f41b570417241486af4f5a984743bc6693ddfb",
+    "test": "f295f13ef7860c52ce4f6f80429197077f8820eef42b6c86c6bf7cfdb55de45e",
+}
+
+
+@pytest.fixture(scope="module")
+def generator():
+    spec = importlib.util.spec_from_file_location("make_digits", DATA / "make_digits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_first_images_are_the_same_everywhere(generator, split):
+    made = [generator.make_image(i, split) for i in range(30)]
+    hashes = [hashlib.sha256(pixels.tobytes()).hexdigest() for pixels, _ in made]
+    content = generator.annotations(split, [digits for _, digits in made])
+    assert generator.checksum(hashes, content) == FIRST_30[split]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_whole_set_is_what_was_pinned(generator, split):
+    root = DATA / "digits"
+    if not root.exists():
+        pytest.skip("no data/digits: run `python data/make_digits.py`")
+    content = json.loads((root / "annotations" / f"{split}.json").read_text())
+    hashes = []
+    for image in content["images"]:
+        with Image.open(root / split / image["file_name"]) as picture:
+            hashes.append(hashlib.sha256(np.asarray(picture).tobytes()).hexdigest())
+    pinned = json.loads((DATA / "digits.sha256.json").read_text())
+    assert generator.checksum(hashes, content) == pinned[split]
+
+
+def test_no_glyph_and_no_photograph_is_in_two_splits(generator):
+    inks = {s: {image.tobytes() for image in generator.glyphs(s)[0]} for s in SPLITS}
+    counts = [len(generator.glyphs(s)[0]) for s in SPLITS]
+    assert sum(counts) == 1797 and min(counts) > 170
+    photographs = {s: set(generator.PHOTOGRAPHS[s]) for s in SPLITS}
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert not photographs[one] & photographs[other]
+        # two people may write the same 8 x 8 digit; it is rare
+        assert len(inks[one] & inks[other]) <= 2
+    for split in SPLITS:
+        assert set(generator.glyphs(split)[1]) == set(range(10))
+
+
+def test_boxes_are_tight_around_the_ink(generator, monkeypatch):
+    """On a black scene without noise, the box of a white digit is the extent of what is not black."""
+    monkeypatch.setattr(generator, "choose_colour", lambda rng, under: np.full(3, 255))
+    rng = np.random.Generator(np.random.PCG64(3))
+    heights = []
+    for _ in range(200):
+        scene = np.zeros((128, 128, 3), np.int64)
+        _, (x, y, w, h) = generator.draw_digit(rng, scene, "val", np.zeros((128, 128), bool))
+        rows, columns = np.flatnonzero(scene.any((1, 2))), np.flatnonzero(scene.any((0, 2)))
+        # ink as faint as 1 / 256 is as good as black: at most one of the glyph's own 8 x 8 pixels
+        for seen, start, size in ((rows, y, h), (columns, x, w)):
+            assert start <= seen[0] <= start + h / 8 + 1
+            assert start + size - h / 8 - 1 <= seen[-1] + 1 <= start + size
+        heights.append(h)
+    assert min(heights) >= 5 and max(heights) <= 72
+    assert 0.4 < np.mean(np.array(heights) < 25) < 0.65  # log-uniform: half below the middle, 25
+
+
+def test_scenes_have_one_to_eight_digits_that_hardly_overlap(generator):
+    for index in range(40):
+        _, digits = generator.make_image(index, "train")
+        assert 1 <= len(digits) <= 8
+        for i, (_, (x, y, w, h)) in enumerate(digits):
+            assert x >= 0 and y >= 0 and x + w <= 128 and y + h <= 128
+            for _, (a, b, c, d) in digits[:i]:
+                width, height = min(x + w, a + c) - max(x, a), min(y + h, b + d) - max(y, b)
+                assert max(width, 0) * max(height, 0) <= 0.05 * w * h
+
+
+def test_the_samples_are_the_first_of_the_test_split(generator):
+    content = json.loads((DATA / "samples" / "annotations.json").read_text())
+    assert len(content["images"]) == 24
+    assert check_dataset(DATA / "samples", DATA / "samples" / "annotations.json") == []
+    digits = []
+    for i, image in enumerate(content["images"]):
+        pixels, found = generator.make_image(i, "test")
+        digits.append(found)
+        with Image.open(DATA / "samples" / image["file_name"]) as picture:
+            assert np.array_equal(np.asarray(picture), pixels)
+    assert generator.annotations("test", digits) == content

@@ -1,0 +1,71 @@
+"""COCO metrics where the right answer is known."""
+
+import copy
+import math
+
+import pytest
+
+from deformable_detr import DeformableDETR
+from deformable_detr.datasets import CocoDataset, find_split
+from deformable_detr.evaluate import evaluate, predict_dataset, score
+from tests.conftest import TINY
+
+
+@pytest.fixture
+def dataset(coco):
+    return CocoDataset(*find_split(coco, "train"))
+
+
+def truth(dataset):
+    keys = ("image_id", "category_id", "bbox")
+    found = dataset.coco.dataset["annotations"]
+    return [{key: copy.copy(a[key]) for key in keys} | {"score": 0.9} for a in found]
+
+
+def test_the_truth_has_ap_1_and_no_large_objects(dataset):
+    metrics = score(truth(dataset), dataset)
+    assert metrics.ap == metrics.ap50 == metrics.ap75 == metrics.ap_small == metrics.ar == 1
+    assert math.isnan(metrics.ap_medium) and math.isnan(metrics.ap_large)
+    assert metrics.per_class == pytest.approx({"red": 1, "green": 1, "blue": 1})
+    lines = [" ".join(line.split()) for line in str(metrics).splitlines()]
+    assert "AP small (below 32^2 px) 1.000" in lines and "AP large n/a" in lines
+    assert metrics.to_dict()["ap_large"] is None
+
+
+def test_a_shifted_box_counts_up_to_its_iou(dataset):
+    """20 x 16 boxes shifted by 4 px: IoU 16/24 = 0.667, so four of ten thresholds."""
+    results = truth(dataset)
+    for result in results:
+        result["bbox"][0] += 4
+    metrics = score(results, dataset)
+    assert metrics.ap == pytest.approx(0.4) and metrics.ap50 == 1 and metrics.ap75 == 0
+
+
+def test_wrong_classes_and_nothing_have_ap_0(dataset):
+    results = truth(dataset)
+    for result in results:
+        result["category_id"] = {3: 7, 7: 20, 20: 3}[result["category_id"]]
+    assert score(results, dataset).ap == 0
+    assert score([], dataset).ap == 0
+
+
+def test_sizes_come_from_the_data(dataset):
+    dataset.info["area_thresholds"] = [256, 1296]
+    metrics = score(truth(dataset), dataset)
+    assert math.isnan(metrics.ap_small) and metrics.ap_medium == 1  # 320 pixels
+
+
+def test_results_are_in_pixels_with_the_datas_own_ids(dataset):
+    model = DeformableDETR(TINY)
+    results = predict_dataset(model, dataset, batch_size=4, progress=False)
+    assert len(results) == 6 * 18  # 6 queries, 3 classes
+    assert {r["category_id"] for r in results} <= {3, 7, 20}
+    assert {r["image_id"] for r in results} == set(dataset.image_ids)
+    assert max(r["bbox"][0] + r["bbox"][2] for r in results) > 2  # not normalised
+    assert model.training  # as it was
+
+
+def test_another_number_of_classes_is_refused(dataset):
+    dataset.categories.pop()
+    with pytest.raises(ValueError, match="3 classes, the data has 2"):
+        evaluate(DeformableDETR(TINY), dataset, progress=False)
