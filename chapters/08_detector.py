@@ -186,8 +186,8 @@ assert mask[0, 0, -1] and not mask[0, -1, 0] and mask[1, -1, 0] and not mask[1, 
 # %% [markdown]
 # ## 8.2 Feature maps from the backbone
 #
-# A small model, so that everything runs at once. No two of its sizes are equal where they could be
-# confused. The paper's model is the same with other numbers.
+# A small model, so that everything runs at once. $(B, Q, M, L, K, C) = (2, 25, 6, 4, 3, 96)$, all
+# different, so that a mix-up would show. The paper's model is the same with other numbers.
 
 # %%
 from deformable_detr import DeformableDETR, DeformableDETRConfig
@@ -445,6 +445,15 @@ references = centres[:, :, None] * ratios[:, None]  # (B, S, L, 2)
 print(tuple(references.shape))
 assert torch.allclose(references[0, 165 + 2 * 8 + 5], by_hand)
 
+# %% [markdown]
+# Where does a token look? The attention module tells, on request: $M L K = 72$ points each.
+
+# %%
+attention = model.encoder.layers[0].attention
+query, asked = features + position, 4 * 15 + 6  # row 4, column 6 of level 0
+_, sampling = attention(query, references, features, shapes, padding, return_sampling=True)
+print("locations", tuple(sampling.locations.shape), "weights", tuple(sampling.weights.shape))
+
 # %% mystnb={"image": {"alt": "Left: image 1 with a dot at the centre of every cell of four levels, dots on padding lie below the image. Right: one token of level 0 and its sampling points at initialisation, rays of points in six directions, short on level 0 and far apart on level 3."}}
 figure, axes = plt.subplots(1, 2, figsize=(7, 3.9))
 size = torch.tensor([width, height])
@@ -456,9 +465,6 @@ for level, part in enumerate(references[1].split([h * w for h, w in shapes])):
 figure.legend(loc="outside lower center", ncols=4)
 axes[0].set_title("the reference points of all tokens")
 
-query, asked = features + position, 4 * 15 + 6  # row 4, column 6 of level 0
-attention = model.encoder.layers[0].attention
-_, sampling = attention(query, references, features, shapes, padding, return_sampling=True)
 for level in range(L):
     points = sampling.locations[1, asked, :, level].flatten(0, 1) * size
     axes[1].plot(*points.T, "o", ms=3, c=f"C{level}")
@@ -475,7 +481,7 @@ plt.show()
 # %%
 across = sampling.locations[1, asked, ..., 0]  # (M, L, K)
 spread = across.amax((0, 2)) - across.amin((0, 2))
-print("share of the width that is asked:", [round(v, 1) for v in spread.tolist()])
+print("share of the width that is asked:", [round(v, 2) for v in spread.tolist()])
 assert spread.diff().gt(0).all()  # each coarser level is asked over a wider part of the image
 assert torch.allclose(sampling.weights.sum((-1, -2)), torch.ones(B, S, config.num_heads))
 
@@ -624,7 +630,13 @@ assert not moved[torch.arange(Q) != 3].any()
 # The box head is three linear layers. It does not predict a box but a **delta** from the reference.
 # Both meet before the sigmoid (Appendix A.3):
 #
-# $$\hat b_x = \sigma\bigl(\delta_x + \sigma^{-1}(\hat p_x)\bigr), \qquad \hat b_w = \sigma(\delta_w), \qquad \sigma^{-1}(p) = \ln\frac{p}{1 - p}$$
+# $$
+# \hat b_x = \sigma\bigl(\delta_x + \sigma^{-1}(\hat p_x)\bigr), \qquad
+# \hat b_w = \sigma(\delta_w), \qquad
+# \sigma^{-1}(p) = \ln\frac{p}{1 - p}
+# $$
+#
+# and the same for $y$ and $h$.
 #
 # By hand, with reference 0.3 and delta 1:
 
@@ -812,7 +824,11 @@ check("8.3", class_targets)
 # Of $Q \times$ classes answers almost all must be no. Summed up, those many easy noes would drown
 # the few yeses. The focal loss {cite}`lin2017focal` turns the easy ones down:
 #
-# $$\mathrm{FL}(p_t) = -\alpha_t (1 - p_t)^\gamma \ln p_t, \qquad \gamma = 2, \quad \alpha_t = \tfrac14 \text{ for yes}, \ \tfrac34 \text{ for no},$$
+# $$
+# \mathrm{FL}(p_t) = -\alpha_t (1 - p_t)^\gamma \ln p_t, \qquad
+# \gamma = 2, \quad
+# \alpha_t = \tfrac14 \text{ for yes}, \ \tfrac34 \text{ for no},
+# $$
 #
 # where $p_t$ is the probability of the right answer: $p$ for a yes, $1 - p$ for a no. By hand:
 
@@ -982,8 +998,14 @@ print(round(giou(a, b), 3))
 assert math.isclose(giou(a, b), 2 / 18 - 6 / 24)
 assert math.isclose(by_torchvision, giou(a, b), rel_tol=1e-5)
 
+# %%
+fixed = (0.0, 0.0, 3.0, 2.0)  # and the same box, shifted to the right
+shift = torch.linspace(0, 10, 101)
+row = torch.stack([shift, torch.zeros(101), shift + 3, torch.full((101,), 2.0)], -1)
+iou_curve = box_iou(torch.tensor([fixed]), row)[0]
+giou_curve = generalized_box_iou(torch.tensor([fixed]), row)[0]
+
 # %% mystnb={"image": {"alt": "Top: four pairs of boxes with their hull dashed: one inside the other, overlapping, near each other, far apart; IoU is positive for the first two and 0 for the last two, GIoU falls from 0.33 to minus 0.5. Bottom: IoU and GIoU against the shift of one box; beyond the point where they part IoU stays at 0 and GIoU keeps falling."}}
-fixed = (0.0, 0.0, 3.0, 2.0)
 cases = [(0.5, 0.5, 2.5, 1.5), (1.0, 0.5, 4.0, 2.5), (4.0, 0.0, 7.0, 2.0), (9.0, 0.0, 12.0, 2.0)]
 figure, axes = plt.subplot_mosaic("abcd;eeee", figsize=(7, 4), height_ratios=[1, 1.6])
 for axis, moved in zip((axes[k] for k in "abcd"), cases, strict=True):
@@ -994,10 +1016,6 @@ for axis, moved in zip((axes[k] for k in "abcd"), cases, strict=True):
     iou = overlap(fixed, moved)[0] / overlap(fixed, moved)[1]
     axis.set_title(f"IoU {iou:.2f}\nGIoU {giou(fixed, moved):.2f}")
     axis.set(xlim=(-0.3, 12.3), ylim=(3, -0.3), aspect="equal", xticks=[], yticks=[])
-shift = torch.linspace(0, 10, 101)
-row = torch.stack([shift, torch.zeros(101), shift + 3, torch.full((101,), 2.0)], -1)
-iou_curve = box_iou(torch.tensor([fixed]), row)[0]
-giou_curve = generalized_box_iou(torch.tensor([fixed]), row)[0]
 axes["e"].plot(shift, iou_curve, label="IoU")
 axes["e"].plot(shift, giou_curve, "--", label="GIoU")
 axes["e"].axvline(3, c="0.6", lw=1)
@@ -1029,7 +1047,7 @@ with torch.enable_grad():
 # %% [markdown]
 # The four numbers belong to left, top, right and bottom. The left edge has a positive gradient:
 # descent moves it left, towards the object. The right edge moves right, away from it, a little: as
-# long as two boxes are apart, GIoU makes the box *grow* towards the other.
+# long as two boxes are apart, GIoU makes the box *grow*, most of all towards the other.
 #
 # L1 and GIoU make up for each other's blindness. The same shift of 0.05, on a large and a small
 # box:
@@ -1290,8 +1308,8 @@ for name, value in (("without", 0.0), ("with prior", -math.log(99))):
 
 # %% [markdown]
 # With the prior it is even below 2.26, since the matching picks queries whose random logits happen
-# to be high. The paper's model has a hundred times as many answers as ours, so there the difference
-# is as much larger.
+# to be high. The paper's model has a hundred times as many answers as ours; hence the thousand of
+# section 8.11.
 #
 # ## 8.15 From output to detections
 #
@@ -1601,11 +1619,11 @@ for i, (axis, target, found) in enumerate(zip(axes, batch.targets, trained, stri
     show(axis, i)
     for box, score, label in zip(found.boxes.tolist(), found.scores, found.labels, strict=True):
         left, top, right, bottom = box
-        axis.add_patch(
-            Rectangle((left, top), right - left, bottom - top, fill=False, ec="C0", lw=3)
-        )
+        shape = (right - left, bottom - top)
+        axis.add_patch(Rectangle((left, top), *shape, fill=False, ec="C0", lw=3))
         name = f"{digits[label]} {score:.1f}"
-        axis.text(left, top, name, color="white", size=8, va="top", backgroundcolor="C0")
+        label_box = {"facecolor": "C0", "edgecolor": "none", "pad": 1}
+        axis.text(left, top, name, color="white", size=8, va="bottom", bbox=label_box)
     draw_boxes(axis, target.boxes, target.original_size, "C4", "--")
 plt.show()
 
@@ -1648,8 +1666,8 @@ assert all(
 # >
 # > **Differs from the official code.** There, class columns are raw category ids (91 for COCO);
 # > here they are positions in the list. There, norms are numbered `norm2`, `norm1`, `norm3` in
-# > order of use; here they have names. The official model drops out a tenth of all activations in
-# > training; here dropout is 0 so that results compare.
+# > order of use; here they have names. The official model trains with dropout 0.1; this chapter's
+# > model has none, so that results compare.
 #
 # ## Further reading
 #

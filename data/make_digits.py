@@ -30,8 +30,15 @@ SMALLEST, LARGEST = 9, 72  # height of a digit in pixels
 SPLITS = {"train": 8000, "val": 500, "test": 1000}
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PHOTOGRAPHS = {  # a photograph belongs to one split
-    "train": ["astronaut.png", "motorcycle_left.png", "brick.png", "grass.png", "moon.png"]
-    + ["camera.png", "china.jpg"],
+    "train": [
+        "astronaut.png",
+        "motorcycle_left.png",
+        "brick.png",
+        "grass.png",
+        "moon.png",
+        "camera.png",
+        "china.jpg",
+    ],
     "val": ["chelsea.png", "coins.png", "clock_motion.png"],
     "test": ["coffee.png", "gravel.png", "ihc.png", "flower.jpg"],
 }

@@ -1,5 +1,7 @@
 """Convolutional backbones: an image in, feature maps at strides 8, 16 and 32 out."""
 
+from itertools import pairwise
+
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
@@ -44,7 +46,7 @@ class SmallBackbone(nn.Module):
         )
         widths = [16, 32, 64, 96, 128]
         self.blocks = nn.ModuleList(
-            ResidualBlock(before, after) for before, after in zip(widths, widths[1:], strict=False)
+            ResidualBlock(before, after) for before, after in pairwise(widths)
         )
         self.channels = widths[2:]
         self.strides = [8, 16, 32]
@@ -83,7 +85,8 @@ class ResidualBlock(nn.Module):
 
 def build_backbone(name: str, dilation: bool = False, pretrained: bool = False) -> nn.Module:
     """The backbone called `name`: "small" or a ResNet of torchvision ("resnet50", "resnet101",
-    "resnext101_32x8d"...). pretrained loads torchvision's ImageNet weights. ValueError on others."""
+    "resnext101_32x8d"...). pretrained loads torchvision's ImageNet weights. ValueError on other
+    names."""
     if name == "small":
         if dilation or pretrained:
             raise ValueError("the small backbone has neither dilation nor ImageNet weights")

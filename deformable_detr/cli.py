@@ -157,7 +157,8 @@ def run_train(args: argparse.Namespace) -> int:
         for split, fault in faults[:20]:
             print(f"{split}: {fault}", file=sys.stderr)
         raise ValueError(
-            f"{len(faults)} fatal faults in the data; all of them: deformable-detr check {args.data}"
+            f"{len(faults)} fatal faults in the data; "
+            f"all of them: deformable-detr check {args.data}"
         )
     train_transform, eval_transform = TRANSFORMS[args.recipe]
     train_set = CocoDataset(*find_split(args.data, "train"), train_transform())
@@ -167,9 +168,7 @@ def run_train(args: argparse.Namespace) -> int:
     model = DeformableDETR(choose_model(args, len(train_set.categories)))
     if args.backbone_weights:
         load_backbone(model, args.backbone_weights)
-    metrics = training.train(
-        model, train_set, val_set, args.output, recipe, resume=not args.fresh
-    )
+    metrics = training.train(model, train_set, val_set, args.output, recipe, resume=not args.fresh)
     if metrics:
         print(metrics)
     print(f"model: {args.output / ('best' if metrics else 'last')}.safetensors")
@@ -282,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError, training.NonFiniteLoss) as error:
+    except (ValueError, OSError, training.NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:

@@ -31,7 +31,10 @@ class CocoDataset(Dataset):
     """
 
     def __init__(
-        self, images_dir: Path | str, annotation_file: Path | str, transform: v2.Transform = TO_TENSOR
+        self,
+        images_dir: Path | str,
+        annotation_file: Path | str,
+        transform: v2.Transform = TO_TENSOR,
     ) -> None:
         self.images_dir, self.transform = Path(images_dir), transform
         content = read_annotations(Path(annotation_file))
@@ -54,7 +57,9 @@ class CocoDataset(Dataset):
         width, height = image.size
         boxes, labels = self._objects(image_id)
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
-        image, boxes, labels = self.transform(image, v2.functional.clamp_bounding_boxes(boxes), labels)
+        image, boxes, labels = self.transform(
+            image, v2.functional.clamp_bounding_boxes(boxes), labels
+        )
         boxes = boxes.as_subclass(Tensor)
         keep = (boxes[:, 2:] > boxes[:, :2]).all(-1)
         h, w = image.shape[-2:]

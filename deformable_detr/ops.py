@@ -19,7 +19,8 @@ def ms_deform_attn(
 
     The inner sums of Eq. 3 in "Deformable DETR" (Zhu et al., 2021).
 
-    value: (B, S, M, D), the L maps one after another, each flattened row by row; S = sum(H_l * W_l).
+    value: (B, S, M, D), the L maps one after another, each flattened row by row;
+        S = sum(H_l * W_l).
     spatial_shapes: L pairs (H_l, W_l), or an integer tensor (L, 2).
     sampling_locations: (B, Q, M, L, K, 2) as (x, y), normalised: (0, 0) is the top-left corner of
         the top-left pixel, (1, 1) the bottom-right corner of the bottom-right one. Samples outside
@@ -34,15 +35,13 @@ def ms_deform_attn(
 
 
 def check_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
-    """The levels' sizes as a list of (H, W); ValueError where they are not L pairs of positive ints."""
+    """The levels' sizes as a list of (H, W); ValueError unless they are pairs of positive ints."""
     if isinstance(spatial_shapes, Tensor):
         spatial_shapes = spatial_shapes.tolist()
     try:
         shapes = [(int(height), int(width)) for height, width in spatial_shapes]
     except (TypeError, ValueError):
-        raise ValueError(
-            f"spatial_shapes must be L pairs (H, W), got {spatial_shapes!r}"
-        ) from None
+        raise ValueError(f"spatial_shapes must be L pairs (H, W), got {spatial_shapes!r}") from None
     if not shapes or any(height < 1 or width < 1 for height, width in shapes):
         raise ValueError(f"spatial_shapes must be L >= 1 pairs of positive ints, got {shapes}")
     return shapes

@@ -28,7 +28,5 @@ def postprocess(
         scale = output.boxes.new_tensor([width, height, width, height])
         boxes = cxcywh_to_xyxy(output.boxes[i, query[i]]) * scale
         keep = scores[i] >= threshold
-        detections.append(
-            Detections(scores[i][keep], label[i][keep], boxes[keep], query[i][keep])
-        )
+        detections.append(Detections(scores[i][keep], label[i][keep], boxes[keep], query[i][keep]))
     return detections

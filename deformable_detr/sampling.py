@@ -1,6 +1,5 @@
 """Bilinear sampling by hand: the one primitive under everything else. Chapter 1 derives it."""
 
-import torch
 from torch import Tensor
 
 
@@ -21,7 +20,8 @@ def pixel_to_normalised(points: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def bilinear_sample(feature_map: Tensor, points: Tensor) -> Tensor:
-    """Values of a feature map between its pixels; G(q, p) of the deformable convolution paper, Eq. 3.
+    """Values of a feature map between its pixels; G(q, p) of the deformable convolution
+    paper, Eq. 3.
 
     feature_map: (C, H, W). points: (..., 2) as (x, y), normalised as in `normalised_to_pixel`;
     any value is allowed, and whatever lies outside the map counts as zero, NaN included.

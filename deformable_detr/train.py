@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,7 @@ RECIPES = {"paper": PAPER, "digits": DIGITS}
 MAY_CHANGE = {"num_workers", "checkpoint_minutes"}  # between a run and its resumption
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLossError(RuntimeError):
     """The loss became infinite or not a number."""
 
 
@@ -94,8 +95,8 @@ def train(
     `load_model` reads them, last.safetensors and best.safetensors (by AP on val_set). With resume,
     a checkpoint that is there is continued, exactly as if it had never stopped: model, optimiser,
     data order and random state. on_step is called with the step and its losses.
-    Raises ValueError where a checkpoint is of another run, NonFiniteLoss with the image ids, and
-    Interrupted after Ctrl-C, when the step is finished and saved.
+    Raises ValueError where a checkpoint is of another run, NonFiniteLossError with the image ids,
+    and Interrupted after Ctrl-C, when the step is finished and saved.
     """
     trainer = Trainer(model, train_set, val_set, Path(output_dir), config, progress)
     if resume:
@@ -216,9 +217,9 @@ class Trainer:
         values = {name: term.item() for name, term in losses.items()}
         return {"loss": loss.item(), **values, "gradient_norm": float(norm)}
 
-    def _not_finite(self, what: str, batch: Batch) -> NonFiniteLoss:
+    def _not_finite(self, what: str, batch: Batch) -> NonFiniteLossError:
         ids = [target.image_id for target in batch.targets]
-        return NonFiniteLoss(
+        return NonFiniteLossError(
             f"{what} not finite at step {self.step + 1}, images {ids}; "
             f"the last checkpoint is {self.checkpoint}"
         )
@@ -399,10 +400,8 @@ class CatchInterrupt:
     def __enter__(self) -> "CatchInterrupt":
         self.happened = False
         self.previous = None
-        try:
+        with suppress(ValueError):  # raised outside the main thread
             self.previous = signal.signal(signal.SIGINT, self._note)
-        except ValueError:  # not in the main thread
-            pass
         return self
 
     def _note(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""The deformable encoder, the decoder with iterative refinement, and the first stage's proposals."""
+"""The deformable encoder, the decoder with iterative refinement, the first stage's proposals."""
 
 import math
 from dataclasses import dataclass

@@ -64,7 +64,7 @@ def test_no_glyph_and_no_photograph_is_in_two_splits(generator):
 
 
 def test_boxes_are_tight_around_the_ink(generator, monkeypatch):
-    """On a black scene without noise, the box of a white digit is the extent of what is not black."""
+    """On a black scene without noise, a white digit's box is the extent of what is not black."""
     monkeypatch.setattr(generator, "choose_colour", lambda rng, under: np.full(3, 255))
     rng = np.random.Generator(np.random.PCG64(3))
     heights = []

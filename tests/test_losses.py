@@ -77,7 +77,7 @@ def test_the_matching_is_of_least_total_cost_not_greedy():
 
 def test_predictions_that_are_not_finite_are_refused_by_image():
     output = Output(torch.full((1, 3, 2), torch.nan), torch.rand(1, 3, 4))
-    with pytest.raises(ValueError, match="image 77: .* not finite"):
+    with pytest.raises(ValueError, match=r"image 77: .* not finite"):
         HungarianMatcher()(output, [target([[0.5] * 4], [0], image_id=77)])
 
 

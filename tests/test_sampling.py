@@ -29,7 +29,14 @@ def test_against_loops_inside_border_outside():
     torch.manual_seed(0)
     feature_map = torch.randn(3, 4, 7, dtype=torch.float64)
     points = torch.rand(60, 2, dtype=torch.float64) * 1.6 - 0.3
-    corners = [[0, 0], [1, 1], [0.5 / 7, 0.5 / 4], [6.5 / 7, 3.5 / 4], [-0.5 / 7, 0.5], [0.5, 4.5 / 4]]
+    corners = [
+        [0, 0],
+        [1, 1],
+        [0.5 / 7, 0.5 / 4],
+        [6.5 / 7, 3.5 / 4],
+        [-0.5 / 7, 0.5],
+        [0.5, 4.5 / 4],
+    ]
     hostile = [[math.nan, 0.5], [0.5, math.inf], [-math.inf, 0.5], [1e300, 0.5], [0.5, -1e30]]
     points = torch.cat([points, torch.tensor(corners + hostile, dtype=torch.float64)])
     expected = [sample_by_loop(feature_map, x, y) for x, y in points.tolist()]

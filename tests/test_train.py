@@ -63,7 +63,7 @@ def test_dropout_and_augmentation_do_something(coco, tmp_path):
 
 
 def test_what_a_run_leaves_behind(coco, tmp_path):
-    model, metrics = run(coco, tmp_path / "run")
+    model, _ = run(coco, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"checkpoint.pt", "log.jsonl", "best.safetensors", "last.safetensors"} <= names
     assert any(name.startswith("events.") for name in names)
@@ -84,7 +84,7 @@ def test_it_learns(coco, tmp_path):
 
 def test_another_run_is_not_continued(coco, tmp_path):
     run(coco, tmp_path / "run", dataclasses.replace(RECIPE, epochs=1))
-    with pytest.raises(ValueError, match="another run: recipe epochs was 1, is 4$"):
+    with pytest.raises(ValueError, match=r"another run: recipe epochs was 1, is 4$"):
         run(coco, tmp_path / "run")
     run(coco, tmp_path / "run", resume=False)
 
@@ -107,7 +107,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(coco, tmp_path):
     model, train_set, val_set = make(coco)
     with torch.no_grad():
         model.class_heads[1].weight.fill_(torch.nan)
-    with pytest.raises(training.NonFiniteLoss, match=r"not finite at step 1, images \[10\d, 10\d\]"):
+    with pytest.raises(
+        training.NonFiniteLossError, match=r"not finite at step 1, images \[10\d, 10\d\]"
+    ):
         train(model, train_set, val_set, tmp_path / "run", RECIPE, progress=False)
 
 

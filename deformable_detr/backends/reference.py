@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention in plain PyTorch: any device, any dtype, twice differentiable."""
+"""Multi-scale deformable attention in plain PyTorch: any device, any dtype."""
 
 import torch.nn.functional as F
 from torch import Tensor

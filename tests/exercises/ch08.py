@@ -41,7 +41,8 @@ def check_needed_delta(needed_delta):
     yield "a box of half the image, centred on its reference, needs no delta"
     reference = torch.tensor([0.3, 0.8])
     box = torch.tensor([0.3, 0.8, 0.5, 0.5])
-    expect(needed_delta(box, reference), torch.zeros(4), "a point has no size to start from")
+    hint = "a difference of logits; and a point has no size to start from, so 0.5 is logit 0"
+    expect(needed_delta(box, reference), torch.zeros(4), hint)
     yield "sigmoid(delta + inverse_sigmoid(reference)) is the box"
     references, boxes = torch.rand(2, 3, 2), torch.rand(2, 3, 4) * 0.9 + 0.05
     hint = "both box and reference go through the inverse sigmoid before they are subtracted"
@@ -54,23 +55,23 @@ def check_needed_delta(needed_delta):
 @checks("8.3")
 def check_class_targets(class_targets):
     categories = [2, 3, 5, 8, 13]
+
+    def ones(wanted, expected, hint):
+        """`expected`: the (query, class) pairs of the ones; everything else must be zero."""
+        expect([tuple(place) for place in wanted.nonzero().tolist()], expected, hint)
+        expect(wanted.sum(), torch.tensor(float(len(expected))), "the only values are 0 and 1")
+
     yield "one row for each query, one column for each class"
     wanted = class_targets([3], [1], 4, categories)
     hint = "with sigmoid scores there is no column for background"
     expect(tuple(wanted.shape), (4, 5), hint)
     yield "a category id finds its own column, although ids have gaps"
-    expected = torch.zeros(4, 5)
-    expected[1, 1] = 1
-    expect(wanted, expected, "category 3 is the second of the categories: column 1")
-    wanted = class_targets([5, 3], [0, 3], 4, categories)
-    expected = torch.zeros(4, 5)
-    expected[0, 2] = expected[3, 1] = 1
-    expect(wanted, expected, "object i belongs to queries[i]; all other rows are zero")
+    hint = "as (query, class): category 3 is the second of the categories, column 1"
+    ones(wanted, [(1, 1)], hint)
+    wanted = class_targets([5, 3], [3, 0], 4, categories)
+    ones(wanted, [(0, 1), (3, 2)], "object i belongs to queries[i]; all other rows are zero")
     yield "two objects of one category use two rows, and the last category has a column"
-    wanted = class_targets([13, 13], [2, 0], 3, categories)
-    expected = torch.zeros(3, 5)
-    expected[2, 4] = expected[0, 4] = 1
-    expect(wanted, expected)
+    ones(class_targets([13, 13], [2, 0], 3, categories), [(0, 4), (2, 4)], "column 4 twice")
     yield "an image without objects wants zeros"
     expect(class_targets([], [], 3, categories), torch.zeros(3, 5))
 

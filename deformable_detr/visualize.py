@@ -1,0 +1,190 @@
+"""Pictures of what a detector finds and of what it looks at (Figs. 5 and 6 of the paper)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from deformable_detr.attention import MSDeformAttn, Sampling
+from deformable_detr.boxes import cxcywh_to_xyxy
+from deformable_detr.detector import DeformableDETR
+from deformable_detr.structures import Batch, Detections
+
+# Okabe and Ito's colours, which colour-blind readers tell apart
+PALETTE = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000"]
+SHORTEST_SIDE = 384  # smaller pictures are enlarged, so that their labels can be read
+ITEMS = ("x", "y", "w", "h", "score")
+
+
+@dataclass
+class SamplingRecord:
+    """The Sampling of every encoder and decoder layer in one forward pass."""
+
+    encoder: list[Sampling] = field(default_factory=list)
+    decoder: list[Sampling] = field(default_factory=list)
+
+
+@contextmanager
+def record_sampling(model: DeformableDETR) -> Iterator[SamplingRecord]:
+    """While open, a forward pass leaves in the record where its attention looked.
+
+    with record_sampling(model) as record:
+        model(batch)
+    record.decoder[-1].locations  # (B, Q, M, L, K, 2)
+    """
+    record = SamplingRecord()
+
+    def hook(into: list[Sampling]) -> object:
+        def after(module: MSDeformAttn, inputs: tuple, _: object) -> None:
+            query, references, _, spatial_shapes, *_ = inputs
+            with torch.no_grad():
+                into.append(module.sampling(query, references, spatial_shapes))
+
+        return after
+
+    handles = [
+        layer.attention.register_forward_hook(hook(record.encoder))
+        for layer in model.encoder.layers
+    ]
+    handles += [
+        layer.cross_attention.register_forward_hook(hook(record.decoder))
+        for layer in model.decoder.layers
+    ]
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def draw_detections(image: Image.Image, detections: Detections, names: list[str]) -> Image.Image:
+    """A copy of a picture with boxes, names and scores; small pictures are enlarged.
+
+    detections: boxes in pixels of the image. names: of the classes, by label.
+    """
+    scale = max(1, round(SHORTEST_SIDE / min(image.size)))
+    size = (image.width * scale, image.height * scale)
+    picture = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=max(12, min(size) // 30))
+    width = max(2, min(size) // 200)
+    found = zip(
+        detections.boxes.tolist(),
+        detections.labels.tolist(),
+        detections.scores.tolist(),
+        strict=True,
+    )
+    for box, label, score in reversed(list(found)):  # the best on top
+        x0, y0, x1, y1 = (value * scale for value in box)
+        x1, y1 = max(x0, x1), max(y0, y1)
+        colour = PALETTE[label % len(PALETTE)]
+        draw.rectangle((x0, y0, x1, y1), outline=colour, width=width)
+        text = f"{names[label]} {score:.2f}"
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        place_x = min(max(x0, 0), max(0, size[0] - right))
+        place_y = y0 - bottom - 2 if y0 - bottom - 2 >= 0 else min(y0, size[1] - bottom - 2)
+        draw.rectangle(
+            (place_x + left, place_y + top - 2, place_x + right, place_y + bottom + 2), fill=colour
+        )
+        dark = sum(Image.new("RGB", (1, 1), colour).getpixel((0, 0))) < 330
+        draw.text((place_x, place_y), text, fill="white" if dark else "black", font=font)
+    return picture
+
+
+def draw_sampling_points(
+    axes: Axes,
+    image: np.ndarray | Image.Image,
+    sampling: Sampling,
+    index: int,
+    padded_size: tuple[int, int],
+    image_index: int = 0,
+    reference: tuple[float, float] | None = None,
+    box: tuple[float, float, float, float] | None = None,
+    label: str = "",
+) -> None:
+    """The points that one query or token sampled, all heads and levels in one picture (Fig. 6).
+
+    Each point is a filled circle whose colour is its attention weight; points outside the picture
+    are left out. sampling: of one layer; index: of the query or token. padded_size: (H, W) of the
+    batch's images, to which the locations are relative. reference: (x, y), drawn as a green cross,
+    and box: xyxy, as a green rectangle, both in pixels of the image.
+    """
+    height, width = padded_size
+    points = sampling.locations[image_index, index].reshape(-1, 2).cpu() * torch.tensor(
+        [width, height]
+    )
+    weights = sampling.weights[image_index, index].reshape(-1).cpu()
+    order = weights.argsort()  # the heaviest on top
+    pixels = np.asarray(image)
+    axes.imshow(pixels, extent=(0, pixels.shape[1], pixels.shape[0], 0), alpha=0.8)
+    drawn = axes.scatter(
+        *points[order].t().numpy(),
+        c=weights[order].numpy(),
+        cmap="plasma",
+        vmin=0,
+        s=14,
+        edgecolors="white",
+        linewidths=0.3,
+    )
+    axes.figure.colorbar(drawn, ax=axes, label="attention weight", shrink=0.8)
+    if reference is not None:
+        axes.plot(*reference, marker="+", color="#00C000", markersize=14, markeredgewidth=2.5)
+    if box is not None:
+        x0, y0, x1, y1 = box
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="#00C000", lw=2))
+    axes.set(xlim=(0, pixels.shape[1]), ylim=(pixels.shape[0], 0), title=label)
+    axes.set_axis_off()
+
+
+def token_index(spatial_shapes: list[tuple[int, int]], level: int, row: int, column: int) -> int:
+    """The place of a cell of one level in the sequence of all tokens."""
+    height, width = spatial_shapes[level]
+    if not (0 <= row < height and 0 <= column < width):
+        raise ValueError(f"level {level} has {height} x {width} cells, no ({row}, {column})")
+    return sum(h * w for h, w in spatial_shapes[:level]) + row * width + column
+
+
+def gradient_norms(
+    model: torch.nn.Module, batch: Batch, query: int, label: int, image_index: int = 0
+) -> dict[str, Tensor]:
+    """How much each pixel moves each item of one detection: |d item / d pixel| (A.5, Fig. 5).
+
+    The norm is over the three colours. The items are the box's centre x and y, width w and height
+    h, in pixels of the padded image's own frame relative to [0, 1], and the class score in [0, 1].
+    Returns (H, W) for each item, of the padded image.
+    """
+    images = batch.images.clone().requires_grad_(True)
+    output = model(Batch(images, batch.mask, batch.sizes))
+    items = [*output.boxes[image_index, query], output.logits[image_index, query, label].sigmoid()]
+    norms = {}
+    for name, item in zip(ITEMS, items, strict=True):
+        (gradient,) = torch.autograd.grad(item, images, retain_graph=True)
+        norms[name] = gradient[image_index].norm(dim=0)
+    return norms
+
+
+def draw_gradient_norms(
+    axes: list[Axes], image: np.ndarray | Image.Image, norms: dict[str, Tensor], box: Tensor
+) -> None:
+    """Five pictures, one for each item of `gradient_norms`, over a pale copy of the image.
+
+    axes: five. box: (4,) cxcywh, normalised to the image without padding, drawn as a rectangle.
+    """
+    pixels = np.asarray(image)
+    height, width = pixels.shape[:2]
+    x0, y0, x1, y1 = (cxcywh_to_xyxy(box) * torch.tensor([width, height] * 2)).tolist()
+    for axis, (name, norm) in zip(axes, norms.items(), strict=True):
+        norm = norm[:height, :width].cpu().numpy()
+        axis.imshow(pixels.mean(-1), cmap="gray", alpha=0.35)
+        axis.imshow(norm, cmap="inferno", alpha=0.75, vmax=np.quantile(norm, 0.998))
+        axis.add_patch(
+            Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color="#00C000", lw=1.5)
+        )
+        axis.set(title=name)
+        axis.set_axis_off()

@@ -1,0 +1,124 @@
+"""Pictures where the right answer is known."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deformable_detr import Batch, DeformableDETR, Detections, Output, Sampling
+from deformable_detr.visualize import (
+    PALETTE,
+    draw_detections,
+    draw_gradient_norms,
+    draw_sampling_points,
+    gradient_norms,
+    record_sampling,
+    token_index,
+)
+from tests.conftest import TINY
+
+
+class Closed(torch.nn.Module):
+    """x is 3 times the red of pixel (row 2, column 5); the score's logit is its blue plus green."""
+
+    def forward(self, batch):
+        red, green, blue = batch.images[:, :, 2, 5].unbind(1)
+        zero = 0 * red
+        boxes = torch.stack([3 * red, zero, zero, zero], -1)[:, None]
+        return Output((green + blue)[:, None, None], boxes)
+
+
+def test_gradient_norms_of_a_closed_form():
+    torch.manual_seed(0)
+    batch = Batch.from_images([torch.zeros(3, 4, 9), torch.rand(3, 6, 7)])
+    norms = gradient_norms(Closed(), batch, query=0, label=0)
+    assert list(norms) == ["x", "y", "w", "h", "score"]
+    expected = torch.zeros(6, 9)
+    expected[2, 5] = 3
+    torch.testing.assert_close(norms["x"], expected)
+    assert not norms["y"].any() and not norms["w"].any()
+    expected[2, 5] = 0.25 * 2**0.5  # sigmoid'(0) over two colours
+    torch.testing.assert_close(norms["score"], expected)
+    assert not batch.images.requires_grad
+
+
+def test_recording_leaves_no_hooks_and_sees_every_layer():
+    torch.manual_seed(0)
+    model = DeformableDETR(TINY).eval()
+    batch = Batch.from_images([torch.rand(3, 48, 64), torch.rand(3, 40, 70)])
+    with record_sampling(model) as record:
+        expected = model(batch)
+    assert len(record.encoder) == 1 and len(record.decoder) == 2
+    assert record.decoder[0].locations.shape == (2, 6, 2, 2, 2, 2)
+    assert record.encoder[0].locations.shape[1] == 3 * 5 + 2 * 3
+    assert torch.equal(model(batch).boxes, expected.boxes) and len(record.decoder) == 2
+    with pytest.raises(RuntimeError), record_sampling(model):
+        raise RuntimeError
+    assert not model.decoder.layers[0].cross_attention._forward_hooks
+
+
+def test_encoder_tokens_look_around_their_own_place():
+    """At initialisation the star's mean is its centre, which is the token's own cell."""
+    model = DeformableDETR(TINY).eval()
+    batch = Batch.from_images([torch.rand(3, 48, 96)])
+    with record_sampling(model) as record:
+        model(batch)
+    sampling = record.encoder[0]
+    assert sampling.spatial_shapes == [(3, 6), (2, 3)]
+    index = token_index(sampling.spatial_shapes, level=0, row=2, column=4)
+    assert index == 16 and token_index(sampling.spatial_shapes, 1, 1, 0) == 18 + 3
+    centre = sampling.locations[0, index].mean((0, 2))[0]  # two heads: right and left
+    torch.testing.assert_close(centre, torch.tensor([4.5 / 6, 2.5 / 3]))
+    with pytest.raises(ValueError, match="level 1 has 2 x 3 cells"):
+        token_index(sampling.spatial_shapes, 1, 2, 0)
+
+
+def test_points_are_drawn_in_pixels_of_the_image_heaviest_last():
+    """A picture of 40 x 30 in a batch padded to 80 x 60."""
+    locations = torch.tensor([[0.25, 0.25], [0.5, 0.125]]).reshape(1, 1, 1, 1, 2, 2)
+    weights = torch.tensor([0.9, 0.1]).reshape(1, 1, 1, 1, 2)
+    figure, axes = plt.subplots()
+    image = np.zeros((30, 40, 3), np.uint8)
+    sampling = Sampling(locations, weights, [(6, 8)])
+    draw_sampling_points(
+        axes, image, sampling, 0, (60, 80), reference=(20, 15), box=(1, 2, 30, 20), label="nine"
+    )
+    offsets = axes.collections[0].get_offsets()
+    assert offsets.tolist() == [[40, 7.5], [20, 15]]
+    assert axes.lines[0].get_xydata().tolist() == [[20, 15]]
+    assert axes.patches[0].get_bbox().bounds == (1, 2, 29, 18)
+    assert axes.get_xlim() == (0, 40) and axes.get_ylim() == (30, 0)
+    plt.close(figure)
+
+
+def test_detections_are_drawn_where_they_are():
+    image = Image.new("RGB", (60, 40), "gray")
+    boxes = torch.tensor([[10.0, 20, 30, 38], [-5, -5, 70, 90]])
+    found = Detections(torch.tensor([0.9, 0.2]), torch.tensor([1, 0]), boxes, torch.arange(2))
+    picture = draw_detections(image, found, ["a", "b"])
+    scale = picture.width / 60
+    assert scale == 10 and picture.size == (600, 400)
+    colour = tuple(int(PALETTE[1][i : i + 2], 16) for i in (1, 3, 5))
+    for x, y in ((20, 38), (10, 30), (30, 30)):  # bottom, left and right edges
+        x, y = (
+            min(round(v * scale), limit - 1) for v, limit in zip((x, y), (600, 400), strict=True)
+        )
+        assert picture.getpixel((x, y)) == colour
+    assert picture.getpixel((200, 300)) == (128, 128, 128)
+    assert image.getpixel((10, 30)) == (128, 128, 128)
+
+
+def test_gradient_pictures_have_the_items_names():
+    figure, axes = plt.subplots(1, 5)
+    norms = {name: torch.rand(20, 30) for name in ("x", "y", "w", "h", "score")}
+    image = np.zeros((16, 24, 3), np.uint8)
+    draw_gradient_norms(list(axes), image, norms, torch.tensor([0.5, 0.5, 0.5, 0.25]))
+    assert [a.get_title() for a in axes] == list(norms)
+    assert axes[0].patches[0].get_bbox().bounds == (5.5, 5.5, 12, 4)
+    assert axes[0].images[1].get_array().shape == (16, 24)
+    plt.close(figure)
