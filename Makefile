@@ -41,6 +41,7 @@ book: .venv/.book
 
 results: .venv/.book $(DIGITS)
 	$(BIN)/python experiments/digits.py
+	$(BIN)/python book/readme.py
 
 $(DIGITS): | .venv/.book
 	$(BIN)/python data/make_digits.py

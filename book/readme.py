@@ -1,0 +1,103 @@
+"""The README's two tables and its picture, from stored results: `python book/readme.py`."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+
+def chapters_table() -> str:
+    """A row for each chapter: number and title, what it needs to run, how long it is to read."""
+    measured = json.loads((ROOT / "data" / "results" / "chapters.json").read_text())
+    rows = ["| chapter | runs in | peak memory | reading |", "|---|---|---|---|"]
+    for name, figures in sorted(measured.items()):
+        notebook = nbformat.read(ROOT / "chapters" / f"{name}.ipynb", as_version=4)
+        title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+        rows.append(
+            f"| [{title}](chapters/{name}.ipynb) | {max(1, round(figures['seconds']))} s "
+            f"| {figures['peak_mib']} MiB | {figures['reading_minutes']} min |"
+        )
+    return "\n".join(rows)
+
+
+def results_table() -> str:
+    """The shipped detector's metrics on the test split, a row for each seed."""
+    results = json.loads((ROOT / "data" / "results" / "digits_training.json").read_text())
+    columns = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    rows = [
+        "| seed | AP | AP50 | AP75 | AP small | AP medium | AP large | training, one core |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in results["runs"]:
+        values = " | ".join(f"{run['test'][column]:.3f}" for column in columns)
+        rows.append(f"| {run['seed']} | {values} | {run['cpu_seconds'] / 60:.0f} min |")
+    return "\n".join(rows)
+
+
+def updated(text: str) -> str:
+    """The README with its tables made anew between their markers."""
+    for name, table in (("chapters", chapters_table()), ("results", results_table())):
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        text, found = pattern.subn(lambda match, t=table: f"{match[1]}{t}\n{match[2]}", text)
+        if found != 1:
+            raise ValueError(f"README.md needs one pair of markers <!-- {name} -->")
+    return text
+
+
+def draw_picture(path: Path) -> None:
+    """What the shipped detector finds on three sample images, and where it looked for one digit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+
+    from deformable_detr import Batch, postprocess
+    from deformable_detr.checkpoint import load_model
+    from deformable_detr.datasets import open_image
+    from deformable_detr.transforms import digits_eval_transform
+    from deformable_detr.visualize import draw_detections, draw_sampling_points, record_sampling
+
+    model, categories = load_model(ROOT / "data" / "checkpoints" / "digits.safetensors")
+    names = [category["name"] for category in categories]
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.1), layout="constrained")
+    for axis, number in zip(axes, (8, 12, 21, 12), strict=True):
+        image = open_image(ROOT / "data" / "samples" / f"{number:06}.png")
+        batch = Batch.from_images([digits_eval_transform()(image)])
+        with torch.no_grad(), record_sampling(model) as record:
+            (found,) = postprocess(model(batch), [(image.height, image.width)], threshold=0.4)
+        if axis is not axes[-1]:
+            axis.imshow(draw_detections(image, found, names))
+            axis.set_axis_off()
+            continue
+        best = int((found.boxes[:, 2] - found.boxes[:, 0]).argmax())  # the widest digit
+        box = found.boxes[best].tolist()
+        centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        label = f"where it looked for this {names[found.labels[best]]}"
+        draw_sampling_points(
+            axis,
+            image,
+            record.decoder[-1],
+            int(found.queries[best]),
+            tuple(batch.images.shape[-2:]),
+            reference=centre,
+            box=tuple(box),
+            label=label,
+        )
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Write the tables and the picture."""
+    README.write_text(updated(README.read_text()))
+    draw_picture(ROOT / "data" / "results" / "readme.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
