@@ -1,6 +1,6 @@
 """Digits in scenes: real handwriting on real photographs and on noise, in COCO format.
 
-    python data/make_digits.py              # data/digits, 9,500 images of 128 x 128, 2 to 3 per ms
+    python data/make_digits.py              # data/digits, 9,500 images of 128 x 128, 7 ms each
     python data/make_digits.py --samples    # data/samples, the first images of the test split
 
 The same on every machine: pixels come from integers and from IEEE-exact float64 arithmetic alone.
@@ -239,6 +239,19 @@ def write_samples(root: Path, count: int = 24) -> None:
     (root / "annotations.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
+def may_replace(output: Path) -> bool:
+    """Whether nothing but this command's own work is lost when `output` is replaced."""
+    return output.is_dir() and (not any(output.iterdir()) or (output / "checksums.json").is_file())
+
+
+def checksums_of(output: Path) -> dict | None:
+    """The checksums written when a data set was made, or None where there are none to read."""
+    try:
+        return json.loads((output / "checksums.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
 def main() -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -247,12 +260,18 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="make it anew where it exists")
     parser.add_argument("--samples", action="store_true", help="write data/samples instead")
     args = parser.parse_args()
+    if args.workers < 1:
+        parser.error(f"--workers must be at least 1, got {args.workers}")
     if args.samples:
         write_samples(HERE / "samples")
         return 0
-    if args.output.exists() and not args.force:
-        print(f"{args.output} is there already; --force makes it anew")
-        return 0
+    expected = json.loads((HERE / "digits.sha256.json").read_text())
+    if args.output.exists():
+        if not may_replace(args.output):
+            parser.error(f"{args.output} is there and is not what this command makes")
+        if not args.force and checksums_of(args.output) == expected:
+            print(f"{args.output} is there already; --force makes it anew")
+            return 0
     args.output.parent.mkdir(parents=True, exist_ok=True)
     # made beside its place and moved there whole: an interrupted run leaves no half a data set
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".digits-") as temporary:
@@ -262,7 +281,6 @@ def main() -> int:
         if args.output.exists():
             shutil.rmtree(args.output)
         made.rename(args.output)
-    expected = json.loads((HERE / "digits.sha256.json").read_text())
     if sums != expected:
         print(f"error: expected checksums {expected}, got {sums}", file=sys.stderr)
         return 1

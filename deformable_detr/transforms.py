@@ -18,18 +18,18 @@ def coco_train_transform() -> v2.Transform:
     sides = list(range(480, 801, 32))
     crop = v2.Compose(
         [
-            v2.RandomShortestSize([400, 500, 600]),
+            RandomShortSide([400, 500, 600]),
             RandomSizeCrop(384, 600),
-            v2.RandomShortestSize(sides, max_size=1333),
+            RandomShortSide(sides, max_size=1333),
         ]
     )
-    resize = v2.RandomShortestSize(sides, max_size=1333)
+    resize = RandomShortSide(sides, max_size=1333)
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, crop]), TO_TENSOR])
 
 
 def coco_eval_transform(short: int = 800, max_size: int = 1333) -> v2.Transform:
     """Resize to a shorter side of `short` pixels, the longer at most `max_size`."""
-    return v2.Compose([v2.RandomShortestSize([short], max_size=max_size), TO_TENSOR])
+    return v2.Compose([RandomShortSide([short], max_size=max_size), TO_TENSOR])
 
 
 def digits_train_transform() -> v2.Transform:
@@ -53,6 +53,31 @@ def digits_eval_transform() -> v2.Transform:
     return TO_TENSOR
 
 
+class RandomShortSide(v2.Transform):
+    """Resize to a shorter side drawn from `sides`, the longer at most `max_size`.
+
+    Rounds as the official code does; v2.RandomShortestSize gives some sizes one pixel less.
+    """
+
+    def __init__(self, sides: list[int], max_size: int | None = None) -> None:
+        super().__init__()
+        self.sides, self.max_size = sides, max_size
+
+    def make_params(self, flat_inputs: list) -> dict:
+        """The new size of these inputs."""
+        height, width = v2.functional.get_size(flat_inputs[0])
+        short, long = sorted((height, width))
+        side = self.sides[draw(0, len(self.sides) - 1)]
+        if self.max_size is not None and long / short * side > self.max_size:
+            side = round(self.max_size * short / long)
+        other = int(side * long / short)
+        return {"size": [other, side] if width < height else [side, other]}
+
+    def transform(self, inpt: object, params: dict) -> object:
+        """Resize one of them."""
+        return self._call_kernel(v2.functional.resize, inpt, **params)
+
+
 class RandomSizeCrop(v2.Transform):
     """A crop whose width and height are drawn from [smallest, largest], or the image's if less."""
 
@@ -73,7 +98,7 @@ class RandomSizeCrop(v2.Transform):
 
 
 class RandomZoom(v2.Transform):
-    """Enlarge and cut out, or shrink and set on grey, at a random place; the size stays.
+    """Enlarge and cut out, or shrink and set on black, at a random place; the size stays.
 
     Scales are uniform in [smallest, largest]. A box that keeps less than half of its area is
     emptied, for the data set to drop.

@@ -1,8 +1,9 @@
 """The digits in scenes: the same on every machine, and no piece of one split in another."""
 
 import hashlib
-import importlib.util
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,7 @@ FIRST_30 = {  # of the pixels of each split's first 30 images and of their digit
 
 @pytest.fixture(scope="module")
 def generator():
-    spec = importlib.util.spec_from_file_location("make_digits", DATA / "make_digits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("make_digits")  # data/ is on pytest's path
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -103,3 +101,68 @@ def test_the_samples_are_the_first_of_the_test_split(generator):
         with Image.open(DATA / "samples" / image["file_name"]) as picture:
             assert np.array_equal(np.asarray(picture), pixels)
     assert generator.annotations("test", digits) == content
+
+
+@pytest.fixture
+def command(generator, tmp_path, monkeypatch):
+    """The command with three images a split, which writes to tmp_path / "digits"."""
+    monkeypatch.setattr(generator, "SPLITS", dict.fromkeys(SPLITS, 3))
+    monkeypatch.setattr(generator, "HERE", tmp_path)
+    hashes, pinned = {}, tmp_path / "digits.sha256.json"
+    for split in SPLITS:
+        made = [generator.make_image(i, split) for i in range(3)]
+        pixels = [hashlib.sha256(image.tobytes()).hexdigest() for image, _ in made]
+        content = generator.annotations(split, [digits for _, digits in made])
+        hashes[split] = generator.checksum(pixels, content)
+    pinned.write_text(json.dumps(hashes))
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["make_digits.py", *options])
+        return generator.main()
+
+    return run
+
+
+def test_the_command_makes_the_set_whatever_the_number_of_workers(command, tmp_path, capsys):
+    made = tmp_path / "digits"
+    assert command("--workers", "2") == 0
+    for split in SPLITS:
+        assert check_dataset(made / split, made / "annotations" / f"{split}.json") == []
+        assert len(list((made / split).glob("*.png"))) == 3
+    first = {path: path.stat().st_mtime_ns for path in made.rglob("*.png")}
+    assert command() == 0 and "is there already" in capsys.readouterr().out
+    assert first == {path: path.stat().st_mtime_ns for path in made.rglob("*.png")}
+    assert command("--workers", "1", "--force") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["digits", "digits.sha256.json"]
+
+
+def test_an_older_set_is_replaced_and_another_folder_never(command, tmp_path, capsys):
+    old = tmp_path / "digits"
+    old.mkdir()
+    (old / "checksums.json").write_text('{"train": "of another version"}')
+    assert command("--workers", "1") == 0
+    assert (old / "test" / "000003.png").exists()
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("mine")
+    for options in ([], ["--force"]):
+        with pytest.raises(SystemExit):
+            command("--output", str(precious), *options)
+        assert "is not what this command makes" in capsys.readouterr().err
+    assert [path.name for path in precious.iterdir()] == ["thesis.txt"]
+
+
+def test_pixels_that_differ_from_the_pinned_ones_are_an_error(command, tmp_path, capsys):
+    (tmp_path / "digits.sha256.json").write_text("{}")
+    assert command("--workers", "1") == 1
+    assert "error: expected checksums" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_nothing(command, generator, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generator, "write_split", stop)
+    with pytest.raises(KeyboardInterrupt):
+        command()
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.sha256.json"]

@@ -10,6 +10,7 @@ from torchvision import tv_tensors
 from deformable_detr import transforms
 from deformable_detr.boxes import cxcywh_to_xyxy
 from deformable_detr.datasets import CocoDataset, check_dataset, collate, find_split
+from deformable_detr.evaluate import score
 from tests.conftest import save_annotations, write_coco
 
 
@@ -71,7 +72,7 @@ def test_both_layouts_are_found_and_a_missing_one_is_explained(tmp_path):
 
 FAULTS = {
     "unknown category": (lambda c: c["annotations"][1].update(category_id=8), True, 1001),
-    "empty box": (lambda c: c["annotations"][2].update(bbox=[3, 3, 0, 5]), True, 1002),
+    "empty box": (lambda c: c["annotations"][2].update(bbox=[3, 3, 0, 5]), False, 1002),
     "box outside": (lambda c: c["annotations"][0].update(bbox=[90, 3, 4, 5]), True, 1000),
     "box cut": (lambda c: c["annotations"][0].update(bbox=[60, 3, 14, 5]), False, 1000),
     "bad box": (lambda c: c["annotations"][3].update(bbox=[1, 2, float("nan"), 3]), True, 1003),
@@ -89,6 +90,12 @@ def test_every_fault_is_listed_by_its_id(coco, kind):
     (fault,) = check_dataset(*find_split(coco, "train"))
     assert (fault.kind, fault.fatal, fault.annotation_id) == (kind, fatal, annotation_id)
     assert str(annotation_id or "") in str(fault) and "\n" not in str(fault)
+
+
+def test_a_box_of_negative_size_is_fatal(coco):
+    edit(coco, lambda c: c["annotations"][2].update(bbox=[9, 9, -3, 5]))
+    (fault,) = check_dataset(*find_split(coco, "train"))
+    assert (fault.kind, fault.fatal, fault.annotation_id) == ("empty box", True, 1002)
 
 
 def test_a_corrupt_image_is_a_fault_and_an_error(coco):
@@ -114,10 +121,48 @@ def test_other_files_are_refused(coco, text, message):
         load(coco)
 
 
-def test_unknown_category_is_refused_when_read(coco):
-    edit(coco, lambda c: c["annotations"][1].update(category_id=8))
-    with pytest.raises(ValueError, match="annotation 1001: unknown category 8"):
-        load(coco)[1]
+def test_what_cannot_be_read_is_refused_with_its_file_and_ids(coco):
+    def change(content):
+        for annotation in content["annotations"]:
+            annotation["category_id"] = 8
+        content["annotations"][1].update(category_id=7, bbox=[1, 2, float("nan"), 3])
+
+    edit(coco, change)
+    with pytest.raises(ValueError, match=r"train\.json: annotation 1000: unknown cat") as error:
+        load(coco)
+    assert "annotation 1001: bbox must be four finite numbers" in str(error.value)
+    assert str(error.value).endswith("and 2 more") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "message"),
+    [
+        ("images", "file_name", r"images\[1\] has no file_name"),
+        ("annotations", "bbox", r"annotations\[1\] has no bbox"),
+        ("categories", "name", r"categories\[1\] has no name"),
+    ],
+)
+def test_a_missing_key_is_named(coco, kind, key, message):
+    edit(coco, lambda c: c[kind][1].pop(key))
+    for read in (load, lambda root: check_dataset(*find_split(root, "train"))):
+        with pytest.raises(ValueError, match=message):
+            read(coco)
+
+
+def test_area_and_crowd_flag_may_be_left_out(coco):
+    """COCO metrics need both, and many annotation tools write neither."""
+
+    def change(content):
+        for annotation in content["annotations"]:
+            del annotation["area"], annotation["iscrowd"]
+
+    edit(coco, change)
+    dataset = load(coco)
+    found = [
+        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+        for a in dataset.coco.anns.values()
+    ]
+    assert score(found, dataset).ap == 1 and score(found, dataset).ap_small == 1
 
 
 @pytest.mark.parametrize("name", ["digits_train_transform", "coco_train_transform"])
@@ -144,7 +189,7 @@ def test_boxes_follow_the_pixels(tmp_path, name):
         seen += 1
         middle = level[int((y0 + y1) / 2), int((x0 + x1) / 2)]
         like_middle = (level - middle).abs() < 0.3
-        # zooming out leaves a third grey value around the picture, never the square's
+        # zooming out leaves black around the picture, as its ground is
         wrong = (like_middle != inside).float().mean()
         assert wrong < 0.03, (seed, boxes, wrong)
     assert seen > 10
@@ -160,7 +205,34 @@ def test_digits_keep_their_size_and_coco_obeys_1333():
         picture, _, _ = transforms.coco_train_transform()(image, box, torch.tensor([0]))
         assert max(picture.shape) <= 1333
     picture = transforms.coco_eval_transform()(image)
-    assert picture.shape == (3, 533, 1333)
+    assert picture.shape == (3, 533, 1332)
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "longest", "expected"),
+    [
+        ((480, 640), 800, 1333, (800, 1066)),  # 1066.7, cut off
+        ((640, 427), 800, 1333, (1199, 800)),  # upright
+        ((480, 480), 800, None, (800, 800)),
+        ((400, 600), 400, None, (400, 600)),  # as it is
+        ((200, 500), 800, 1333, (533, 1332)),  # the longer side decides: 533.2, 533 * 500 / 200
+        ((333, 500), 512, 1333, (512, 768)),
+    ],
+)
+def test_sides_are_rounded_as_in_the_official_code(size, short, longest, expected):
+    transform = transforms.RandomShortSide([short], longest)
+    box = tv_tensors.BoundingBoxes([[0, 0, size[1], size[0]]], format="XYXY", canvas_size=size)
+    picture, box = transform(Image.new("RGB", size[::-1]), box)
+    assert picture.size == expected[::-1]
+    assert box.tolist() == [[0, 0, expected[1], expected[0]]]
+
+
+def test_the_shorter_side_is_never_a_pixel_short():
+    for height in range(300, 641):
+        for side in range(480, 801, 32):
+            if 640 * side <= 1333 * height:
+                transform = transforms.RandomShortSide([side], 1333)
+                assert transform.make_params([torch.empty(3, height, 640)])["size"][0] == side
 
 
 def test_write_coco_is_what_the_tests_say(tmp_path):
