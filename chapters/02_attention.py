@@ -1,0 +1,1395 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2. Attention, and what it costs on images
+#
+# You will be able to
+# - **compute** attention by hand, for one query, for many, and for several heads,
+# - **match** the paper's Eq. 1 with the matrices inside `torch.nn.MultiheadAttention`,
+# - **predict** how evenly attention is spread before training, and what that does to gradients,
+# - **count** the work and the memory of attention on a feature map, at any stride,
+# - **say** why small objects suffer first, and what can be done about it.
+#
+# You should know: PyTorch tensors, `softmax`, matrix products, autograd. Chapter 1 is not needed
+# until the last section.
+#
+# {{measured}}
+
+# %% [markdown]
+# Chapter 1 read a feature map at one place that somebody named. Attention
+# {cite}`vaswani2017attention` reads **every** place and decides afterwards how much each one
+# counts. That is its strength. On images it is also its cost, and this chapter measures both.
+#
+# DETR {cite}`carion2020detr`, the first detector made of attention, needed 500 epochs to train and
+# was weak on small objects. Deformable DETR {cite}`zhu2021deformable` blames two properties of
+# dense attention for it. We find both of them here with numbers of our own.
+
+# %%
+import math
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deformable_detr.exercises import check
+
+plt.style.use("book.mplstyle")
+_ = torch.manual_seed(0)
+
+# %% [markdown]
+# ## 2.1 One query, three keys, by hand
+#
+# A **query** is a vector that asks. **Keys** are vectors that may answer; each key has a **value**,
+# which is what the query takes home. Here keys have 4 numbers and values have 2.
+
+# %%
+query = torch.tensor([1.0, 2.0, 0.0, 1.0])
+keys = torch.tensor([[2.0, 1.0, 3.0, 0.0], [0.0, 1.0, 1.0, 0.0], [1.0, -1.0, 0.0, 1.0]])
+values = torch.tensor([[10.0, 0.0], [0.0, 10.0], [-10.0, -10.0]])
+
+# %% [markdown]
+# Three steps. First, a **score** for each key: its dot product with the query, divided by the root
+# of the width, $\sqrt{4} = 2$. Do it in your head: $1 \cdot 2 + 2 \cdot 1 + 0 \cdot 3 + 1 \cdot 0$
+# is 4, and half of that is 2.
+
+# %%
+scores = [(query @ key).item() / math.sqrt(4) for key in keys]
+print(scores)
+assert scores == [2.0, 1.0, 0.0]
+
+# %% [markdown]
+# Second, **weights**: the exponential of each score, divided by their sum. That is a softmax. All
+# weights are positive and together they make 1.
+
+# %%
+exponentials = [math.exp(score) for score in scores]
+weights = [e / sum(exponentials) for e in exponentials]
+print([round(weight, 3) for weight in weights])
+assert math.isclose(sum(weights), 1)
+
+# %% [markdown]
+# Third, the **output**: the average of the values under these weights.
+#
+# **Before you run**: the first value is (10, 0), and the first key has the largest weight. Is the
+# first number of the output above or below 6.65?
+
+# %%
+output = sum(weight * value for weight, value in zip(weights, values, strict=True))
+print([round(number, 3) for number in output.tolist()])
+assert output[0] < 6.65  # the third value pulls it down by 0.9
+
+# %% [markdown]
+# Attention never picks a key. It *mixes*, and every key has its part, however small. Remember that
+# for section 2.6.
+#
+# ## 2.2 Many queries: a loop, then matrices
+#
+# Now 2 queries, 5 keys, width 3, values of width 4. No two sizes are the same, so that a mistake in
+# the axes cannot hide.
+
+
+# %%
+def attend_loop(queries, keys, values):
+    """queries: (Q, D). keys: (N, D). values: (N, E). Returns (Q, E)."""
+    rows = []
+    for query in queries:
+        scores = [query @ key / math.sqrt(len(query)) for key in keys]
+        weights = torch.stack(scores).exp()
+        weights = weights / weights.sum()
+        rows.append(sum(w * value for w, value in zip(weights, values, strict=True)))
+    return torch.stack(rows)
+
+
+# %% [markdown]
+# All scores at once are one matrix product. The softmax runs along the keys, the **last** axis:
+# each query shares out its own 1.
+
+
+# %%
+def attend(queries, keys, values):
+    """The same with matrices; leading axes (batch, heads) are carried along."""
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])  # (..., Q, N)
+    return scores.softmax(-1) @ values
+
+
+# %%
+queries, keys, values = torch.randn(2, 3), torch.randn(5, 3), torch.randn(5, 4)
+by_loop, by_matrix = attend_loop(queries, keys, values), attend(queries, keys, values)
+by_torch = F.scaled_dot_product_attention(queries[None], keys[None], values[None])[0]
+assert torch.allclose(by_loop, by_matrix, atol=1e-6)
+assert torch.allclose(by_torch, by_matrix, atol=1e-6)
+print(tuple(by_matrix.shape))
+
+# %% [markdown]
+# ### Why divide by $\sqrt{D}$?
+#
+# A dot product of two random vectors is a sum of $D$ terms, so its spread grows like $\sqrt{D}$.
+# Dividing brings it back to 1, whatever the width.
+
+# %%
+for D in (4, 64, 256):
+    products = (torch.randn(20_000, D) * torch.randn(20_000, D)).sum(-1)
+    print(D, "spread", round(products.std().item() / math.sqrt(D), 1), "times the root of D")
+    assert math.isclose(products.std().item(), math.sqrt(D), rel_tol=0.03)
+
+# %% [markdown]
+# Without the division the softmax would be almost a hard choice before anything has been learned.
+
+# %% mystnb={"image": {"alt": "Two bar charts of the attention weights of ten keys. Without the division one key has nearly all the weight. With it, all ten keys have some, the largest around a third."}}
+D = 64
+wide_query, wide_keys = torch.randn(D), torch.randn(10, D)
+raw = wide_keys @ wide_query
+figure, axes = plt.subplots(1, 2, sharey=True, figsize=(7, 2.6))
+for axis, scale, title in zip(axes, (1, math.sqrt(D)), ("undivided", "divided by 8"), strict=True):
+    axis.bar(range(10), (raw / scale).softmax(0))
+    axis.set(xlabel="key", xticks=range(10), title=f"scores {title}")
+axes[0].set(ylabel="weight", ylim=(0, 1))
+plt.show()
+
+# %% [markdown]
+# *Figure 2.1. What to see: the same ten keys of width 64. Undivided scores make one key win at
+# random (left); divided by $\sqrt{64}$ they leave the choice open (right).*
+
+# %%
+many = torch.randn(500, D) @ wide_keys.T  # 500 queries
+largest_undivided = many.softmax(-1).amax(-1).mean()
+largest_divided = (many / math.sqrt(D)).softmax(-1).amax(-1).mean()
+assert largest_undivided > 0.85 and largest_divided < 0.45
+
+# %% [markdown]
+# ## Exercise 2.1  Keys that are not there
+#
+# *difficulty ●○○ · 8 minutes · 3 lines*
+#
+# Images of different size are padded to one size, and nobody may look at the padding. Write
+# attention that gives padded keys **no** weight. In this book a mask is True on padding.
+#
+# Take care with the library: `F.scaled_dot_product_attention` wants a boolean mask that is True
+# where one *may* look, `nn.MultiheadAttention` wants one that is True where one may *not*.
+
+
+# %% tags=["exercise"]
+def masked_attention(queries, keys, values, padding):
+    """queries: (Q, D). keys: (N, D). values: (N, E). padding: (N,), True on padding.
+
+    Returns (Q, E).
+    """
+    # BEGIN SOLUTION
+    scores = queries @ keys.T / math.sqrt(queries.shape[-1])
+    scores = scores.masked_fill(padding, -math.inf)
+    return scores.softmax(-1) @ values
+    # END SOLUTION
+
+
+check("2.1", masked_attention)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The weights that are left must still add up to 1. So the mask has to act before the softmax.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Which score $s$ has $e^s = 0$? Fill it in with `masked_fill`.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# The first check has no padding. If the second fails, you either set the *weights* to zero after
+# the softmax, so that they no longer add up to 1, or the *scores* to zero. A score of zero is not
+# "no": $e^0 = 1$.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# ## 2.3 Several heads, and the paper's Eq. 1
+#
+# So far the vectors themselves were query, key and value. In a network each of the three is a
+# *learned projection* of the features: one matrix says what to ask for, one what to be found by,
+# one what to hand over. And there are several sets of such matrices, the **heads**, so that a query
+# can ask several questions at once. The paper writes it so:
+#
+# $$
+# \text{MultiHeadAttn}(z_q, x) = \sum_{m=1}^{M} W_m \Big[ \sum_{k \in \Omega_k} A_{mqk} \cdot
+# W'_m x_k \Big], \qquad
+# A_{mqk} \propto \exp\Big\{ \frac{z_q^\top U_m^\top V_m x_k}{\sqrt{C_v}} \Big\}
+# $$
+#
+# with $\sum_k A_{mqk} = 1$. Read it from the inside:
+#
+# | symbol | what it does | shape |
+# |:--|:--|:--|
+# | $U_m z_q$ | what head $m$ of query $q$ asks | $U_m$ is $D \times C$ |
+# | $V_m x_k$ | what key $k$ is found by | $V_m$ is $D \times C$ |
+# | $A_{mqk}$ | the weight, softmax over $k$ | a number |
+# | $W'_m x_k$ | what key $k$ hands over | $W'_m$ is $D \times C$ |
+# | $W_m$ | back to the full width | $W_m$ is $C \times D$ |
+#
+# $\Omega_k$ is the set of all keys, $N_k$ of them. $C_v$ is the width of one head; this book calls
+# it $D = C / M$.
+
+
+# %%
+def equation_1(z_q, x, U, V, W_prime, W):
+    """z_q: (C,). x: (N_k, C). U, V, W_prime: (M, D, C). W: (M, C, D). Returns (C,)."""
+    output = torch.zeros_like(z_q)
+    for m in range(len(U)):
+        scores = torch.stack([(U[m] @ z_q) @ (V[m] @ x_k) for x_k in x])
+        A = (scores / math.sqrt(U.shape[1])).softmax(0)
+        gathered = sum(A[k] * (W_prime[m] @ x[k]) for k in range(len(x)))
+        output = output + W[m] @ gathered
+    return output
+
+
+# %% [markdown]
+# PyTorch's module holds the same four sets of matrices, packed. `in_proj_weight` stacks all $U_m$,
+# then all $V_m$, then all $W'_m$; head $m$ owns $D$ rows of each. `out_proj.weight` has the $W_m$
+# side by side, $D$ columns each.
+
+# %%
+C, M = 12, 3
+D, num_queries, num_keys = C // M, 5, 7
+module = nn.MultiheadAttention(C, M, bias=False, batch_first=True)
+U, V, W_prime = module.in_proj_weight.detach().view(3, M, D, C)
+W = module.out_proj.weight.detach().view(C, M, D).permute(1, 0, 2)  # (M, C, D)
+
+# %%
+z, x = torch.randn(num_queries, C), torch.randn(num_keys, C)
+by_hand = torch.stack([equation_1(z_q, x, U, V, W_prime, W) for z_q in z])
+by_module, _ = module(z[None], x[None], x[None])  # query, key, value
+assert torch.allclose(by_module[0], by_hand, atol=1e-6)
+print(tuple(by_hand.shape))
+
+# %% [markdown]
+# Eq. 1 has no bias vectors; the module has them unless told otherwise, and they start at zero.
+#
+# ## Exercise 2.2  Split the heads
+#
+# *difficulty ●○○ · 6 minutes · 2 lines*
+#
+# Vectorised, all heads are projected by one $C \times C$ matrix: the rows of head 0 on top, those
+# of head 1 below, and so on. Its output must be cut into heads. Head $m$ gets the channels from
+# $mD$ to $(m + 1)D$ of **every** token.
+
+
+# %% tags=["exercise"]
+def split_heads(x, num_heads):
+    """x: (B, N, C). Returns (B, M, N, D), with M heads of D = C / M channels."""
+    # BEGIN SOLUTION
+    B, N, C = x.shape
+    return x.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)
+    # END SOLUTION
+
+
+check("2.2", split_heads)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Cutting $C$ channels into $M$ groups of $D$ touches only the last axis. Moving the heads to the
+# front is a second step.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# First $(B, N, M, D)$ with `reshape`, then exchange axes 1 and 2.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# The shape is right but the numbers are not: you reshaped to $(B, M, N, D)$ at once. `reshape`
+# keeps the order in memory, so "head 0" then holds all channels of the first few *tokens*. Nothing
+# crashes, and a network even trains like this, just badly.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# Now the module in full, in our own code. It returns the weights too, since we want to look at
+# them.
+
+
+# %%
+class Attention(nn.Module):
+    """Multi-head attention, Eq. 1. z: (B, Q, C), x: (B, N, C) -> (B, Q, C) and (B, M, Q, N)."""
+
+    def __init__(self, C, M):
+        super().__init__()
+        self.num_heads = M
+        self.U, self.V, self.W_prime, self.W = (nn.Linear(C, C, bias=False) for _ in range(4))
+        for linear in self.children():
+            nn.init.xavier_uniform_(linear.weight)  # variance 1 / C
+
+    def heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, N, D)
+
+    def forward(self, z, x):
+        q, k, v = self.heads(self.U(z)), self.heads(self.V(x)), self.heads(self.W_prime(x))
+        A = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+        return self.W((A @ v).transpose(1, 2).flatten(2)), A
+
+
+# %%
+attention = Attention(C, M)
+with torch.no_grad():  # copy the weights of the module: U, V, W' and W
+    packed = module.in_proj_weight.chunk(3)
+    for linear, weight in zip(attention.children(), (*packed, module.out_proj.weight), strict=True):
+        linear.weight.copy_(weight)
+    ours, A = attention(z[None], x[None])
+    theirs, A_theirs = module(z[None], x[None], x[None], average_attn_weights=False)
+assert torch.allclose(ours, theirs, atol=1e-6) and torch.allclose(A, A_theirs, atol=1e-6)
+assert torch.allclose(ours[0], by_hand, atol=1e-6)
+print("weights", tuple(A.shape), "= (B, M, Q, N_k)")
+
+# %% [markdown]
+# Four rungs, one result: hand, loop, matrices, module. When queries come from somewhere else than
+# the keys, this is **cross-attention**; when $z$ and $x$ are the same tokens, **self-attention**.
+#
+# ## 2.4 A feature map is a list of cells
+#
+# An image network gives a map $(C, H, W)$. Attention wants a list. So the map is flattened, row
+# after row: cell $(i, j)$ becomes token $iW + j$, and there are $H \cdot W$ tokens.
+
+# %%
+height, width = 3, 5
+feature_map = torch.randn(C, height, width)
+tokens = feature_map.flatten(1).T  # (H * W, C)
+assert torch.equal(tokens[2 * width + 1], feature_map[:, 2, 1])  # row 2, column 1
+print(tuple(feature_map.shape), "->", tuple(tokens.shape))
+
+# %% [markdown]
+# **Before you run**: we shuffle the cells of the map, as if the image had been cut up and thrown on
+# the table. What happens to the output of self-attention?
+
+# %%
+order = torch.randperm(height * width)
+with torch.no_grad():
+    straight, _ = attention(tokens[None], tokens[None])
+    shuffled, _ = attention(tokens[order][None], tokens[order][None])
+assert torch.allclose(shuffled[0], straight[0, order], atol=1e-6)
+
+# %% [markdown]
+# It is shuffled in the same way, and nothing else. To attention a map is a *bag* of cells: left,
+# right, near and far do not exist. A convolution could not have survived this.
+#
+# So each cell must carry its place. DETR adds a code made of sines and cosines, for $y$ and for
+# $x$, at many wavelengths. For one cell, by hand:
+
+
+# %%
+def place_code(row, column, height, width, num_features, temperature=10_000):
+    """The code of one cell: num_features numbers for y, then as many for x."""
+    code = []
+    for index, size in ((row, height), (column, width)):
+        phase = (index + 0.5) / size * 2 * math.pi  # the cell's centre; once round for the map
+        for j in range(num_features // 2):
+            period = temperature ** (2 * j / num_features)
+            code += [math.sin(phase / period), math.cos(phase / period)]
+    return torch.tensor(code)
+
+
+# %% [markdown]
+# The library's encoding does this for all cells at once. Its argument is a mask, because only cells
+# that are not padding count.
+
+# %%
+from deformable_detr.position import SinePositionEncoding
+
+no_padding = torch.zeros(1, 4, 7, dtype=torch.bool)
+codes = SinePositionEncoding(num_features=6)(no_padding)  # (B, 2 * num_features, H, W)
+assert torch.allclose(codes[0, :, 1, 5], place_code(1, 5, 4, 7, num_features=6), atol=1e-5)
+print(tuple(codes.shape))
+
+# %% mystnb={"image": {"alt": "Four maps of 14 by 22 cells. The first changes from top to bottom like one sine wave, the second from left to right like one cosine wave, the third hardly from top to bottom. The fourth is a hill of similarity with its peak in the marked cell."}}
+codes = SinePositionEncoding(128)(torch.zeros(1, 14, 22, dtype=torch.bool))[0]  # (256, 14, 22)
+similarity = torch.einsum("chw,c->hw", codes, codes[:, 4, 15]) / 128
+figure, axes = plt.subplots(1, 4, figsize=(9, 2.2))
+titles = ("0: sin, y", "129: cos, x", "32: sin, y, 10 times slower")
+for axis, channel, title in zip(axes, (0, 129, 32), titles, strict=False):
+    axis.imshow(codes[channel], cmap="RdBu_r", vmin=-1, vmax=1)
+    axis.set(title=title)
+axes[3].imshow(similarity)
+axes[3].plot(15, 4, "x", color="white")
+axes[3].set(title="similarity to the cross")
+for axis in axes:
+    axis.set(xticks=[], yticks=[])
+plt.show()
+
+# %% [markdown]
+# *Figure 2.2. What to see: three channels of the code (red positive, blue negative) and, on the
+# right, the dot product of one cell's code with every other. It is largest at home and falls with
+# distance: with codes, near and far exist.*
+
+# %%
+assert similarity.argmax() == 4 * 22 + 15 and math.isclose(similarity[4, 15], 1, rel_tol=1e-4)
+assert torch.allclose(codes[0, :, 0], codes[0, :, 21])  # channel 0 knows nothing of x
+assert similarity[4, 14] > 0.98  # ... but the neighbour's code is nearly the same
+
+# %% [markdown]
+# Look at the last line. Next-door codes differ by less than 2 %. The code makes it *possible* to
+# look at one exact cell, but $U$ and $V$ must grow large before attention gets that sharp.
+#
+# With places, shuffling the contents is no longer harmless:
+
+# %%
+no_padding = torch.zeros(1, height, width, dtype=torch.bool)
+place = SinePositionEncoding(num_features=C // 2)(no_padding)[0].flatten(1).T  # (H * W, C)
+with torch.no_grad():
+    straight, _ = attention((tokens + place)[None], (tokens + place)[None])
+    moved = tokens[order] + place
+    shuffled, _ = attention(moved[None], moved[None])
+assert not torch.allclose(shuffled[0], straight[0, order], atol=0.01)
+
+# %% [markdown]
+# ## Exercise 2.3  Look one cell further
+#
+# *difficulty ●●● · 20 minutes · 7 lines*
+#
+# Sines and cosines were not chosen for their looks: **moving by a fixed distance is a matrix**.
+# Write the matrix $R$ that turns the code of a phase $\varphi$ into the code of $\varphi + \delta$,
+# whatever $\varphi$ is. With $U_m = \beta R$, $V_m = \beta I$ and a large $\beta$, head $m$ of
+# every cell looks at the cell $\delta$ further on. This is how attention *can* act like a
+# convolution.
+#
+# The code is that of one axis:
+# $\sin(\varphi/p_0), \cos(\varphi/p_0), \sin(\varphi/p_1), \cos(\varphi/p_1), \dots$ with
+# $p_j = 10000^{2j/F}$.
+
+
+# %% tags=["exercise"]
+def shift_matrix(delta, num_features):
+    """delta: radians. num_features: F, even. Returns R, (F, F), R @ code(phi) = code(phi + delta)"""
+    # BEGIN SOLUTION
+    R = torch.zeros(num_features, num_features)
+    for j in range(num_features // 2):
+        angle = delta / 10_000 ** (2 * j / num_features)
+        sin, cos = math.sin(angle), math.cos(angle)
+        R[2 * j, 2 * j : 2 * j + 2] = torch.tensor([cos, sin])
+        R[2 * j + 1, 2 * j : 2 * j + 2] = torch.tensor([-sin, cos])
+    return R
+    # END SOLUTION
+
+
+check("2.3", shift_matrix)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# $\sin(a + b) = \sin a \cos b + \cos a \sin b$ and $\cos(a + b) = \cos a \cos b - \sin a \sin b$.
+# So each pair of numbers is turned by itself: $R$ consists of $2 \times 2$ blocks on the diagonal.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The block of pair $j$ has the angle $a = \delta / p_j$ and reads
+# $\begin{pmatrix} \cos a & \sin a \\ -\sin a & \cos a \end{pmatrix}$.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# A shift by zero is the identity for every sign and every period. If the shift by a quarter turn
+# fails, look at the signs: this is the block above, not its transpose.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# ## 2.5 Before training, every key gets $1/N_k$
+#
+# Take features of mean 0 and variance 1. Xavier's initialisation gives a $C \times C$ matrix
+# entries of variance $1/C$, so the numbers in $U_m z_q$ and $V_m x_k$ have mean 0 and variance 1 as
+# well. Then scores have variance 1. This is the situation that the paper describes.
+
+# %%
+C, M = 256, 8
+attention = Attention(C, M)
+z, x = torch.randn(1, 40, C), torch.randn(1, 3000, C)
+with torch.no_grad():
+    asked, found_by = attention.U(z), attention.V(x)
+    scores = attention.heads(asked) @ attention.heads(found_by).transpose(-1, -2) / math.sqrt(C / M)
+for numbers in (asked, found_by, scores):
+    assert abs(numbers.mean()) < 0.05 and math.isclose(numbers.var(), 1, rel_tol=0.1)
+
+# %% [markdown]
+# How evenly does a query spread its attention then? **Entropy** measures it: $-\sum_k A_k \ln A_k$.
+# If all keys are equal it is $\ln N_k$; if one key has everything it is 0. Its exponential is the
+# *effective number of keys*.
+#
+# For scores of variance $\sigma^2$ theory gives $\ln N_k - \sigma^2/2$ when there are many keys.
+# (The sum of $e^s$ over the keys is about $N_k e^{\sigma^2/2}$, and the average of $s$ under the
+# weights is $\sigma^2$.)
+#
+# **Before you run**: at 4,096 keys, how many does a query effectively look at? Ten? A hundred?
+
+# %%
+packed = nn.MultiheadAttention(C, M, batch_first=True)  # PyTorch's own initialisation
+sizes = [16, 64, 256, 1024, 4096]
+measured = {"Eq. 1, each matrix by Xavier": [], "nn.MultiheadAttention": []}
+with torch.no_grad():
+    for num_keys in sizes:
+        x = torch.randn(1, num_keys, C)
+        _, A = attention(z, x)
+        _, A_packed = packed(z, x, x, average_attn_weights=False)
+        for found, weights in zip(measured.values(), (A, A_packed), strict=True):
+            found.append(-(weights * weights.log()).sum(-1).mean().item())
+
+# %% mystnb={"image": {"alt": "Entropy of the attention weights against the number of keys. Both measured curves run parallel to the line of equal weights, half a unit and an eighth of a unit below it."}}
+figure, axis = plt.subplots()
+axis.plot(sizes, np.log(sizes), "k--", label=r"all equal: $\ln N_k$")
+for (name, found), marker in zip(measured.items(), "os", strict=True):
+    axis.plot(sizes, found, marker, label=name)
+axis.set(xscale="log", xticks=sizes, xticklabels=sizes, xlabel="number of keys $N_k$")
+axis.set(ylabel="entropy of the weights")
+axis.minorticks_off()
+axis.legend()
+plt.show()
+
+# %% [markdown]
+# *Figure 2.3. What to see: before training the entropy stays just below that of equal weights,
+# however many keys there are. Attention starts as an average over the whole map.*
+
+# %%
+for (name, found), variance in zip(measured.items(), (1, 1 / 4), strict=True):
+    for num_keys, entropy in zip(sizes[2:], found[2:], strict=True):
+        assert math.isclose(entropy, math.log(num_keys) - variance / 2, abs_tol=0.04)
+    print(f"{name}: {math.exp(found[-1]) / 4096:.1f} of 4,096 keys in effect")
+
+# %% [markdown]
+# About 2,500 of 4,096, or six tenths. And what people really train starts even flatter: PyTorch
+# keeps $U$, $V$ and $W'$ in one $3C \times C$ matrix, Xavier's formula looks at that shape, and
+# each variance becomes $1/(2C)$. Queries and keys shrink, scores have variance $\tfrac14$, and nine
+# tenths of all keys take part.
+
+# %%
+third = packed.in_proj_weight.detach().var().item() * C
+print("variance of the entries, times C:", round(third, 2))
+assert math.isclose(third, 0.5, rel_tol=0.02)
+
+# %% [markdown]
+# ## Exercise 2.4  What a score is told
+#
+# *difficulty ●●○ · 12 minutes · 3 lines*
+#
+# What does this evenness do to learning? Follow the gradient back. For one query with weights $A_k$
+# and output $o = \sum_k A_k v_k$, let $g$ be the gradient of the loss by $o$. Write the gradient of
+# the loss by the scores, without autograd.
+
+
+# %% tags=["exercise"]
+def score_gradient(scores, values, grad_output):
+    """scores: (N,). values: (N, E). grad_output: (E,), the loss by the output. Returns (N,)."""
+    # BEGIN SOLUTION
+    A = scores.softmax(0)
+    along = values @ grad_output
+    return A * (along - A @ along)
+    # END SOLUTION
+
+
+check("2.4", score_gradient)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# If the weights were free, the gradient by $A_k$ would be $g \cdot v_k$. But raising one weight
+# lowers all the others.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# $\partial A_j / \partial s_k = A_j (\delta_{jk} - A_k)$. Multiply by $g \cdot v_j$ and sum over
+# $j$.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# With two keys of equal weight, many formulas agree. When weights differ, the value to compare with
+# is the *weighted* average, which is the output $o$ itself, not the plain mean of the values.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# ## 2.6 What that does to gradients
+#
+# The chain rule gives two lines, and both begin with $A_k$:
+#
+# $$
+# \frac{\partial \mathcal{L}}{\partial v_k} = A_k \, g, \qquad
+# \frac{\partial \mathcal{L}}{\partial s_k} = A_k \; g \cdot (v_k - o)
+# $$
+#
+# At the start $A_k \approx 1/N_k$. So on a map of 4,096 cells the one cell that matters is told a
+# 4,096th of what the output is told. Let us measure it: 150 random queries, and a loss that is low
+# when the output points along the value of **key 0**, the right key.
+
+
+# %%
+def gradients(num_keys, draws=150, D=32):
+    """What the right key's value and its score are told, and its part in what the query hears."""
+    q, k, v = (torch.randn(draws, n, D) for n in (1, num_keys, num_keys))
+    scores = (q @ k.transpose(1, 2) / math.sqrt(D)).requires_grad_()  # (draws, 1, N_k)
+    output = scores.softmax(-1) @ v.requires_grad_()
+    loss = -(output[:, 0] * v[:, 0].detach()).sum()
+    by_scores, by_values = torch.autograd.grad(loss, (scores, v))
+    right = by_scores[:, 0, :1] * k[:, 0]  # what key 0 tells the query
+    others = (by_scores @ k)[:, 0] - right  # what all the other keys tell it
+    ratio = (right.norm(dim=-1) / others.norm(dim=-1)).median().item()
+    return by_values[:, 0].norm(dim=-1).mean().item(), by_scores[..., 0].abs().mean().item(), ratio
+
+
+# %%
+torch.manual_seed(1)
+told = np.array([gradients(num_keys) for num_keys in sizes])  # (5 sizes, 3 quantities)
+slopes = np.polyfit(np.log(sizes), np.log(told), 1)[0]
+print("slopes", slopes.round(1))
+assert abs(slopes[0] + 1) < 0.1 and abs(slopes[1] + 1) < 0.1
+assert abs(slopes[2] + 0.5) < 0.1
+
+# %% mystnb={"image": {"alt": "Two charts with logarithmic axes. Left: the gradients of the right key's value and score fall along lines of slope minus one from 16 to 4096 keys. Right: the ratio of the right key's pull to that of all others falls along a line of slope minus one half."}}
+figure, axes = plt.subplots(1, 2)
+names = ("gradient of its value", "gradient of its score", "right key / all others")
+for i, (axis, name) in enumerate(zip((axes[0], axes[0], axes[1]), names, strict=True)):
+    slope = -0.5 if i == 2 else -1
+    line = told[2, i] * (np.array(sizes) / sizes[2]) ** slope
+    axis.plot(sizes, line, color="0.7", label=f"slope {slope}" if i else None, zorder=0)
+    axis.plot(sizes, told[:, i], "os^"[i], color=f"C{i}", label=name)
+for axis in axes:
+    axis.set(xscale="log", yscale="log", xlabel="number of keys $N_k$")
+    axis.set(xticks=sizes, xticklabels=sizes)
+    axis.minorticks_off()
+    axis.legend()
+axes[0].set(title="what reaches the right key")
+axes[1].set(title="what reaches the query")
+plt.show()
+
+# %% [markdown]
+# *Figure 2.4. What to see: four times the keys, a quarter of the gradient for the one that matters
+# (left, slope $-1$). The query hears it in a crowd that gets louder (right, slope $-\frac12$).*
+#
+# The right-hand picture matters more. A small gradient by itself would do no harm: AdamW
+# {cite}`loshchilov2019adamw` divides every gradient by its usual size. But the query learns from
+# the sum over all keys. The right key's part of it is $1/N_k$. The others have random signs, and a
+# sum of $N_k$ random terms of size $1/N_k$ has the size $1/\sqrt{N_k}$. Their ratio is
+# $1/\sqrt{N_k}$, and no optimiser can repair that. It can only average over many steps.
+
+# %%
+print("at 4,096 keys the right key's part is", round(told[-1, 2], 2), "of the others'")
+assert told[-1, 2] < 0.05 < 0.5 < told[0, 2]
+
+# %% [markdown]
+# The paper says it in two words: "ambiguous gradients".
+#
+# ## 2.7 A task whose answer we know
+#
+# If that is right, one should *see* learning slow down when a map has more cells, although the task
+# stays the same. Here is a task for which we know where attention must look.
+#
+# Every cell of a map holds a **shape** (8 kinds) and a **colour** (5 kinds). Shapes 0, 1 and 2 are
+# the marks: each stands in exactly one cell. All other cells are clutter. Query $i$ must name the
+# colour of mark $i$. Nobody tells it where the mark is, nor even what it looks like.
+
+# %%
+SHAPES, MARKS, COLOURS, WIDTH = 8, 3, 5, 32
+
+
+def draw_maps(num_cells, generator, count=32):
+    """Random maps: content (count, N), which is shape * COLOURS + colour; places (count, 3)."""
+    shape = torch.randint(MARKS, SHAPES, (count, num_cells), generator=generator)
+    places = torch.rand(count, num_cells, generator=generator).topk(MARKS).indices
+    shape.scatter_(1, places, torch.arange(MARKS).expand(count, -1))
+    colour = torch.randint(COLOURS, (count, num_cells), generator=generator)
+    return shape * COLOURS + colour, places
+
+
+# %% mystnb={"image": {"alt": "A map of 4 rows and 16 columns. Each cell holds a symbol in one of five colours. A star, a plus and a cross, each present once, are circled; all other symbols are squares, triangles, diamonds and hexagons."}}
+rows, columns = 4, 16
+contents, places = draw_maps(rows * columns, torch.Generator().manual_seed(3), count=1)
+figure, axis = plt.subplots(figsize=(7, 2))
+for cell, content in enumerate(contents[0].tolist()):
+    marker, colour = "*PXs^vDh"[content // COLOURS], f"C{content % COLOURS}"
+    axis.plot(cell % columns, cell // columns, marker, color=colour, ms=9)
+for place in places[0].tolist():
+    axis.plot(place % columns, place // columns, "o", ms=19, mfc="none", mec="k", mew=1.5)
+axis.set(xlim=(-0.7, columns - 0.3), ylim=(rows - 0.3, -0.7), xticks=[], yticks=[], aspect="equal")
+plt.show()
+
+# %% [markdown]
+# *Figure 2.5. What to see: a map of 64 cells. The three queries must find the star, the plus and
+# the cross (circled for us, not for them) and name their colours.*
+
+# %%
+for mark, place in enumerate(places[0].tolist()):
+    assert contents[0, place] // COLOURS == mark
+    assert (contents[0] // COLOURS == mark).sum() == 1  # exactly once
+
+# %% [markdown]
+# The model is one head of Eq. 1 with three learned queries, then a linear layer to the colours. A
+# cell's feature is a fixed random vector for its shape plus one for its colour.
+#
+# With three queries and many cells it is cheaper to carry each query over to the keys than to
+# project every key: $(U z)^\top (V x) = (V^\top U z)^\top x$. Same numbers, less work.
+
+
+# %%
+class Finder(nn.Module):
+    """Three queries look for three marks. content: (B, N) -> (B, 3, COLOURS), A: (B, 3, N)."""
+
+    def __init__(self):
+        super().__init__()
+        features = torch.randn(SHAPES, 1, WIDTH) + torch.randn(COLOURS, WIDTH)
+        self.register_buffer("features", features.flatten(0, 1) / math.sqrt(2))  # variance 1
+        self.queries = nn.Parameter(torch.randn(MARKS, WIDTH))
+        self.attention = Attention(WIDTH, 1)
+        self.name_colour = nn.Linear(WIDTH, COLOURS)
+
+    def forward(self, content):
+        x, head = self.features[content], self.attention  # (B, N, WIDTH)
+        carried = head.U(self.queries) @ head.V.weight  # (3, WIDTH)
+        A = (carried @ x.transpose(1, 2) / math.sqrt(WIDTH)).softmax(-1)
+        return self.name_colour(head.W(head.W_prime(A @ x))), A
+
+
+# %%
+finder = Finder()
+contents, places = draw_maps(64, torch.Generator().manual_seed(3), count=2)
+with torch.no_grad():
+    _, A = finder(contents)
+    _, A_full = finder.attention(finder.queries.expand(2, -1, -1), finder.features[contents])
+assert torch.allclose(A, A_full[:, 0], atol=1e-6)  # carrying the query changes nothing
+
+
+# %% [markdown]
+# Training: 32 fresh maps a step, AdamW, cross-entropy on the colour. At each step we note how much
+# weight the right cells get, and how many colours are right.
+
+
+# %%
+def train_finder(num_cells, seed, steps=400, watch=None):
+    """Returns the finder and (steps, 2): weight on the right cells, share of right colours."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    finder, history = Finder(), []
+    optimizer = torch.optim.AdamW(finder.parameters(), lr=4e-3)
+    for step in range(steps):
+        if watch:
+            watch(step, finder)
+        contents, places = draw_maps(num_cells, generator)
+        wanted = contents.gather(1, places) % COLOURS  # (B, 3)
+        logits, A = finder(contents)
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        on_mark = A.detach().gather(2, places[..., None]).mean()
+        history.append((on_mark.item(), (logits.argmax(-1) == wanted).float().mean().item()))
+    return finder, torch.tensor(history)
+
+
+# %% [markdown]
+# Maps of 2 × 8, 4 × 16, 8 × 32 and 16 × 64 cells, five seeds each. Every step shows the same number
+# of maps and asks the same 96 questions. Only the amount of clutter differs.
+#
+# **Before you run**: with 64 times the cells, how many times longer does it take to learn? And how
+# good is a query that has not found its mark?
+
+# %%
+grids = {16: (2, 8), 64: (4, 16), 256: (8, 32), 1024: (16, 64)}
+finders, histories = {}, {}
+for num_cells in grids:
+    finders[num_cells], curves = zip(*(train_finder(num_cells, s) for s in range(5)), strict=True)
+    histories[num_cells] = torch.stack(curves)  # (5 seeds, steps, 2)
+
+# %% mystnb={"image": {"alt": "Two charts against the training step, with a band over five seeds for each map size. With 16 cells the right weight and the right colours reach one within a few dozen steps, with 64 and 256 cells later each time; with 1024 cells they stay at zero and at chance for more than a hundred steps, and some seeds do not leave it within 400."}}
+figure, axes = plt.subplots(1, 2, sharex=True)
+for i, (num_cells, history) in enumerate(histories.items()):
+    smooth = F.avg_pool1d(history.transpose(1, 2), 10, stride=5)  # (5, 2, steps / 5)
+    step = 5 + 5 * np.arange(smooth.shape[-1])
+    for axis, curves in zip(axes, smooth.unbind(1), strict=True):
+        axis.fill_between(step, curves.amin(0), curves.amax(0), color=f"C{i}", alpha=0.25, lw=0)
+        axis.plot(step, curves.median(0).values, color=f"C{i}", label=f"{num_cells} cells")
+axes[0].set(xlabel="step", ylabel="weight on the right cell", ylim=(0, 1.03))
+axes[1].axhline(1 / COLOURS, color="k", ls=":", lw=1)
+axes[1].set(xlabel="step", ylabel="right colours", ylim=(0, 1.03))
+axes[1].legend(loc="lower right")
+plt.show()
+
+# %% [markdown]
+# *Figure 2.6. What to see: median of five seeds, band from the worst to the best. More cells, later
+# learning. With 1,024 cells the queries guess (dotted: chance) for a long time, and not every seed
+# finds the marks at all in 400 steps.*
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+half_way = {}
+for num_cells, history in histories.items():
+    found = [(curve > 0.5).nonzero() for curve in history[..., 0]]
+    steps = [int(hit[0]) if len(hit) else 400 for hit in found]  # 400: not yet
+    half_way[num_cells] = sorted(steps)[2]
+    print(f"{num_cells:5} cells: step", *sorted(steps), "median", half_way[num_cells])
+
+# %%
+assert half_way[16] < half_way[64] < half_way[256] < half_way[1024]
+assert half_way[1024] > 4 * half_way[16]
+assert histories[16][:, -20:, 1].mean() > 0.98  # all right in the end
+assert histories[1024][:, :40, 1].mean() < 0.25  # chance is 0.2
+
+# %% [markdown]
+# In our runs, 64 times the cells took some twenty times as many steps. Note the shape of the slow
+# curves, too: a long flat piece, then a rise.
+#
+# Now look *inside*, at a run with 256 cells: where do the queries look at steps 0, 60 and 399? We
+# test on 200 maps that were never trained on, and draw one on which all three marks are found.
+
+# %%
+test_contents, test_places = draw_maps(256, torch.Generator().manual_seed(5), count=200)
+looks = {}
+
+
+def watch(step, finder):
+    if step in (0, 60, 399):
+        with torch.no_grad():
+            looks[step] = finder(test_contents)[1]  # (200, 3, 256)
+
+
+_ = train_finder(256, seed=4, watch=watch)
+found = {step: A.argmax(-1) == test_places for step, A in looks.items()}  # (200, 3)
+shown = int(found[399].all(1).nonzero()[0])
+
+# %% mystnb={"image": {"alt": "Nine maps of 8 by 32 cells: three queries at steps 0, 60 and 399. At step 0 the weight is spread over the whole map, later it gathers in fewer cells, and at step 399 it stands in a single cell, the one that is circled."}}
+figure, axes = plt.subplots(3, 3, figsize=(9, 3.4))
+for row, (step, A) in zip(axes, looks.items(), strict=True):
+    for i, axis in enumerate(row):
+        axis.imshow(A[shown, i].view(8, 32), vmin=0)
+        place = int(test_places[shown, i])
+        axis.plot(place % 32, place // 32, "o", ms=10, mfc="none", mec="C1", mew=1.8)
+        weight = A[shown, i, place]
+        axis.set(xticks=[], yticks=[], title=f"step {step}, query {i}: {weight:.3f}")
+plt.show()
+
+# %% [markdown]
+# *Figure 2.7. What to see: the weights of three queries on one map (each panel has its own scale;
+# the number is the weight in the right cell, circled). Noise becomes a point, and the point is
+# right.*
+
+# %%
+weight = {step: A.gather(2, test_places[..., None]).mean() for step, A in looks.items()}
+assert weight[0] < 3 / 256 and found[0].float().mean() < 0.1  # about one part in 256
+assert weight[0] < weight[60] < weight[399] and weight[399] > 0.5
+assert found[399].float().mean() > 0.85  # of 600 lookups
+
+# %% [markdown]
+# **A right answer is not a right look.** All runs with 256 cells ended with (nearly) all colours
+# right. Did they all look at the right cell? For the run with the worst gap we sort the lookups by
+# mark and by the colour that the mark had.
+
+# %%
+gaps, wanted = [], test_contents.gather(1, test_places) % COLOURS  # (200, 3)
+for finder in finders[256]:
+    with torch.no_grad():
+        logits, A = finder(test_contents)
+    on_mark = A.gather(2, test_places[..., None])[..., 0]
+    table = [[on_mark[wanted[:, i] == c, i].mean() for c in range(COLOURS)] for i in range(MARKS)]
+    right = (logits.argmax(-1) == wanted).float().mean()
+    gaps.append((np.array(table), right.item()))
+table, right = min(gaps, key=lambda gap: gap[0].min())
+
+# %% mystnb={"image": {"alt": "A table of three marks by five colours. Nearly all entries, the weight on the right cell, are close to one; one entry is close to zero."}}
+figure, axis = plt.subplots(figsize=(4.5, 2.3))
+axis.imshow(table, vmin=0, vmax=1)
+for (i, colour), number in np.ndenumerate(table):
+    ink = "k" if number > 0.5 else "w"
+    axis.text(colour, i, f"{number:.2f}", ha="center", va="center", color=ink)
+axis.set(xlabel="colour of the mark", ylabel="mark", xticks=range(5), yticks=range(3))
+axis.set_title(f"weight on the right cell; {right:.0%} of the colours right")
+plt.show()
+
+# %% [markdown]
+# *Figure 2.8. What to see: for one mark in one colour the query sees nothing at all, and yet its
+# answer is right.*
+
+# %%
+assert table.min() < 0.2 and np.median(table) > 0.9 and right > 0.95
+
+# %% [markdown]
+# How can it be right? By elimination: it finds the mark in all colours but one, and so "found
+# nothing" *means* that colour. Keep this in mind when an attention map is shown as an explanation.
+
+# %% [markdown]
+# What would help? If someone told each query *roughly* where to look, so that it saw 16 of the
+# 1,024 cells and the right one among them, its problem would be that of the first curve. That is
+# the idea of deformable attention: few keys for each query, and learned places for them.
+#
+# A toy is a toy: one layer, one head, no image. Chapter 14 comes back to DETR itself.
+#
+# ## 2.8 Cost, by counting
+#
+# Multiplying $(a \times b)$ by $(b \times c)$ takes $abc$ multiplications and as many additions:
+# $2abc$ floating-point operations, or FLOPs. PyTorch can count them while code runs.
+
+# %%
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(call, *inputs):
+    """FLOPs of all matrix products in call(*inputs)."""
+    with FlopCounterMode(display=False) as counter:
+        call(*inputs)
+    return counter.get_total_flops()
+
+
+left, right = torch.randn(3, 5), torch.randn(5, 7)
+assert count_flops(torch.matmul, left, right) == 2 * 3 * 5 * 7 == 210
+
+# %% [markdown]
+# Take Eq. 1 apart with 7 queries, 13 keys and $C = 256$, piece by piece.
+
+# %%
+z, x = torch.randn(1, 7, C), torch.randn(1, 13, C)
+pieces = {
+    "U z": count_flops(attention.U, z),
+    "V x": count_flops(attention.V, x),
+    "W' x": count_flops(attention.W_prime, x),
+    "W": count_flops(attention.W, z),
+}
+pieces["scores and sum"] = count_flops(attention, z, x) - sum(pieces.values())
+print(pieces)
+assert pieces["U z"] == 2 * 7 * C * C and pieces["V x"] == 2 * 13 * C * C
+
+# %% [markdown]
+# ## Exercise 2.5  The bill
+#
+# *difficulty ●●○ · 10 minutes · 3 lines*
+#
+# Write the number of FLOPs of all matrix products in Eq. 1, for any sizes. DETR's decoder, for
+# instance, has 100 queries and as many keys as the map has cells.
+
+
+# %% tags=["exercise"]
+def attention_flops(num_queries, num_keys, embed_dim, num_heads):
+    """FLOPs of multi-head attention on one image, 2 for each multiply-add. Returns an int."""
+    # BEGIN SOLUTION
+    projections = 4 * (num_queries + num_keys) * embed_dim**2  # U and W; V and W'
+    scores_and_sum = 4 * num_queries * num_keys * embed_dim  # the same for any number of heads
+    return projections + scores_and_sum
+    # END SOLUTION
+
+
+check("2.5", attention_flops)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Six products. Which of the four projections act on queries, which on keys?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The scores of one head cost $2 N_q N_k D$, and there are $M = C/D$ heads. The weighted sum costs
+# as much again.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# The first check has one head and as many queries as keys. Then it does not matter which tokens a
+# projection acts on, nor whether you multiplied the scores by $M$ once too often: each head has
+# only $D = C/M$ channels.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# The paper gives the cost as $O(N_q C^2 + N_k C^2 + N_q N_k C)$. An $O$ hides factors. We count at
+# twelve random sizes and solve for the three factors. Nothing is computed for it: tensors on
+# PyTorch's `meta` device have a shape and no numbers.
+
+# %%
+generator = np.random.default_rng(0)
+terms, counted = [], []
+for _ in range(12):
+    Nq, Nk, wide = (8 * int(generator.integers(1, 50)) for _ in range(3))
+    layer = nn.MultiheadAttention(wide, 8, batch_first=True, device="meta")
+    z, x = torch.empty(1, Nq, wide, device="meta"), torch.empty(1, Nk, wide, device="meta")
+    counted.append(count_flops(layer, z, x, x))
+    terms.append([Nq * wide**2, Nk * wide**2, Nq * Nk * wide])
+factors = np.linalg.lstsq(np.array(terms, float), np.array(counted, float))[0]
+print("factors", factors.round(3))
+assert np.allclose(factors, 4, atol=1e-4)
+
+# %% [markdown]
+# All three are 4: two products of each kind, 2 FLOPs for each multiply-add. Our own module costs
+# exactly the same:
+
+# %%
+z, x = torch.randn(1, 11, C), torch.randn(1, 30, C)
+assert count_flops(attention, z, x) == 4 * C * (11 * C + 30 * C + 11 * 30)
+
+# %% [markdown]
+# In self-attention $N_q = N_k = N$: $8NC^2 + 4N^2C$. The quadratic part overtakes the linear one at
+# $N = 2C$, which is **512 tokens** for the usual $C = 256$. Is that many? Take the image size that
+# detectors are tested with, 800 × 1066 pixels. How many cells it has at each stride is not ours to
+# guess; a chain of stride-2 convolutions tells.
+
+# %%
+halve = nn.Conv2d(1, 1, kernel_size=3, stride=2, padding=1, device="meta")
+image, shapes = torch.empty(1, 1, 800, 1066, device="meta"), {}
+for stride in (2, 4, 8, 16, 32):
+    image = halve(image)
+    shapes[stride] = tuple(image.shape[-2:])
+assert shapes[32] == (25, 34)  # 1066 / 32 = 33.3, rounded up
+assert shapes[32][0] * shapes[32][1] == 850 > 2 * C
+
+# %% [markdown]
+# At stride 32, the coarsest map of a ResNet {cite}`he2016resnet`, the quadratic part is already the
+# larger. Now the whole bill, for one self-attention layer with $C = 256$ and 8 heads. Memory is
+# that of the weights $A$, in 32-bit floats: $M$ matrices of $N \times N$ numbers.
+
+# %%
+layer, bill = nn.MultiheadAttention(C, M, batch_first=True, device="meta"), {}
+print("stride  map        tokens   linear  quadratic   weights A")
+for stride in (32, 16, 8, 4):
+    height, width = shapes[stride]
+    N = height * width
+    x = torch.empty(1, N, C, device="meta")
+    total = count_flops(layer, x, x, x)
+    linear = 4 * count_flops(nn.Linear(C, C, device="meta"), x)
+    A = torch.empty(M, N, N, device="meta")
+    bill[stride] = (N, linear / 1e9, (total - linear) / 1e9, A.nbytes / 1e6)
+    _, *cost = bill[stride]
+    print(f"{stride:4}    {height:3} x {width:3} {N:8,}", end="  ")
+    print("{:5.1f} GF {:7.1f} GF {:8,.0f} MB".format(*cost))
+
+# %%
+assert bill[4][0] == 53_400
+assert math.isclose(bill[4][3] / bill[8][3], 16, rel_tol=0.01)  # half the stride: 16 times
+A = torch.zeros(M, 850, 850)  # a real one, for once
+assert A.numel() * A.element_size() / 1e6 == bill[32][3]
+
+# %% mystnb={"image": {"alt": "FLOPs of one attention layer against the number of tokens, both axes logarithmic. The linear part and the steeper quadratic part cross at 512 tokens. The four strides of an 800 by 1066 image are marked, all to the right of the crossing."}}
+tokens = np.geomspace(64, 1e5)
+figure, axis = plt.subplots()
+axis.plot(tokens, 8 * tokens * C**2 / 1e9, label="projections, $8NC^2$")
+axis.plot(tokens, 4 * tokens**2 * C / 1e9, label="scores and sum, $4N^2C$")
+axis.axvline(2 * C, color="k", ls=":", lw=1)
+axis.text(2 * C * 0.9, 800, "$N = 2C$", ha="right")
+for stride, (count, linear, quadratic, _) in bill.items():
+    axis.plot([count, count], [linear, quadratic], "ko", ms=4)
+    axis.text(count * 1.1, quadratic * 0.45, f"stride {stride}")
+axis.set(xscale="log", yscale="log", xlabel="tokens $N$", ylabel="GFLOPs in one layer")
+axis.legend()
+plt.show()
+
+# %% [markdown]
+# *Figure 2.9. What to see: the quadratic part crosses the linear one at 512 tokens. Every map of a
+# detector lies to the right of that (dots: counted).*
+
+# %%
+for count, linear, quadratic, _ in bill.values():
+    assert math.isclose(linear, 8 * count * C**2 / 1e9, rel_tol=1e-6)
+    assert math.isclose(quadratic, 4 * count**2 * C / 1e9, rel_tol=1e-6)
+    assert quadratic > linear
+assert math.isclose(8 * 2 * C * C**2, 4 * (2 * C) ** 2 * C)  # equal at N = 2C
+
+# %% [markdown]
+# Two honest remarks.
+#
+# First, an encoder layer also has a feed-forward network, which is linear: $4NCF$ for a hidden
+# width $F$. DETR's is 2,048 wide. Then the quadratic part wins from $N = 2C + F$ on, which is 2,560
+# tokens: between stride 32 and stride 16.
+#
+# Second, nobody has to *store* $A$. Newer kernels compute it block by block and forget it, in the
+# forward and in the backward pass; `F.scaled_dot_product_attention` uses them. The paper of 2020
+# did not have them. What does autograd keep, really? We ask it.
+
+
+# %%
+def kept_for_backward(call, *inputs):
+    """Bytes of all different tensors that autograd saves during call(*inputs)."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call(*inputs)
+    assert result.requires_grad
+    return sum(kept.values())
+
+
+# %%
+for num_tokens in (256, 512, 1024):
+    q, k, v = (torch.randn(1, M, num_tokens, C // M, requires_grad=True) for _ in range(3))
+    dense = kept_for_backward(attend, q, k, v) / 1e6
+    fused = kept_for_backward(F.scaled_dot_product_attention, q, k, v) / 1e6
+    print(f"{num_tokens:5} tokens: {dense:3.0f} MB dense, {fused:3.0f} MB fused")
+assert dense > 4 * M * num_tokens**2 / 1e6  # A itself is in there
+assert fused < 6 * 4 * num_tokens * C / 1e6  # inputs, output and little more
+
+# %% [markdown]
+# So today memory need not be quadratic. The FLOPs still are, and so is the time:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+seconds = {}
+for num_tokens in (512, 1024, 2048):
+    q, k, v = (torch.randn(1, M, num_tokens, C // M) for _ in range(3))
+    for name, call in (("dense", attend), ("fused", F.scaled_dot_product_attention)):
+        runs = []
+        for _ in range(5):
+            start = time.perf_counter()
+            call(q, k, v)
+            runs.append(time.perf_counter() - start)
+        seconds[name, num_tokens] = min(runs)
+    dense, fused = seconds["dense", num_tokens], seconds["fused", num_tokens]
+    print(f"{num_tokens:5} tokens: {dense * 1e3:6.1f} ms dense, {fused * 1e3:6.1f} ms fused")
+
+# %%
+for name in ("dense", "fused"):  # four times the tokens: 16 times the time, give or take
+    assert seconds[name, 2048] > 5 * seconds[name, 512]
+
+# %% [markdown]
+# These are times of one processor, on a day when it may have had other work. The counts above are
+# the same everywhere.
+#
+# ## 2.9 Why small objects suffer
+#
+# DETR works at stride 32, because of that bill. How much of an object is left there? COCO calls an
+# object small below $32^2$ pixels and large above $96^2$ {cite}`lin2014coco`.
+
+# %%
+print("cells covered by an object of")
+print("stride    9 px   32 px   96 px")
+for stride in (32, 16, 8, 4):
+    print(f"{stride:6}", *(f"{(side / stride) ** 2:7.2f}" for side in (9, 32, 96)))
+assert (32 / 32) ** 2 == 1 and (9 / 32) ** 2 < 0.08
+
+# %% [markdown]
+# At stride 32 the largest of the small objects is **one** cell, and one of 9 pixels shares its cell
+# with twelve times as much background. Here is what averaging over cells does to real ink:
+
+# %% mystnb={"image": {"alt": "A photograph of a coffee cup with coloured digits, at full resolution and averaged over cells of 4, 8, 16 and 32 pixels. Two boxes mark a digit 44 pixels high, still visible at 16, and a digit 11 pixels high, which is a smear at 8 and gone at 16."}}
+picture = plt.imread("../data/samples/000012.png")[..., :3]
+pixels = torch.tensor(picture).permute(2, 0, 1)  # (3, 128, 128)
+figure, axes = plt.subplots(1, 5, figsize=(9, 2.1))
+for axis, stride in zip(axes, (1, 4, 8, 16, 32), strict=True):
+    cells = F.avg_pool2d(pixels, stride)
+    axis.imshow(cells.permute(1, 2, 0), extent=(0, 128, 128, 0))
+    for left, top, w, h in ((77, 8, 33, 44), (86, 116, 6, 11)):  # COCO: x, y, width, height
+        axis.add_patch(plt.Rectangle((left, top), w, h, fill=False, ec="w", lw=1.2))
+    axis.set(xticks=[], yticks=[], title="pixels" if stride == 1 else f"stride {stride}")
+plt.show()
+
+# %% [markdown]
+# *Figure 2.10. What to see: a four of 33 × 44 pixels survives to stride 8 and leaves a trace at 16;
+# an eight of 6 × 11 is a smear at stride 8 and gone at 16.*
+
+
+# %%
+def contrast(stride, left, top, w, h):
+    """Standard deviation of the cells in a box, all channels, against that of its pixels."""
+    spread = []
+    for step in (1, stride):
+        blurred = F.avg_pool2d(pixels, step).repeat_interleave(step, 1).repeat_interleave(step, 2)
+        spread.append(blurred[:, top : top + h, left : left + w].std((1, 2)).mean().item())
+    return spread[1] / spread[0]
+
+
+small, large = (86, 116, 6, 11), (77, 8, 33, 44)
+print("left of the contrast at stride 16:", round(contrast(16, *small), 1), "small,", end=" ")
+print(round(contrast(16, *large), 1), "large")
+assert contrast(8, *large) > 2 * contrast(8, *small) or contrast(16, *small) < 0.5
+
+# %% [markdown]
+# A network keeps more than an average, since a cell has 256 numbers and its receptive field is
+# wide. But one cell must then hold everything about the object and its background, and a box edge
+# has to be found to a small part of a cell.
+#
+# There is a second handicap, and a finer stride does not cure it. At the start an object gets the
+# share of attention that it has of the *area*:
+
+# %%
+for side in (9, 32, 96):
+    shares = [(side / stride) ** 2 / (800 * 1066 / stride**2) for stride in (32, 16, 8, 4)]
+    print(f"{side:3} px: {shares[0]:.4%} of the weight, at every stride")
+    assert np.allclose(shares, side**2 / (800 * 1066))
+
+# %% [markdown]
+# A finer map has more cells on the object, each with less weight. The sum stays. By section 2.6 so
+# does the gradient: an object of 96 pixels is heard a hundred times louder than one of 9.
+#
+# What people measured on COCO fits. These lines are quoted from the table in the official
+# repository's README:
+#
+# | model | stride | epochs | AP | AP of small objects | training, GPU hours |
+# |:--|--:|--:|--:|--:|--:|
+# | Faster R-CNN with FPN {cite}`lin2017fpn` | 4 to 64 | 109 | 42.0 | 26.6 | 380 |
+# | DETR | 32 | 500 | 42.0 | 20.5 | 2,000 |
+# | DETR-DC5 | 16 | 500 | 43.3 | 22.5 | 7,000 |
+# | Deformable DETR | 8 to 64 | 50 | 44.5 | 27.1 | 325 |
+#
+# Halving the stride (DC5) helps small objects and costs three and a half times the training. The
+# last line is what this book builds.
+#
+# ## 2.10 Look at fewer cells
+#
+# Both troubles, the cost and the faint gradients, come from looking *everywhere*. So let each query
+# look at less. A **window** {cite}`ramachandran2019standalone` takes the neighbourhood. **Axial**
+# attention takes the query's row and column. **Deformable** attention takes $K$ points for each
+# head, and learns where.
+#
+# ## Exercise 2.6  A window
+#
+# *difficulty ●●○ · 12 minutes · 5 lines*
+#
+# Build the mask with which `F.scaled_dot_product_attention` becomes window attention: query
+# $(i, j)$ may look at the cells that are at most `radius` rows **and** at most `radius` columns
+# away.
+
+
+# %% tags=["exercise"]
+def window_mask(H, W, radius):
+    """Returns (H * W, H * W), bool: row = query, column = key, True where the query may look."""
+    # BEGIN SOLUTION
+    token = torch.arange(H * W)
+    row, column = token // W, token % W
+    near_rows = (row[:, None] - row).abs() <= radius
+    near_columns = (column[:, None] - column).abs() <= radius
+    return near_rows & near_columns
+    # END SOLUTION
+
+
+check("2.6", window_mask)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Give every token its row and its column: `token // W` and `token % W`.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `row[:, None] - row` is the table of all row distances, (H * W, H * W).
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# You measure distance in the flat list. There, the last cell of a row and the first cell of the
+# next are neighbours; on the map they are at opposite edges.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# Four ways to look, from the same cell of a 25 × 34 map, which is stride 32 of our image. For the
+# last one we take its state before training: 8 heads with $K = 4$ points each, in a star (chapter 5
+# draws where it comes from).
+
+# %%
+(height, width), i, j = shapes[32], 10, 20  # the query stands in row 10, column 20
+row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+looks_at = {
+    "dense": torch.ones(height, width, dtype=torch.bool),
+    "window 7 × 7": ((row - i).abs() <= 3) & ((column - j).abs() <= 3),
+    "axial": (row == i) | (column == j),
+    "deformable": torch.zeros(height, width, dtype=torch.bool),
+}
+for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)):
+    for k in range(1, 5):
+        looks_at["deformable"][i + k * dy, j + k * dx] = True
+keys = {name: int(seen.sum()) for name, seen in looks_at.items()}
+print(keys)
+assert keys == {"dense": 850, "window 7 × 7": 49, "axial": height + width - 1, "deformable": 8 * 4}
+
+# %% mystnb={"image": {"alt": "Four maps of 25 by 34 cells with one query marked. Dense attention looks at all cells, the window at a block of seven by seven around the query, axial attention at the query's row and column, deformable attention at 32 cells in a star of eight rays."}}
+figure, axes = plt.subplots(1, 4, figsize=(9, 2.1))
+for axis, (name, seen) in zip(axes, looks_at.items(), strict=True):
+    axis.imshow(seen, vmin=-0.3, vmax=1.1)
+    axis.plot(j, i, "x", color="C1", mew=2)
+    axis.set(xticks=[], yticks=[], title=f"{name}: {keys[name]}")
+plt.show()
+
+# %% [markdown]
+# *Figure 2.11. What to see: which cells one query (cross) looks at, and how many. The first three
+# patterns are the same for every image; the points of the last one move with what the query sees.*
+#
+# What is left of the quadratic part when the map gets finer?
+
+# %%
+print("keys per query and head, strides 32, 16, 8, 4")
+maps = [shapes[stride] for stride in (32, 16, 8, 4)]
+table = {
+    "dense": [height * width for height, width in maps],
+    "window 7 × 7": [49 for _ in maps],
+    "axial": [height + width - 1 for height, width in maps],
+    "deformable": [4 for _ in maps],
+}
+for name, counts in table.items():
+    print(f"{name:13}", *(f"{count:7,}" for count in counts))
+assert table["dense"][-1] / table["dense"][0] > 60 and len(set(table["deformable"])) == 1
+
+# %% [markdown]
+# A window is cheap, but blind beyond its border, and an object may be larger than it. A row and a
+# column reach far, but see only a thin cross. Deformable attention stays at $K$ keys whatever the
+# map, starts with weights of $1/K$ instead of $1/N_k$, and can reach any place, if it learns to.
+# How places can be learned is chapter 3; the module is chapter 4.
+#
+# ## Summary
+#
+# - Attention: scores by dot products over $\sqrt{D}$, softmax over keys, average of values; heads
+#   do it side by side, and Eq. 1 *is* `nn.MultiheadAttention` without biases.
+# - On a map the keys are the cells, a bag of them: without a place code, order means nothing.
+# - Before training each key gets about $1/N_k$. The right key's gradient falls like $1/N_k$, and
+#   its part in what the query hears like $1/\sqrt{N_k}$: more cells, later learning.
+# - Cost: $4(N_q C^2 + N_k C^2 + N_q N_k C)$ FLOPs. On images the last term rules.
+# - Small objects need fine maps, which dense attention cannot pay for, and get the fainter
+#   gradients.
+
+# %% [markdown]
+# > **Differs from the paper.** Eq. 1 has no biases, the code has. In Eq. 1 key and value are the
+# > same $x_k$; DETR and the official code add the place code to queries and keys, not to values.
+# > The paper assumes queries and keys of variance 1; Xavier's formula on PyTorch's packed matrix
+# > gives $\tfrac12$, so weights start flatter still. Its memory argument is older than fused
+# > kernels; its FLOP argument stands.
+# >
+# > **Differs from the official code.** Deformable DETR uses dense attention only among the queries
+# > in the decoder, by `nn.MultiheadAttention` with dropout 0.1. Ours has none.
+#
+# ## Further reading
+#
+# - {cite}`vaswani2017attention`: attention, $\sqrt{D}$ and the sine code.
+# - {cite}`wang2018nonlocal`: dense attention on feature maps, before DETR.
+# - {cite}`carion2020detr`: attention as a detector.
+# - {cite}`zhu2021deformable`, sections 1 and 3: the argument that this chapter measures.
+# - {cite}`ramachandran2019standalone`: windows.
+# - {cite}`sun2021tspfcos`: a study of why DETR converges slowly.
