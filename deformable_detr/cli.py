@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -232,6 +233,9 @@ def run_predict(args: argparse.Namespace) -> int:
     """deformable-detr predict"""
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be in [0, 1], got {args.threshold}")
+    (stem, count), *_ = Counter(path.stem for path in args.images).most_common(1)
+    if count > 1:
+        raise ValueError(f"{count} images would be saved as {stem}.png; give them in separate runs")
     model, categories = load_model(args.model)
     names = [category["name"] for category in categories]
     transform = eval_transform_of(model)

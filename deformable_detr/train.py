@@ -162,16 +162,23 @@ class Trainer:
                 if self.step % self.steps_per_epoch == 0:
                     self._end_epoch(board)
                     saved = time.monotonic()
-                elif time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
+                elif self._any(time.monotonic() - saved > 60 * self.config.checkpoint_minutes):
                     self.save()
                     saved = time.monotonic()
-                if interrupt.happened:
+                if self._any(interrupt.happened):
                     self.save()
                     raise Interrupted(
                         f"stopped at step {self.step} of {self.total_steps}; "
                         f"the same command continues from {self.checkpoint}"
                     )
         return self.metrics
+
+    def _any(self, here: bool) -> bool:
+        """Whether it is so in any process: clocks and signals differ, and all save together."""
+        if self.accelerator.num_processes == 1:
+            return here
+        count = torch.tensor(float(here), device=self.accelerator.device)
+        return self.accelerator.reduce(count, "sum").item() > 0
 
     def batches(self) -> Iterator[Batch]:
         """The batches that are left. What is in each, and how it is augmented, depends only on the
@@ -189,6 +196,7 @@ class Trainer:
             ),
             collate_fn=collate,
             num_workers=self.config.num_workers,
+            worker_init_fn=ignore_interrupt,
             generator=torch.Generator(),
         )
         batches = iter(loader)
@@ -239,9 +247,14 @@ class Trainer:
     def _cut_log(self) -> None:
         """Forget what was logged after the checkpoint that is being resumed."""
         path = self.output_dir / "log.jsonl"
-        if self.accelerator.is_main_process and path.exists():
-            lines = [x for x in path.read_text().splitlines() if json.loads(x)["step"] <= self.step]
-            path.write_text("".join(line + "\n" for line in lines))
+        if not (self.accelerator.is_main_process and path.exists()):
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            with suppress(json.JSONDecodeError):  # a line that was being written at a crash
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept))
 
     def _end_epoch(self, board: SummaryWriter) -> None:
         epoch = self.step // self.steps_per_epoch
@@ -392,6 +405,11 @@ class SeededDataset(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hash((self.seed, epoch, index)))
             return self.dataset[index]
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C to the main process: the batch that it waits for must still come."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class CatchInterrupt:

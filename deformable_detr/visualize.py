@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from deformable_detr.attention import MSDeformAttn, Sampling
 from deformable_detr.boxes import cxcywh_to_xyxy
@@ -150,17 +151,32 @@ def token_index(spatial_shapes: list[tuple[int, int]], level: int, row: int, col
     return sum(h * w for h, w in spatial_shapes[:level]) + row * width + column
 
 
+class FollowReferences(TorchFunctionMode):
+    """While open, `detach` does nothing, so that gradients flow on through references."""
+
+    def __torch_function__(
+        self, function: object, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        """Call `function`, unless it would cut the graph."""
+        if function is Tensor.detach:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def gradient_norms(
     model: torch.nn.Module, batch: Batch, query: int, label: int, image_index: int = 0
 ) -> dict[str, Tensor]:
     """How much each pixel moves each item of one detection: |d item / d pixel| (A.5, Fig. 5).
 
     The norm is over the three colours. The items are the box's centre x and y, width w and height
-    h, in pixels of the padded image's own frame relative to [0, 1], and the class score in [0, 1].
+    h, each in [0, 1] relative to the image without its padding, and the class score in [0, 1].
+    A refining model is trained with its references detached (A.4). Here they are followed, because
+    pixels act through them too: only then do finite differences agree (chapter 9).
     Returns (H, W) for each item, of the padded image.
     """
     images = batch.images.clone().requires_grad_(True)
-    output = model(Batch(images, batch.mask, batch.sizes))
+    with FollowReferences():
+        output = model(Batch(images, batch.mask, batch.sizes))
     items = [*output.boxes[image_index, query], output.logits[image_index, query, label].sigmoid()]
     norms = {}
     for name, item in zip(ITEMS, items, strict=True):

@@ -27,7 +27,7 @@ from deformable_detr.checkpoint import load_model, save_model, write_atomically
 from deformable_detr.datasets import CocoDataset, find_split
 from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
 from deformable_detr.evaluate import evaluate
-from deformable_detr.train import DIGITS, train
+from deformable_detr.train import DIGITS, Interrupted, train
 from deformable_detr.transforms import digits_eval_transform, digits_train_transform
 
 ROOT = Path(__file__).parents[1]
@@ -138,8 +138,30 @@ def train_seed(seed: int) -> None:
     model.backbone.load_state_dict(load_file(BACKBONE))
     train_set = load_split("train", digits_train_transform())
     val_set = load_split("val", digits_eval_transform())
-    train(model, train_set, val_set, output, dataclasses.replace(RECIPE, seed=seed))
+    try:
+        train(model, train_set, val_set, output, dataclasses.replace(RECIPE, seed=seed))
+    except Interrupted as stop:
+        raise SystemExit(f"seed {seed}: {stop}") from None
     write_json(output / "done.json", {"cpu_seconds": round(time.process_time() - started)})
+
+
+def train_seeds(at_once: int) -> None:
+    """All seeds, a process each, `at_once` of them side by side; SystemExit where one stopped."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=train_seed, args=(seed,)) for seed in SEEDS]
+    try:
+        for first in range(0, len(processes), at_once):
+            group = processes[first : first + at_once]
+            for process in group:
+                process.start()
+            for process in group:
+                process.join()
+            if any(process.exitcode for process in group):
+                raise SystemExit("a training stopped; the same command continues it")
+    except KeyboardInterrupt:  # the processes had it too, and are writing their checkpoints
+        for process in multiprocessing.active_children():
+            process.join()
+        raise SystemExit(130) from None
 
 
 def report() -> None:
@@ -217,8 +239,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     pretrain_backbone()
-    with multiprocessing.get_context("spawn").Pool(1 if args.sequential else len(SEEDS)) as pool:
-        pool.map(train_seed, SEEDS, chunksize=1)
+    train_seeds(1 if args.sequential else len(SEEDS))
     report()
 
 

@@ -55,6 +55,14 @@ def test_train_then_evaluate_then_predict(coco, tmp_path, capsys):
             assert picture.size >= (64, 48)
 
 
+def test_predict_does_not_save_one_picture_over_another(coco, model_file, tmp_path, capsys):
+    images = [str(coco / split / "100.png") for split in ("train", "val")]
+    options = ["--model", str(model_file), "--output", str(tmp_path / "found")]
+    assert main(["predict", *images, *options]) == 2
+    assert "2 images would be saved as 100.png" in capsys.readouterr().err
+    assert not (tmp_path / "found").exists()
+
+
 def test_check_lists_faults_and_train_refuses(coco, tmp_path, capsys):
     assert main(["check", str(coco)]) == 0
     path = coco / "annotations" / "train.json"

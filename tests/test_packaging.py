@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-OWN = {"deformable_detr", "tests", "chapters", "build", "conf", "make_digits"}
+OWN = {"deformable_detr", "tests", "chapters", "build", "conf", "make_digits", "readme"}
 
 
 def distributions(requirements: list[str]) -> set[str]:

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +56,97 @@ def test_resuming_in_mid_epoch_is_as_if_it_had_never_stopped(coco, tmp_path, wor
     logs = [(tmp_path / folder / "log.jsonl").read_text() for folder in ("whole", "parts")]
     assert logs[0] == logs[1]
     assert metrics.images == 4
+
+
+def test_a_log_line_cut_short_by_a_crash_does_not_stop_a_resumption(coco, tmp_path):
+    with pytest.raises(training.Interrupted):
+        run(coco, tmp_path / "run", on_step=stop_at(5))
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write('{"step": 6, "lo')
+    run(coco, tmp_path / "run")
+    log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in log if "loss" in x] == list(range(1, 13))
+
+
+SLOW = """
+import multiprocessing, os, signal, threading, time
+from pathlib import Path
+from deformable_detr import DeformableDETR
+from deformable_detr.datasets import CocoDataset, find_split
+from deformable_detr.train import Interrupted, TrainConfig, train
+from tests.conftest import TINY
+
+class Slow(CocoDataset):
+    def __getitem__(self, index):
+        time.sleep(1)
+        return super().__getitem__(index)
+
+def on_step(step, losses):
+    if step == 2:  # strikes while the loop waits for the next batch, two seconds away
+        threading.Timer(0.5, os.killpg, (0, signal.SIGINT)).start()
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")  # the default on Linux from Python 3.14
+    os.setpgrp()
+    config = TrainConfig(epochs=9, batch_size=2, num_workers=1)
+    data = Slow(*find_split("coco", "train"))
+    try:
+        train(DeformableDETR(TINY), data, None, "run", config, on_step=on_step, progress=False)
+    except Interrupted as stop:
+        print(stop)
+"""
+
+
+def test_ctrl_c_while_waiting_for_workers(coco, tmp_path):
+    """A terminal's Ctrl-C reaches the loader's processes too; they must still deliver."""
+    printed = run_script(tmp_path, SLOW)
+    assert "stopped at step" in printed and (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+TWO = """
+import os, signal
+from deformable_detr import DeformableDETR
+from deformable_detr.datasets import CocoDataset, find_split
+from deformable_detr.train import Interrupted, TrainConfig, train
+from tests.conftest import TINY
+
+def on_step(step, losses):
+    if step == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGINT)
+
+config = TrainConfig(epochs=9, batch_size=1)
+data = CocoDataset(*find_split("coco", "train"))
+try:
+    train(DeformableDETR(TINY), data, None, "run", config, on_step=on_step, progress=False)
+except Interrupted as stop:
+    print(f"process {os.environ['RANK']}: {stop}", flush=True)
+"""
+
+
+def test_ctrl_c_in_one_of_two_processes_stops_both_at_the_same_step(coco, tmp_path):
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    printed = run_script(tmp_path, TWO, before=launch)
+    for process in (0, 1):
+        assert f"process {process}: stopped at step 4 of 27" in printed
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4 and state["identity"]["processes"] == 2
+    assert len(state["random_states"]) == 2
+
+
+def run_script(folder, text, before=()):
+    """What a program prints, run in a folder with an interpreter of its own."""
+    (folder / "script.py").write_text(text)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    command = [sys.executable, *before, "script.py"]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_dropout_and_augmentation_do_something(coco, tmp_path):

@@ -1,5 +1,7 @@
 """Pictures where the right answer is known."""
 
+import dataclasses
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -45,6 +47,33 @@ def test_gradient_norms_of_a_closed_form():
     expected[2, 5] = 0.25 * 2**0.5  # sigmoid'(0) over two colours
     torch.testing.assert_close(norms["score"], expected)
     assert not batch.images.requires_grad
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_gradient_norms_are_those_of_finite_differences(two_stage):
+    """Also in a refining model, whose references are detached in training."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, dropout=0.0, two_stage=two_stage)
+    model = DeformableDETR(config).double().eval()
+    for head in model.box_heads:  # zero at first: boxes would stay where their references are
+        torch.nn.init.normal_(head.layers[-1].weight)
+    batch = Batch.from_images([torch.rand(3, 48, 64).double(), torch.rand(3, 40, 70).double()])
+    norms = gradient_norms(model, batch, query=2, label=1, image_index=1)
+    row, column, step = 21, 37, 1e-5
+
+    def item(name, change):
+        images = batch.images.clone()
+        images[1, :, row, column] += change
+        output = model(Batch(images, batch.mask, batch.sizes))
+        return output.boxes[1, 2, 0] if name == "x" else output.logits[1, 2, 1].sigmoid()
+
+    for name in ("x", "score"):
+        colours = torch.eye(3).double() * step
+        with torch.no_grad():
+            slopes = [(item(name, c) - item(name, -c)) / (2 * step) for c in colours]
+        expected = torch.stack(slopes).norm()
+        assert expected > 0
+        torch.testing.assert_close(norms[name][row, column], expected, rtol=1e-4, atol=1e-10)
 
 
 def test_recording_leaves_no_hooks_and_sees_every_layer():
