@@ -165,10 +165,11 @@ def train_seeds(at_once: int) -> None:
 
 
 def report() -> None:
-    """Evaluate every seed's last weights on test, and write the shipped files."""
+    """Evaluate the last weights of every finished seed on test, and write the shipped files."""
+    finished = [s for s in SEEDS if (ROOT / "runs" / "digits" / f"seed{s}" / "done.json").exists()]
     test_set = load_split("test", digits_eval_transform())
     runs = []
-    for seed in SEEDS:
+    for seed in finished:
         folder = ROOT / "runs" / "digits" / f"seed{seed}"
         model, categories = load_model(folder / "last.safetensors")
         metrics = evaluate(model, test_set).to_dict()
