@@ -33,9 +33,13 @@ import json
 import math
 import tempfile
 import time
+import warnings
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+
+# a library asks for ipywidgets, which this chapter does without
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -811,7 +815,7 @@ for target in targets:
             confusion[int(target.labels[overlap.argmax()]), label] += 1
 figure, (left, right) = plt.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.1]})
 mistakes = [counted[kind] for kind in KINDS[1:]] + [len(missed)]
-left.barh(KINDS[1:] + ["missed"], mistakes, color="C1")
+left.barh([*KINDS[1:], "missed"], mistakes, color="C1")
 left.bar_label(left.containers[0], padding=2, size=9)
 left.set(xlabel="count", xlim=(0, 1.15 * max(mistakes)))
 left.invert_yaxis()
@@ -976,7 +980,8 @@ def shares_inside(sampling, images, queries, boxes):
 # NBVAL_IGNORE_OUTPUT
 inside = shares_inside(decoder, image_of, query_of, boxes)
 area = sizes**2 / 128**2
-print(f"{len(inside)} detections: {inside.mean():.2f} of the weight on {area.mean():.3f} of the area")
+print(f"{len(inside)} detections")
+print(f"{inside.mean():.2f} of the weight on {area.mean():.3f} of the area")
 assert inside.mean() > 0.8 and area.mean() < 0.1
 
 # %% [markdown]

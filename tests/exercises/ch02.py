@@ -13,10 +13,10 @@ from deformable_detr.position import sine_embedding
 
 @checks("2.1")
 def check_masked_attention(masked_attention):
-    queries, keys, values = torch.randn(2, 3), torch.randn(5, 3), torch.randn(5, 4)
+    queries, keys, values = torch.randn(2, 3), torch.randn(5, 3), torch.randn(5, 1)
     yield "without padding it is plain attention"
     plain = F.scaled_dot_product_attention(queries[None], keys[None], values[None])[0]
-    hint = "scores divided by the root of D, softmax along the keys"
+    hint = "divide by the root of D, softmax along the keys; nan means that all keys are masked"
     expect(masked_attention(queries, keys, values, torch.zeros(5, dtype=torch.bool)), plain, hint)
     yield "padded keys count for nothing, and the other weights still add up to 1"
     padding = torch.tensor([False, True, False, False, True])
@@ -41,6 +41,7 @@ def check_split_heads(split_heads):
     expect(tuple(heads.shape), (B, M, N, D), "heads come before tokens")
     yield "head 1 holds channels D to 2D of every token"
     hint = "split the last axis first, move the heads after; do not do both in one reshape"
+    expect(heads[0, 1, 0], x[0, 0, D : 2 * D], hint)  # first the first token, to show it
     expect(heads[:, 1], x[..., D : 2 * D], hint)
     yield "so do all heads, and heads side by side are the input again"
     for m in range(M):
@@ -132,18 +133,18 @@ def check_attention_flops(attention_flops):
 def check_window_mask(window_mask):
     H, W = 3, 5
     mask = window_mask(H, W, 1)
+
+    def seen_by(i, j):
+        return [divmod(token, W) for token in mask[i * W + j].nonzero().flatten().tolist()]
+
     yield "a cell in the middle sees nine cells"
     expect(tuple(mask.shape), (H * W, H * W), "one row and one column for each of the H * W tokens")
     expect(mask.dtype, torch.bool, "a boolean mask")
-    seen = torch.zeros(H, W, dtype=torch.bool)
-    seen[0:3, 1:4] = True
-    hint = "True where the query may look: rows and columns both within the radius"
-    expect(mask[1 * W + 2].view(H, W), seen, hint)
+    hint = "(row, column) of the cells; True where rows and columns are both within the radius"
+    expect(seen_by(1, 2), [(i, j) for i in (0, 1, 2) for j in (1, 2, 3)], hint)
     yield "the window does not wrap around at the end of a row"
-    seen = torch.zeros(H, W, dtype=torch.bool)
-    seen[0:2, 3:5] = True
-    hint = "the cell in the top right corner has four cells in its window, itself included"
-    expect(mask[W - 1].view(H, W), seen, hint)
+    hint = "the top right cell sees itself and three others"
+    expect(seen_by(0, 4), [(0, 3), (0, 4), (1, 3), (1, 4)], hint)
     yield "any map, any radius: equal to a loop"
     for H, W, radius in ((4, 3, 0), (2, 7, 2), (6, 4, 1)):
         cells = [(i, j) for i in range(H) for j in range(W)]
@@ -188,10 +189,8 @@ def _plain_mean(scores, values, grad_output):
     return scores.softmax(0) * (along - along.mean())
 
 
-def _flops(per_multiply_add=2, scores_for_each_head=False, swapped=False, values_projected=True):
+def _flops(per_multiply_add=2, scores_for_each_head=False, values_projected=True):
     def attention_flops(num_queries, num_keys, embed_dim, num_heads):
-        if swapped:
-            num_queries, num_keys = num_keys, num_queries
         by_keys = 2 if values_projected else 1
         projections = (2 * num_queries + by_keys * num_keys) * embed_dim**2
         heads = num_heads if scores_for_each_head else 1
