@@ -496,7 +496,7 @@ assert not torch.allclose(shuffled[0], straight[0, order], atol=0.01)
 
 # %% tags=["exercise"]
 def shift_matrix(delta, num_features):
-    """delta: radians. num_features: F, even. Returns R, (F, F), R @ code(phi) = code(phi + delta)"""
+    """delta: radians. num_features: F, even. Returns (F, F): R @ code(phi) = code(phi + delta)."""
     # BEGIN SOLUTION
     R = torch.zeros(num_features, num_features)
     for j in range(num_features // 2):

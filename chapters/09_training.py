@@ -28,6 +28,7 @@
 # run of about a minute; after that a detector that trained longer, and a close look at it.
 
 # %%
+import copy
 import dataclasses
 import json
 import math
@@ -67,6 +68,7 @@ from deformable_detr.visualize import (
     record_sampling,
 )
 
+# %%
 plt.style.use("book.mplstyle")
 torch.set_num_threads(1)  # so that the times below are times of one core
 
@@ -151,20 +153,20 @@ print("large by COCO's rule:", int((sides >= 96).sum()), "of", len(sides))
 print("small, medium:", np.round(shares, 2).tolist())
 assert (sides < 96).all() and min(*shares, 1 - sum(shares)) > 0.1
 
-# %% mystnb={"image": {"alt": "Histogram of the digits' sizes, the square root of the box area, on a logarithmic axis from 4 to 72 pixels: nearly flat, falling off at both ends. Lines at 16 and 36 cut it into small, medium and large."}}
+# %% mystnb={"image": {"alt": "Histogram of the digits' sizes, the square root of the box area, on a logarithmic axis from 5 to 72 pixels: a plateau from 7 to 65 that falls slowly towards large digits. Lines at 16 and 36 cut it into small, medium and large."}}
 figure, axis = plt.subplots(figsize=(7, 2.6))
-axis.hist(sides, bins=np.geomspace(4, 72, 30))
+axis.hist(sides, bins=np.geomspace(5, 72, 30))
 for cut, name in ((small, "small | medium"), (large, "medium | large")):
     axis.axvline(cut, color="C1", ls="--")
     axis.text(cut, axis.get_ylim()[1], name, ha="center", va="bottom", color="C1")
 axis.set(xscale="log", xlabel="square root of the box's area, in pixels", ylabel="digits")
-axis.set_xticks([4, 8, 16, 36, 72], ["4", "8", "16", "36", "72"])
+axis.set_xticks([5, 8, 16, 36, 72], ["5", "8", "16", "36", "72"])
 axis.minorticks_off()
 plt.show()
 
 # %% [markdown]
-# *Figure 9.2. What to see: sizes are spread over a factor of more than ten, roughly evenly on the
-# logarithmic axis. This is what many scales (chapter 5) are for.*
+# *Figure 9.2. What to see: sizes range over a factor of nearly ten, and there are more small digits
+# than large ones. This is what many scales (chapter 5) are for.*
 
 # %% [markdown]
 # ## 9.2 Transforms that move boxes too
@@ -550,8 +552,8 @@ def train_step(model, optimizer, criterion, batch, factor, clip_norm):
 # Around it: shuffle, cut into batches, step. Forty images are enough to see that it runs.
 
 # %%
-few = CocoDataset(*find_split(DATA / "digits", "train"), digits_eval_transform())
-few.image_ids = few.image_ids[:40]
+few = copy.copy(train_set)
+few.transform, few.image_ids = digits_eval_transform(), train_set.image_ids[:40]
 recipe = dataclasses.replace(DIGITS, epochs=1, warmup_steps=2, seed=0)
 order = torch.randperm(len(few), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
 batches = [order[i : i + recipe.batch_size] for i in range(0, len(order), recipe.batch_size)]
@@ -595,11 +597,11 @@ print(len(library_losses), "losses, equal to those of our loop")
 # bring more. Before you run: which digits will it find first, small ones or large ones?
 
 # %%
-STEPS, BATCH = 420, 4
+STEPS, BATCH = 340, 4
 few.image_ids = train_set.image_ids[: STEPS * BATCH]
 recipe = dataclasses.replace(recipe, batch_size=BATCH, warmup_steps=30)
-part = CocoDataset(*find_split(DATA / "digits", "val"), digits_eval_transform())
-part.image_ids = part.image_ids[:100]
+part = copy.copy(val_set)
+part.image_ids = val_set.image_ids[:100]
 live, log = new_model(), []
 before = evaluate(live, part, progress=False)
 
@@ -618,7 +620,7 @@ with tempfile.TemporaryDirectory() as folder:
     )
 print(f"{len(log)} steps, {len(few)} images, {time.process_time() - started:.0f} s of one core")
 
-# %% mystnb={"image": {"alt": "Three losses of the last decoder layer over the steps of the live run, smoothed: GIoU and L1 fall steeply in the first hundred steps and then slowly; the class loss falls least."}}
+# %% mystnb={"image": {"alt": "Three losses of the last decoder layer over the steps of the live run, smoothed. All fall steeply at first; after a hundred steps GIoU and L1 go on falling, and the class loss hardly does."}}
 # NBVAL_IGNORE_OUTPUT
 figure, axis = plt.subplots(figsize=(7, 3))
 for index, name in enumerate(("class", "box", "giou")):
@@ -631,7 +633,8 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# *Figure 9.6. What to see: boxes are learned first. The loss of the classes falls later, and less.*
+# *Figure 9.6. What to see: all three fall at first. After a hundred steps the boxes (L1, GIoU) go on
+# improving and the classes hardly do: finding comes before reading.*
 
 
 # %%
@@ -640,13 +643,11 @@ def mean_loss(name, steps):
     return np.mean([losses[name] for losses in log[steps]])
 
 
-first, last = slice(0, 25), slice(-25, None)
+first, middle, last = slice(0, 25), slice(75, 125), slice(-50, None)
 assert mean_loss("loss", last) < 0.6 * mean_loss("loss", first)
-fallen = {
-    name: mean_loss(f"loss_{name}", last) / mean_loss(f"loss_{name}", first)
-    for name in ("class", "box", "giou")
-}
-assert fallen["box"] < 0.7
+names_of_losses = ("class", "box", "giou")
+kept = {n: mean_loss(f"loss_{n}", last) / mean_loss(f"loss_{n}", middle) for n in names_of_losses}
+assert kept["class"] > max(kept["box"], kept["giou"])
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -654,13 +655,14 @@ after = evaluate(live, part, progress=False)
 print(f"before: AP {before.ap:.3f}, AP50 {before.ap50:.3f}")
 print(f"after:  AP {after.ap:.3f}, AP50 {after.ap50:.3f}")
 print(f"after, by size: {after.ap_small:.3f}, {after.ap_medium:.3f}, {after.ap_large:.3f}")
-assert before.ap < 0.005 and after.ap > 0.04
+assert before.ap < 0.005 and after.ap > 0.02
 assert after.ap_large > after.ap_small
 
 # %% mystnb={"image": {"alt": "Three validation images twice. Above, the untrained detector's best boxes: arbitrary, of one size. Below, those after the live run: most lie on digits, many with wrong names."}}
 # NBVAL_IGNORE_OUTPUT
 figure, axes = plt.subplots(2, 3, figsize=(7, 4.8))
-batch = collate([val_set[index] for index in range(3)])
+crowded = [i for i in range(20) if 4 <= len(val_set[i][1].labels) <= 6]
+batch = collate([val_set[index] for index in crowded[:3]])
 for row, model in zip(axes, (new_model().eval(), live.eval()), strict=True):
     with torch.no_grad():
         answers = postprocess(model(batch), [(128, 128)] * 3)
@@ -697,14 +699,14 @@ assert card["test"]["ap_small"] < card["test"]["ap_medium"] < card["test"]["ap_l
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-part = CocoDataset(*find_split(DATA / "digits", "test"), digits_eval_transform())
-part.image_ids = part.image_ids[:200]
+part = copy.copy(test_set)
+part.image_ids = test_set.image_ids[:200]
 results = predict_dataset(shipped, part, progress=False)
 metrics = score(results, part)
 print(metrics)
 assert abs(metrics.ap - card["test"]["ap"]) < 0.06
 
-# %% mystnb={"image": {"alt": "Left: average precision on validation images over the training steps, one line for each seed, close together, rising steeply and then flattening. Right: the same by size of digit; large and medium lie above small throughout."}}
+# %% mystnb={"image": {"alt": "Left: average precision on validation images over the training steps, one line for each seed, rising steeply and then flattening. Right: the same by size of digit; large and medium lie above small throughout."}}
 runs = json.loads((DATA / "results" / "digits_training.json").read_text())["runs"]
 figure, (left, right) = plt.subplots(1, 2, sharey=True)
 for run in runs:
@@ -737,7 +739,7 @@ assert card["test"] == runs[0]["test"]
 # %% [markdown]
 # ## 9.8 What it gets wrong
 #
-# One number hides the kinds of mistakes. Take every detection with a score of at least 0.5, best
+# One number hides the kinds of mistakes. Take every detection with a score of at least 0.4, best
 # first, and sort it: right; a wrong name on a right place; a second box on a digit that is already
 # found; a box that fits badly; or nothing there at all.
 
@@ -768,7 +770,7 @@ def sort_out(answer, target):
 # %%
 answers = {image_id: [] for image_id in part.image_ids}
 for result in sorted(results, key=lambda result: -result["score"]):
-    if result["score"] >= 0.5:
+    if result["score"] >= 0.4:
         x, y, w, h = result["bbox"]
         label = part.label_of[result["category_id"]]
         answers[result["image_id"]].append((label, (x, y, x + w, y + h)))
@@ -786,9 +788,9 @@ missed = [
     for index, box in enumerate(target.boxes)
     if index not in taken
 ]
-everything = torch.cat([(t.boxes[:, 2:] * 128).prod(1).sqrt() for t in targets])
+all_sides = torch.cat([(t.boxes[:, 2:] * 128).prod(1).sqrt() for t in targets])
 print(counted, "of", len(kinds), "detections")
-print(len(missed), "of", len(everything), "digits missed")
+print(len(missed), "of", len(all_sides), "digits missed")
 
 # %% [markdown]
 # Before you run: nothing in the model removes duplicates. What part of the detections are duplicates?
@@ -796,8 +798,8 @@ print(len(missed), "of", len(everything), "digits missed")
 # %%
 assert counted["right"] > 0.8 * len(kinds)
 assert counted["duplicate"] < 0.03 * len(kinds)
-missed_small = sum(side < small for side in missed) / int((everything < small).sum())
-missed_other = sum(side >= small for side in missed) / int((everything >= small).sum())
+missed_small = sum(side < small for side in missed) / int((all_sides < small).sum())
+missed_other = sum(side >= small for side in missed) / int((all_sides >= small).sum())
 assert missed_small > 2 * missed_other
 print("duplicates are rare; small digits are missed more than twice as often as others")
 
@@ -860,7 +862,7 @@ plt.show()
 
 # %% [markdown]
 # *Figure 9.10. What to see: the four images with most mistakes; above what is there, below what was
-# found with a score of at least 0.5.*
+# found with a score of at least 0.4.*
 
 # %%
 assert min(errors[index] for index in worst) > np.mean(errors)
@@ -1106,14 +1108,14 @@ torch.testing.assert_close(norms["x"], own, atol=1e-2 * own.max().item(), rtol=1
 
 # %% [markdown]
 # Once more: is it so in general? Images of a batch do not touch in evaluation, so one backward pass
-# gives the gradients for all of them. We take the best detection of each of 32 images, and measure in
+# gives the gradients for all of them. We take the best detection of each of 20 images, and measure in
 # units of its box: $|u| = 1$ is its left or right edge, $|v| = 1$ its top or bottom.
 
 # %%
-pixels = batch.images.clone().requires_grad_(True)
+pixels = batch.images[:20].clone().requires_grad_(True)
 with FollowReferences():
-    everything = shipped(Batch(pixels, batch.mask, batch.sizes))
-usable = [i for i, answer in enumerate(found) if len(answer)]
+    everything = shipped(Batch(pixels, batch.mask[:20], batch.sizes[:20]))
+usable = [i for i, answer in enumerate(found[:20]) if len(answer)]
 top = [(i, int(found[i].queries[0]), int(found[i].labels[0])) for i in usable]
 images, queries, labels = (torch.tensor(column) for column in zip(*top, strict=True))
 x, y, w, h = everything.boxes[images, queries].unbind(-1)
