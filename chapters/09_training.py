@@ -597,7 +597,7 @@ print(len(library_losses), "losses, equal to those of our loop")
 # bring more. Before you run: which digits will it find first, small ones or large ones?
 
 # %%
-STEPS, BATCH = 340, 4
+STEPS, BATCH = 480, 4
 few.image_ids = train_set.image_ids[: STEPS * BATCH]
 recipe = dataclasses.replace(recipe, batch_size=BATCH, warmup_steps=30)
 part = copy.copy(val_set)
@@ -620,7 +620,7 @@ with tempfile.TemporaryDirectory() as folder:
     )
 print(f"{len(log)} steps, {len(few)} images, {time.process_time() - started:.0f} s of one core")
 
-# %% mystnb={"image": {"alt": "Three losses of the last decoder layer over the steps of the live run, smoothed. All fall steeply at first; after a hundred steps GIoU and L1 go on falling, and the class loss hardly does."}}
+# %% mystnb={"image": {"alt": "Three losses of the last decoder layer over the steps of the live run, smoothed. All fall steeply at first; after a hundred steps GIoU and L1 fall by a greater part than the class loss."}}
 # NBVAL_IGNORE_OUTPUT
 figure, axis = plt.subplots(figsize=(7, 3))
 for index, name in enumerate(("class", "box", "giou")):
@@ -633,8 +633,8 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# *Figure 9.6. What to see: all three fall at first. After a hundred steps the boxes (L1, GIoU) go on
-# improving and the classes hardly do: finding comes before reading.*
+# *Figure 9.6. What to see: all three fall at first. After a hundred steps the losses of the boxes
+# (L1, GIoU) fall by a greater part than that of the classes: finding comes before reading.*
 
 
 # %%
@@ -655,10 +655,10 @@ after = evaluate(live, part, progress=False)
 print(f"before: AP {before.ap:.3f}, AP50 {before.ap50:.3f}")
 print(f"after:  AP {after.ap:.3f}, AP50 {after.ap50:.3f}")
 print(f"after, by size: {after.ap_small:.3f}, {after.ap_medium:.3f}, {after.ap_large:.3f}")
-assert before.ap < 0.005 and after.ap > 0.02
+assert before.ap < 0.005 and after.ap > 0.04
 assert after.ap_large > after.ap_small
 
-# %% mystnb={"image": {"alt": "Three validation images twice. Above, the untrained detector's best boxes: arbitrary, of one size. Below, those after the live run: most lie on digits, many with wrong names."}}
+# %% mystnb={"image": {"alt": "Three validation images twice. Above, the untrained detector's best boxes: arbitrary, of one size. Below, those after the live run: some large digits are boxed, several times even, and not all with the right name."}}
 # NBVAL_IGNORE_OUTPUT
 figure, axes = plt.subplots(2, 3, figsize=(7, 4.8))
 crowded = [i for i in range(20) if 4 <= len(val_set[i][1].labels) <= 6]
@@ -675,7 +675,8 @@ plt.show()
 
 # %% [markdown]
 # *Figure 9.7. What to see: the best boxes before (above) and after the live run (below), as many as
-# there are digits.*
+# there are digits. Some large digits are found, and found more than once: to leave an object to one
+# query has to be learned too.*
 
 # %% [markdown]
 # ## 9.7 The shipped detector
@@ -724,15 +725,15 @@ plt.show()
 
 # %% [markdown]
 # *Figure 9.8. What to see: AP on val as training goes on (left), and by size of digit (right; line:
-# mean of the seeds, band: lowest to highest). The first thousand steps bring most of it; small digits
-# stay behind.*
+# mean of the seeds, band: lowest to highest). About half of the final AP is there after a thousand steps;
+# small digits stay behind.*
 
 # %%
 for run in runs:
     values = {name: run["test"][name] for name in ("ap", "ap50", "ap_small")}
     print("seed", run["seed"], "on test:", values)
     curve = [point["ap"] for point in run["val"]]
-    assert curve[0] > 0.4 * curve[-1] and curve[-1] > 0.6
+    assert 0.4 < curve[0] / curve[-1] < 0.6 < curve[-1]
     assert all(p["ap_small"] < p["ap_medium"] for p in run["val"])
 assert card["test"] == runs[0]["test"]
 
@@ -1090,7 +1091,7 @@ along = (whole * direction).sum().item()
 print("with references followed:", abs(along / measured - 1) < 0.001)
 assert abs(along / measured - 1) < 0.001
 
-# %% mystnb={"image": {"alt": "Five maps of one detected digit: which pixels move its centre x, centre y, width, height and class score. All are bright near the digit and dark elsewhere; y and h are brightest at its top and bottom."}}
+# %% mystnb={"image": {"alt": "Five maps of one detected digit: which pixels move its centre x, centre y, width, height and class score. All are bright near the digit and dark elsewhere; y and h are brightest at its top or bottom edge."}}
 picture = test_set.load_image(batch.targets[image_index].image_id)
 norms = gradient_norms(shipped, single, query, int(label_of[biggest]))
 figure, axes = plt.subplots(1, 5, figsize=(11, 2.4))
@@ -1146,6 +1147,7 @@ def mean_in(values, region):
     return (values * region).sum((1, 2)) / region.sum((1, 2))
 
 
+# %%
 # NBVAL_IGNORE_OUTPUT
 print(f"the neighbourhood is {near.float().mean():.2f} of the image")
 ratios = {}

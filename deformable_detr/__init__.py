@@ -2,7 +2,7 @@
 
 from deformable_detr.attention import DeformAttn, MSDeformAttn, Sampling
 from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
-from deformable_detr.ops import ms_deform_attn
+from deformable_detr.ops import backends, ms_deform_attn
 from deformable_detr.postprocess import postprocess
 from deformable_detr.structures import Batch, Detections, Output, Target
 
@@ -16,6 +16,7 @@ __all__ = [
     "Output",
     "Sampling",
     "Target",
+    "backends",
     "ms_deform_attn",
     "postprocess",
 ]

@@ -1,12 +1,20 @@
-"""The operator: multi-scale deformable attention without its projections. Chapter 5 derives it."""
+"""The operator: multi-scale deformable attention without its projections. Chapter 5 derives it,
+chapters 6 and 7 build its kernel."""
 
+import os
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
+import torch
 from torch import Tensor
 
-from deformable_detr.backends import reference
+from deformable_detr.backend import cpu, cuda, reference
 
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
+KERNELS = {"cuda": cuda, "cpu": cpu}  # by the tensors' device
+BACKENDS = ("cuda", "cpu", "reference", "gather")
+VARIABLE = "DEFORMABLE_DETR_BACKEND"
 
 
 def ms_deform_attn(
@@ -14,6 +22,7 @@ def ms_deform_attn(
     spatial_shapes: SpatialShapes,
     sampling_locations: Tensor,
     attention_weights: Tensor,
+    backend: str | None = None,
 ) -> Tensor:
     """Sample K points on each of L levels for every query and head, and sum them by weight.
 
@@ -21,17 +30,71 @@ def ms_deform_attn(
 
     value: (B, S, M, D), the L maps one after another, each flattened row by row;
         S = sum(H_l * W_l).
-    spatial_shapes: L pairs (H_l, W_l), or an integer tensor (L, 2).
+    spatial_shapes: L pairs (H_l, W_l), or an integer tensor (L, 2). Give pairs under
+        torch.compile(fullgraph=True), and to spare a GPU the wait for a tensor's numbers.
     sampling_locations: (B, Q, M, L, K, 2) as (x, y), normalised: (0, 0) is the top-left corner of
         the top-left pixel, (1, 1) the bottom-right corner of the bottom-right one. Samples outside
         a map count as zero, also where the coordinate is NaN or infinite.
     attention_weights: (B, Q, M, L, K), usually a softmax over the last two axes together.
-    Returns (B, Q, M * D), the heads side by side. Differentiable in all three float tensors.
-    Raises ValueError or TypeError where shapes, dtypes or devices do not fit together.
+    backend: "cuda" and "cpu", the kernel for the tensors' device; "reference", plain PyTorch, on
+        any device; "gather", PyTorch without grid_sample, for export. By default, or where the
+        environment variable DEFORMABLE_DETR_BACKEND names one, that one; else the kernel where
+        `backends()` has it, "gather" during an ONNX export, and "reference" for all else.
+    Returns (B, Q, M * D) in value's dtype, the heads side by side. Differentiable, twice, in all
+    three float tensors. These may mix float32, float16 and bfloat16, as autocast makes them:
+    coordinates, weights and sums are float32 inside. float64 goes with float64 only.
+    Raises ValueError or TypeError where shapes, dtypes or devices do not fit together, and
+    RuntimeError where a backend is asked for that cannot run.
     """
     shapes = check_spatial_shapes(spatial_shapes)
     _check(value, shapes, sampling_locations, attention_weights)
-    return reference.ms_deform_attn(value, shapes, sampling_locations, attention_weights)
+    chosen = _choose(backend, value.device.type)
+    real = torch.float64 if value.dtype == torch.float64 else torch.float32
+    locations, weights = sampling_locations.to(real), attention_weights.to(real)
+    if chosen in KERNELS:
+        flat = [size for shape in shapes for size in shape]
+        return _kernel(value, flat, locations, weights)
+    plain = reference.ms_deform_attn if chosen == "reference" else reference.ms_deform_attn_gather
+    return plain(value.to(real), shapes, locations, weights).to(value.dtype)
+
+
+def backends() -> dict[str, str]:
+    """Each backend's name with "available", or with what it lacks here."""
+    reasons = {name: module.why_not() for name, module in KERNELS.items()}
+    return {name: reasons.get(name) or "available" for name in BACKENDS}
+
+
+@torch.compiler.assume_constant_result
+def _choose(backend: str | None, device: str) -> str:
+    """The backend for tensors on this device."""
+    asked = backend or os.environ.get(VARIABLE)
+    if asked:
+        return _forced(asked, device)
+    if torch.onnx.is_in_onnx_export():
+        return "gather"
+    if device not in KERNELS:
+        return "reference"
+    reason = KERNELS[device].why_not()
+    if reason:
+        _say_once(f"ms_deform_attn runs in plain PyTorch, which is slow: {reason}")
+        return "reference"
+    return device
+
+
+def _forced(name: str, device: str) -> str:
+    """This backend, or an error where it cannot run: never another in its place."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name in KERNELS and device != name:
+        raise RuntimeError(f"backend {name!r} needs tensors on {name}, got {device}")
+    if name in KERNELS and KERNELS[name].why_not():
+        raise RuntimeError(f"backend {name!r} is not available: {KERNELS[name].why_not()}")
+    return name
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def check_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
@@ -39,10 +102,11 @@ def check_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]
     if isinstance(spatial_shapes, Tensor):
         spatial_shapes = spatial_shapes.tolist()
     try:
-        shapes = [(int(height), int(width)) for height, width in spatial_shapes]
+        shapes = [(height, width) for height, width in spatial_shapes]
     except (TypeError, ValueError):
         raise ValueError(f"spatial_shapes must be L pairs (H, W), got {spatial_shapes!r}") from None
-    if not shapes or any(height < 1 or width < 1 for height, width in shapes):
+    integers = all(isinstance(n, int | torch.SymInt) for shape in shapes for n in shape)
+    if not shapes or not integers or any(height < 1 or width < 1 for height, width in shapes):
         raise ValueError(f"spatial_shapes must be L >= 1 pairs of positive ints, got {shapes}")
     return shapes
 
@@ -69,14 +133,96 @@ def _check(
             f"attention_weights must be {tuple(locations.shape[:-1])} as (B, Q, M, L, K), "
             f"got {tuple(weights.shape)}"
         )
-    tensors = (value, locations, weights)
-    if not value.is_floating_point() or len({t.dtype for t in tensors}) > 1:
+    dtypes = [value.dtype, locations.dtype, weights.dtype]
+    if not all(d.is_floating_point for d in dtypes) or dtypes.count(torch.float64) in (1, 2):
         raise TypeError(
-            "value, sampling_locations and attention_weights must have one floating dtype, got "
-            + ", ".join(str(t.dtype) for t in tensors)
+            "value, sampling_locations and attention_weights must be floating, and float64 all or "
+            f"none, got {', '.join(map(str, dtypes))}"
         )
-    if len({t.device for t in tensors}) > 1:
+    devices = [value.device, locations.device, weights.device]
+    if len(set(devices)) > 1:
         raise ValueError(
             "value, sampling_locations and attention_weights must be on one device, got "
-            + ", ".join(str(t.device) for t in tensors)
+            + ", ".join(map(str, devices))
         )
+
+
+# The kernel as PyTorch knows it: an operator with a fake form for torch.compile, and autograd.
+
+
+@torch.library.custom_op("deformable_detr::ms_deform_attn", mutates_args=())
+def _kernel(
+    value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
+) -> Tensor:
+    if value.is_cuda:
+        return cuda.forward(value, _pairs(spatial_shapes), locations, weights)
+    wide = value.to(locations.dtype)
+    return cpu.forward(wide, _pairs(spatial_shapes), locations, weights).to(value.dtype)
+
+
+@torch.library.custom_op("deformable_detr::ms_deform_attn_backward", mutates_args=())
+def _kernel_backward(
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    grad_output: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = _pairs(spatial_shapes)
+    if value.is_cuda:
+        return cuda.backward(value, shapes, locations, weights, grad_output)
+    wide = value.to(locations.dtype), grad_output.to(locations.dtype)
+    grad_value, *others = cpu.backward(wide[0], shapes, locations, weights, wide[1])
+    return grad_value.to(value.dtype), *others
+
+
+def _pairs(flat: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+@_kernel.register_fake
+def _(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+    B, _, M, D = value.shape
+    return value.new_empty(B, locations.shape[1], M * D)
+
+
+@_kernel_backward.register_fake
+def _(
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    grad_output: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # contiguous, as the kernel's are
+    return tuple(x.new_empty(x.shape) for x in (value, locations, weights))
+
+
+def _setup(ctx, inputs: tuple, output: object) -> None:
+    value, ctx.shapes, locations, weights, *grad_output = inputs
+    ctx.save_for_backward(value, locations, weights, *grad_output)
+
+
+def _differentiate(ctx, grad_output: Tensor) -> tuple:
+    value, locations, weights = ctx.saved_tensors
+    grads = _kernel_backward(value, ctx.shapes, locations, weights, grad_output.contiguous())
+    return grads[0], None, *grads[1:]
+
+
+def _differentiate_twice(ctx, *grads: Tensor) -> tuple:
+    """Through the reference: its gradients, written as a function, differentiated once more."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        value, locations, weights, grad_output = inputs
+        output = reference.ms_deform_attn(
+            value.to(locations.dtype), _pairs(ctx.shapes), locations, weights
+        )
+        first = torch.autograd.grad(
+            output, inputs[:3], grad_output.to(output.dtype), create_graph=True
+        )
+        second = torch.autograd.grad(first, inputs, grads, allow_unused=True)
+    return second[0], None, *second[1:]
+
+
+_kernel.register_autograd(_differentiate, setup_context=_setup)
+_kernel_backward.register_autograd(_differentiate_twice, setup_context=_setup)

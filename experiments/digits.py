@@ -44,13 +44,13 @@ MODEL = DeformableDETRConfig(
     num_heads=4,
     num_points=4,
     encoder_layers=2,
-    decoder_layers=2,
+    decoder_layers=3,
     ffn_dim=256,
     dropout=0.0,
     refine=True,
     two_stage=True,
 )
-RECIPE = dataclasses.replace(DIGITS, epochs=9)
+RECIPE = dataclasses.replace(DIGITS, epochs=16)
 CROPS, PRETRAIN_STEPS = 12_000, 1_200
 
 
@@ -132,6 +132,8 @@ def train_seed(seed: int) -> None:
     output = ROOT / "runs" / "digits" / f"seed{seed}"
     if (output / "done.json").exists():
         return
+    spent = output / "cpu_seconds.json"  # by the processes that were interrupted
+    before = json.loads(spent.read_text()) if spent.exists() else 0
     started = time.process_time()
     torch.manual_seed(seed)
     model = DeformableDETR(MODEL)
@@ -141,8 +143,9 @@ def train_seed(seed: int) -> None:
     try:
         train(model, train_set, val_set, output, dataclasses.replace(RECIPE, seed=seed))
     except Interrupted as stop:
+        write_json(spent, before + time.process_time() - started)
         raise SystemExit(f"seed {seed}: {stop}") from None
-    write_json(output / "done.json", {"cpu_seconds": round(time.process_time() - started)})
+    write_json(output / "done.json", {"cpu_seconds": round(before + time.process_time() - started)})
 
 
 def train_seeds(at_once: int) -> None:
@@ -221,7 +224,7 @@ def provenance() -> dict:
     }
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: object) -> None:
     """Readable and atomic."""
     text = json.dumps(content, indent=1) + "\n"
     write_atomically(path, lambda temporary: Path(temporary).write_text(text))

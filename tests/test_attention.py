@@ -102,7 +102,7 @@ BAD_OPERATOR_INPUTS = {
     "another batch": ({"locations": torch.ones(1, 3, 2, 3, 4, 2)}, ValueError, "B=2"),
     "weights of other points": ({"weights": torch.ones(2, 3, 2, 3, 5)}, ValueError, "weights must"),
     "integers": ({"value": torch.ones(2, S, 2, 5, dtype=torch.long)}, TypeError, "floating"),
-    "mixed precision": ({"weights": torch.ones(2, 3, 2, 3, 4).half()}, TypeError, "float16"),
+    "float64 for one": ({"weights": torch.ones(2, 3, 2, 3, 4).double()}, TypeError, "float64 all"),
     "another device": (
         {"weights": torch.ones(2, 3, 2, 3, 4, device="meta")},
         ValueError,

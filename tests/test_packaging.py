@@ -48,11 +48,11 @@ def undeclared(folder: str, declared: set[str]) -> set[str]:
     }
 
 
-def test_environment_installs_the_project_with_every_extra():
+def test_environment_installs_the_project_with_every_extra_but_the_gpu_s():
     (pip,) = (entry["pip"] for entry in ENVIRONMENT["dependencies"] if isinstance(entry, dict))
     (requirement,) = pip
     extras = re.fullmatch(r"-e \.\[([\w,]+)\]", requirement)[1].split(",")
-    assert sorted(extras) == sorted(EXTRAS)
+    assert sorted(extras) == sorted(set(EXTRAS) - {"cuda"})  # CuPy: one package for each CUDA
     assert ENVIRONMENT["name"] == PROJECT["project"]["name"]
 
 
@@ -81,7 +81,8 @@ def test_every_package_is_listed_and_exists():
 
 def test_the_library_imports_only_what_it_declares():
     declared = distributions(PROJECT["project"]["dependencies"])
-    assert undeclared("deformable_detr", declared) == set()
+    # CuPy is of the extra "cuda", under a name that depends on the CUDA
+    assert undeclared("deformable_detr", declared) <= {"cupy"}
 
 
 @pytest.mark.parametrize("folder", ["book", "chapters", "data", "experiments", "tests"])

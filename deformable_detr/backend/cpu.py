@@ -1,0 +1,228 @@
+"""The kernel for the CPU: kernels/ms_deform_attn.cu, built by the C++ compiler at first use.
+
+One library for each (dtype, D, L * K), about a second each, kept in a folder of the user's own:
+$DEFORMABLE_DETR_CACHE, or deformable_detr in $XDG_CACHE_HOME or ~/.cache.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = ("ms_deform_attn.cu", "cpu.cpp")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+)
+NAMES = {torch.float32: "float", torch.float64: "double"}
+SMALL = 1 << 18  # channels sampled, below which a second thread costs more than it gives
+
+
+class UnsafeCacheError(RuntimeError):
+    """The folder for built kernels is one that another user can write to."""
+
+
+def forward(
+    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """The operator; arguments are checked, of one dtype, on the CPU. Returns (B, Q, M * D)."""
+    value, locations, weights = (x.contiguous() for x in (value, locations, weights))
+    B, S, M, D = value.shape
+    Q, K = locations.shape[1], locations.shape[4]
+    output, table = value.new_empty(B, Q, M * D), levels(shapes, K)
+    if output.numel():
+        library = load(value.dtype, D, len(shapes) * K, S * M * D >= 2**31)
+        library.forward(
+            *pointers(value, table, locations, weights, output),
+            *sizes(B, S, Q, M),
+            _threads(weights.numel() * D),
+        )
+    return output
+
+
+def backward(
+    value: Tensor,
+    shapes: list[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    grad_output: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of value, locations and weights; arguments as in `forward`."""
+    inputs = value, locations, weights, grad_output
+    value, locations, weights, grad_output = (x.contiguous() for x in inputs)
+    B, S, M, D = value.shape
+    Q, K = locations.shape[1], locations.shape[4]
+    gradients = torch.zeros_like(value), torch.empty_like(locations), torch.empty_like(weights)
+    table = levels(shapes, K)
+    if value.numel() and weights.numel():
+        library = load(value.dtype, D, len(shapes) * K, S * M * D >= 2**31)
+        library.backward(
+            *pointers(value, table, locations, weights, grad_output, *gradients),
+            *sizes(B, S, Q, M),
+            _threads(weights.numel() * D),
+        )
+    return gradients
+
+
+def levels(shapes: list[tuple[int, int]], K: int) -> Tensor:
+    """The kernel's struct Levels: height, width and first token of every point's level."""
+    starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
+    rows = [h for h, _ in shapes], [w for _, w in shapes], starts
+    return torch.tensor([[n for n in row for _ in range(K)] for row in rows], dtype=torch.int32)
+
+
+def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    """The addresses of contiguous tensors, good while the caller holds these."""
+    return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+
+
+def sizes(B: int, S: int, Q: int, M: int) -> tuple[ctypes.c_longlong | ctypes.c_int, ...]:
+    """The kernel's images, tokens, queries and heads."""
+    return ctypes.c_longlong(B), ctypes.c_int(S), ctypes.c_int(Q), ctypes.c_int(M)
+
+
+def _threads(work: int) -> ctypes.c_int:
+    return ctypes.c_int(1 if work < SMALL else torch.get_num_threads())
+
+
+@cache
+def why_not() -> str | None:
+    """Why this backend cannot run here, or None where it can."""
+    try:
+        compiler()
+    except FileNotFoundError as error:
+        return str(error)
+    if os.name != "posix":
+        return "needs Linux or macOS"
+    return None
+
+
+@cache
+def compiler() -> str:
+    """The C++ compiler: $CXX, or the first of c++, g++ and clang++ on the path."""
+    asked = os.environ.get("CXX")
+    found = next(
+        filter(None, map(shutil.which, [asked] if asked else ["c++", "g++", "clang++"])), None
+    )
+    if found is None:
+        raise FileNotFoundError(
+            f"no C++ compiler: {asked or 'c++, g++ and clang++'} not on the path; "
+            "install g++ or clang++ (Debian: apt install g++, conda: cxx-compiler)"
+        )
+    return found
+
+
+@cache
+def load(dtype: torch.dtype, D: int, points: int, huge: bool = False) -> ctypes.CDLL:
+    """The library for one dtype, D channels a head, and L * K points; built where it is not yet.
+
+    huge: offsets of 64 bits. Raises RuntimeError where the compiler fails.
+    """
+    macros = {"VALUE": NAMES[dtype], "REAL": NAMES[dtype], "D": D, "POINTS": points}
+    macros["OFFSET"] = "long long" if huge else "int"
+    return ctypes.CDLL(str(build(macros)))
+
+
+def build(macros: dict[str, str | int], flags: tuple[str, ...] = ()) -> Path:
+    """The shared library for these macros, from the cache or made now and put there whole."""
+    sources = resources.files("deformable_detr.kernels")
+    command = [
+        compiler(),
+        *FLAGS,
+        _native(),
+        *(f"-D{name}={x}" for name, x in macros.items()),
+        *flags,
+    ]
+    key = hashlib.sha256("\0".join([*command, *_machine()]).encode())
+    for name in SOURCES:
+        key.update(sources.joinpath(name).read_bytes())
+    folder = cache_folder()
+    library = folder / f"{key.hexdigest()[:32]}.so"
+    if not library.exists():
+        with (
+            resources.as_file(sources) as source_folder,
+            tempfile.TemporaryDirectory(dir=folder, prefix="building-") as temporary,
+        ):
+            made = Path(temporary) / "kernel.so"
+            run = subprocess.run(
+                [*command, str(source_folder / "cpu.cpp"), "-o", str(made)],
+                capture_output=True,
+                text=True,
+            )
+            if run.returncode:
+                raise RuntimeError(
+                    f"{command[0]} could not build the kernel:\n{run.stderr[-2000:]}"
+                )
+            os.replace(made, library)  # whole or not at all, also with several processes at once
+    refuse_unsafe(library)
+    return library
+
+
+def _native() -> str:
+    return "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
+
+
+@cache
+def _machine() -> tuple[str, ...]:
+    """What, beside sources and flags, decides whether a built library runs here."""
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = sorted({x for x in lines if x.startswith(("flags", "Features", "model name"))})
+    except OSError:
+        processor = [platform.processor()]
+    return version, platform.machine(), *processor
+
+
+@cache
+def cache_folder() -> Path:
+    """The folder of built libraries, made if need be; a private temporary one where it cannot be."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(
+        os.environ.get("DEFORMABLE_DETR_CACHE") or Path(base) / "deformable_detr"
+    ).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        return Path(_temporary().name)
+    refuse_unsafe(folder)
+    return folder
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory:
+    """Kept while the process lives: a home that cannot be written to costs a build each time."""
+    return tempfile.TemporaryDirectory(prefix="deformable_detr-")
+
+
+def refuse_unsafe(path: Path) -> None:
+    """UnsafeCacheError where another user could have written `path` or may replace it."""
+    path = path.resolve()
+    for place in (path, *path.parents):
+        status = place.stat()
+        others = stat.S_IWGRP | stat.S_IWOTH
+        shared = status.st_mode & others and not (place != path and status.st_mode & stat.S_ISVTX)
+        if shared or status.st_uid not in (0, os.geteuid()):
+            raise UnsafeCacheError(
+                f"kernels are not loaded from {path}: other users can write to {place}; "
+                f"`chmod go-w` it, or set DEFORMABLE_DETR_CACHE to a folder of your own"
+            )

@@ -1,0 +1,174 @@
+"""The kernel for NVIDIA GPUs: kernels/ms_deform_attn.cu, which NVRTC builds through CuPy."""
+
+import importlib.util
+from functools import cache
+from importlib import resources
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deformable_detr.backend import cpu
+
+NAMES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+}
+THREADS = 128  # in a block, at most
+SHARED = 48 * 1024  # bytes a block may have without asking
+MAX_POINTS = 512
+
+
+def specialise(
+    dtype: torch.dtype, D: int, points: int, huge: bool, deterministic: bool, capability: int
+) -> dict[str, str | int]:
+    """The kernel's macros: a lane loads 16 bytes where D allows it, and lanes side by side share a
+    head. capability: 90 for sm_90. ValueError where a head's points do not fit into shared memory.
+    """
+    if points > MAX_POINTS:
+        raise ValueError(
+            f"the CUDA kernel takes L * K <= {MAX_POINTS}, got {points}; "
+            "backend='reference' takes any"
+        )
+    size = dtype.itemsize
+    vector = next(v for v in (16 // size, 8, 4, 2, 1) if v * size <= 16 and D % v == 0)
+    chunks = D // vector
+    lanes = min(32, 1 << (chunks - 1).bit_length())
+    real = 8 if dtype == torch.float64 else 4
+    bytes_each = points * (8 * real + 4 * (8 if huge else 4))  # Corners and dots of a head
+    groups = max(1, min(THREADS // lanes, SHARED // bytes_each))
+    macros = {
+        "VALUE": NAMES[dtype],
+        "REAL": "double" if real == 8 else "float",
+        "OFFSET": "long long" if huge else "int",
+        "D": D,
+        "POINTS": points,
+        "VECTOR": vector,
+        "VECTORS": min(4, -(-chunks // lanes)),
+        "LANES": lanes,
+        "GROUPS": groups,
+    }
+    if deterministic:
+        macros["FIXED_POINT"] = 1
+    elif capability >= 90 and real == 4 and vector % 4 == 0:
+        macros["VECTOR_REDUCTION"] = 1
+    return macros
+
+
+def options(macros: dict[str, str | int]) -> tuple[str, ...]:
+    """NVRTC's options for these macros."""
+    return ("--std=c++17", *(f"-D{name}={value}" for name, value in macros.items()))
+
+
+def source() -> str:
+    """The kernel's text."""
+    return resources.files("deformable_detr.kernels").joinpath("ms_deform_attn.cu").read_text()
+
+
+@cache
+def why_not() -> str | None:
+    """Why this backend cannot run here, or None where it can."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if importlib.util.find_spec("cupy") is None:
+        major = torch.version.cuda.split(".")[0]
+        return f"CuPy is not installed: pip install cupy-cuda{major}x"
+    return None
+
+
+@cache
+def load(device: int, dtype: torch.dtype, D: int, points: int, huge: bool, deterministic: bool):
+    """The built module for one device, and how many heads a block of it takes."""
+    import cupy
+
+    major, minor = torch.cuda.get_device_capability(device)
+    macros = specialise(dtype, D, points, huge, deterministic, 10 * major + minor)
+    with cupy.cuda.Device(device):
+        module = cupy.RawModule(code=source(), options=options(macros), backend="nvrtc")
+        module.compile()
+    return module, macros["LANES"], macros["GROUPS"]
+
+
+def forward(
+    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """The operator; arguments are checked, on one GPU, coordinates and weights in float32 (float64
+    where value is). Returns (B, Q, M * D) in value's dtype."""
+    value, locations, weights = (_aligned(x) for x in (value, locations, weights))
+    B, S, M, D = value.shape
+    Q, K = locations.shape[1], locations.shape[4]
+    output = value.new_empty(B, Q, M * D)
+    if output.numel():
+        spec = (value.dtype, D, len(shapes) * K, S * M * D >= 2**31, False)
+        _launch("forward", spec, shapes, (value,), (locations, weights, output), (B, S, Q, M))
+    return output
+
+
+def backward(
+    value: Tensor,
+    shapes: list[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    grad_output: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of value, locations and weights; arguments as in `forward`.
+
+    The gradient of value is summed by atomic additions, whose order changes from run to run; under
+    torch.use_deterministic_algorithms in fixed point, where it does not matter.
+    """
+    inputs = value, locations, weights, grad_output
+    value, locations, weights, grad_output = (_aligned(x) for x in inputs)
+    B, S, M, D = value.shape
+    Q, K = locations.shape[1], locations.shape[4]
+    grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
+    fixed = torch.are_deterministic_algorithms_enabled()
+    grad_value = torch.zeros_like(value, dtype=torch.int64 if fixed else weights.dtype)
+    scale = torch.ones((), dtype=torch.float64, device=value.device)
+    if value.numel() and weights.numel():
+        if fixed:  # no sum can exceed this: every pixel at most once a point, by weights below 1
+            limit = grad_output.abs().max().double() * weights.abs().max().double()
+            limit = limit * (Q * weights.shape[3] * K)
+            scale = torch.exp2(61 - limit.clamp(min=1e-290).log2().ceil())
+            scale = torch.where(limit.isfinite(), scale, torch.nan)
+        spec = (value.dtype, D, len(shapes) * K, S * M * D >= 2**31, fixed)
+        gradients = grad_value, grad_locations, grad_weights, scale
+        arrays = locations, weights, grad_output, *gradients
+        _launch("backward", spec, shapes, (value,), arrays, (B, S, Q, M))
+    if fixed:
+        grad_value = grad_value.double() / scale
+    return grad_value.to(value.dtype), grad_locations, grad_weights
+
+
+def _launch(name: str, spec: tuple, shapes: list, first: tuple, arrays: tuple, size: tuple) -> None:
+    """One kernel on torch's current stream of the tensors' device."""
+    import cupy
+
+    B, S, Q, M = size
+    device = first[0].device.index
+    module, lanes, groups = load(device, *spec)
+    table = cpu.levels(shapes, spec[2] // len(shapes)).numpy().reshape(-1)
+    table = table.view(f"V{table.nbytes}")  # one element: CuPy passes it by value
+    items = B * Q * M
+    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device)
+    with cupy.cuda.Device(device), stream:
+        module.get_function(name)(
+            (-(-items // groups),),
+            (lanes, groups),
+            (
+                *(x.data_ptr() for x in first),
+                table,
+                *(x.data_ptr() for x in arrays),
+                np.int64(items),
+                np.int32(S),
+                np.int32(Q),
+                np.int32(M),
+            ),
+        )
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous, and at an address from which 16 bytes can be loaded at once."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -1,0 +1,144 @@
+// ms_deform_attn.cu as a C++ compiler builds it, fast: a lane has a head to itself (LANES = 1), its
+// channels are the machine's own vectors, and each worker thread runs over a range of heads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#define __device__ static inline
+#define __syncwarp()
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+#define NATIVE_VECTOR
+#define LANES 1
+using std::floor;
+
+#if defined(__AVX512F__)
+constexpr int REGISTER = 64;  // bytes
+#elif defined(__AVX__)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+
+// The largest power of two that divides `count` and is at most `limit`.
+constexpr int power_of_two(int count, int limit) {
+    return limit == 1 || count % limit == 0 ? limit : power_of_two(count, limit / 2);
+}
+// The largest number that divides `count` and is at most `limit`.
+constexpr int divisor(int count, int limit) {
+    return count % limit == 0 ? limit : divisor(count, limit - 1);
+}
+constexpr int VECTOR = power_of_two(D, REGISTER / sizeof(REAL));
+constexpr int VECTORS = divisor(D / VECTOR, 8);
+
+typedef REAL Vector __attribute__((vector_size(sizeof(REAL) * VECTOR)));
+typedef REAL GRADIENT;
+
+__device__ Vector load(const VALUE* pointer) {
+    Vector vector;
+    memcpy(&vector, pointer, sizeof(vector));
+    return vector;
+}
+__device__ void store(VALUE* pointer, Vector vector) { memcpy(pointer, &vector, sizeof(vector)); }
+__device__ Vector zeros() { return Vector{}; }
+__device__ void add(Vector& sum, REAL factor, Vector vector) { sum += factor * vector; }
+__device__ void add(Vector& sum, Vector one, Vector other) { sum += one * other; }
+__device__ void accumulate(REAL* pointer, REAL factor, Vector vector, const double*) {
+    store(pointer, load(pointer) + factor * vector);
+}
+__device__ REAL total(Vector vector) {
+    REAL part[VECTOR];
+    memcpy(part, &vector, sizeof(vector));
+    for (int half = VECTOR / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) part[i] += part[i + half];
+    return part[0];
+}
+__device__ REAL sum_over_lanes(REAL x) { return x; }
+
+#include "ms_deform_attn.cu"
+
+// Calls work(begin, end) for `threads` equal parts of [0, count), one of them in this thread.
+template <typename Work>
+static void in_parallel(long long count, int threads, const Work& work) {
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; t++)
+        others.emplace_back(work, count * t / threads, count * (t + 1) / threads);
+    work(0, count / threads);
+    for (std::thread& other : others) other.join();
+}
+
+// Copies a head's channels between an image's tokens, `stride` elements apart, and a buffer where
+// they lie without gaps. There neighbouring pixels share cache lines' sets no longer with the other
+// heads: a query's samples mostly stay in the nearest cache until the next query wants them.
+static void gather(const VALUE* head, VALUE* buffer, int tokens, int stride) {
+    for (long long t = 0; t < tokens; t++) memcpy(buffer + t * D, head + t * stride, sizeof(VALUE) * D);
+}
+static void scatter(const VALUE* buffer, VALUE* head, int tokens, int stride) {
+    for (long long t = 0; t < tokens; t++) memcpy(head + t * stride, buffer + t * D, sizeof(VALUE) * D);
+}
+
+// Whether samples are so many that copying every token first pays.
+static bool worth_gathering(int tokens, int queries) { return 4LL * POINTS * queries > 16LL * tokens; }
+
+// Arrays as deformable_detr.ms_deform_attn has them, work in the order of image, head, query. Any
+// number of threads gives the same bits.
+extern "C" void forward(const VALUE* value, const Levels* levels, const REAL* locations,
+                        const REAL* weights, VALUE* output, long long images, int tokens,
+                        int queries, int heads, int threads) {
+    bool gathered = worth_gathering(tokens, queries);
+    in_parallel(images * heads * queries, threads, [=](long long begin, long long end) {
+        std::vector<Corners> corners(1);  // not on the stack: POINTS may be large
+        std::vector<VALUE> buffer(gathered ? (size_t)tokens * D : 0);
+        for (long long task = begin; task < end;) {
+            long long image = task / queries / heads, head = task / queries % heads;
+            const VALUE* rows = value + (image * tokens * heads + head) * D;
+            if (gathered) gather(rows, buffer.data(), tokens, heads * D);
+            long long stop = std::min(end, (task / queries + 1) * queries);
+            for (; task < stop; task++) {
+                long long item = (image * queries + task % queries) * heads + head;
+                forward_head(gathered ? buffer.data() : rows, *levels, locations + item * POINTS * 2,
+                             weights + item * POINTS, output + item * D, gathered ? D : heads * D, 0,
+                             corners[0]);
+            }
+        }
+    });
+}
+
+// A worker owns whole heads of an image: no two write to one gradient of value, and the order of its
+// sums, query by query, is the same for any number of workers. grad_value must hold zeros.
+extern "C" void backward(const VALUE* value, const Levels* levels, const REAL* locations,
+                         const REAL* weights, const VALUE* grad_output, REAL* grad_value,
+                         REAL* grad_locations, REAL* grad_weights, long long images, int tokens,
+                         int queries, int heads, int threads) {
+    bool gathered = worth_gathering(tokens, queries);
+    in_parallel(images * heads, threads, [=](long long begin, long long end) {
+        std::vector<Corners> corners(1);
+        std::vector<REAL> dots(4 * POINTS);
+        std::vector<VALUE> buffer(gathered ? (size_t)tokens * D : 0), gradients(buffer.size());
+        for (long long task = begin; task < end; task++) {
+            long long image = task / heads, head = task % heads;
+            long long first = (image * tokens * heads + head) * D;
+            if (gathered) {
+                gather(value + first, buffer.data(), tokens, heads * D);
+                std::fill(gradients.begin(), gradients.end(), (REAL)0);
+            }
+            for (int query = 0; query < queries; query++) {
+                long long item = (image * queries + query) * heads + head;
+                backward_head(gathered ? buffer.data() : value + first, *levels,
+                              locations + item * POINTS * 2, weights + item * POINTS,
+                              grad_output + item * D,
+                              gathered ? gradients.data() : grad_value + first,
+                              grad_locations + item * POINTS * 2, grad_weights + item * POINTS,
+                              nullptr, gathered ? D : heads * D, 0, corners[0],
+                              (REAL(*)[POINTS])dots.data());
+            }
+            if (gathered) scatter(gradients.data(), grad_value + first, tokens, heads * D);
+        }
+    });
+}
