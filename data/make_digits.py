@@ -66,18 +66,22 @@ def glyphs(split: str) -> tuple[list[np.ndarray], list[int]]:
 
 @cache
 def photographs(split: str) -> list[np.ndarray]:
-    """The split's strip of every photograph, (H, W, 3) uint8; scikit-image and scikit-learn carry
-    them."""
+    """The split's strip of every photograph, (H, W, 3) uint8."""
     strips = []
     for name in PHOTOGRAPHS:
-        library = sklearn.datasets if name in ("china.jpg", "flower.jpg") else skimage
-        folder = "images" if library is sklearn.datasets else "data"
-        with Image.open(Path(library.__file__).parent / folder / name) as picture:
+        with Image.open(photograph_path(name)) as picture:
             pixels = np.asarray(picture.convert("RGB"))
         axis = int(pixels.shape[1] > pixels.shape[0])
         start, stop = (pixels.shape[axis] * share // 100 for share in PHOTOGRAPH_SHARE[split])
         strips.append(pixels[:, start:stop] if axis else pixels[start:stop])
     return strips
+
+
+def photograph_path(name: str) -> Path:
+    """Where scikit-learn or scikit-image has put it."""
+    if name in ("china.jpg", "flower.jpg"):
+        return Path(sklearn.datasets.__file__).parent / "images" / name
+    return Path(skimage.__file__).parent / "data" / name
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

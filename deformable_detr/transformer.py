@@ -212,9 +212,9 @@ def move(references: Tensor, delta: Tensor) -> Tensor:
 class FirstStage(nn.Module):
     """Every token of the memory proposes a box; the best become the queries (Appendix A.4)."""
 
-    def __init__(self, embed_dim: int) -> None:
+    def __init__(self, embed_dim: int, anchor_size: float = 0.05) -> None:
         super().__init__()
-        self.embed_dim = embed_dim
+        self.embed_dim, self.anchor_size = embed_dim, anchor_size
         self.output = nn.Linear(embed_dim, embed_dim)
         self.output_norm = nn.LayerNorm(embed_dim)
         self.query = nn.Linear(2 * embed_dim, 2 * embed_dim)
@@ -228,7 +228,7 @@ class FirstStage(nn.Module):
         A token that is padding, or whose anchor comes within 1 % of the border, is blanked: its
         box is (1, 1, 1, 1).
         """
-        anchors, usable = token_anchors(tokens)
+        anchors, usable = token_anchors(tokens, self.anchor_size)
         features = memory.masked_fill(~usable.unsqueeze(-1), 0)
         features = self.output_norm(self.output(features))
         start = (anchors / (1 - anchors)).log()
@@ -247,15 +247,15 @@ class FirstStage(nn.Module):
         return queries, position, references
 
 
-def token_anchors(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """The box that each token starts from: its centre, and 0.05 * 2^l as size on level l.
+def token_anchors(tokens: Tokens, size: float = 0.05) -> tuple[Tensor, Tensor]:
+    """The box that each token starts from: its centre, and size * 2^l as its sides on level l.
 
     Returns (B, S, 4) cxcywh relative to the image without its padding, and (B, S), True where the
     token is no padding and all four numbers lie in (0.01, 0.99).
     """
     centres = token_centres(tokens.spatial_shapes, tokens.valid_ratios)
     sizes = [
-        centres.new_full((height * width, 2), 0.05 * 2**level)
+        centres.new_full((height * width, 2), size * 2**level)
         for level, (height, width) in enumerate(tokens.spatial_shapes)
     ]
     anchors = torch.cat([centres, torch.cat(sizes).expand_as(centres)], -1)

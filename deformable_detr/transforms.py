@@ -39,10 +39,10 @@ def digits_train_transform() -> v2.Transform:
     """
     return v2.Compose(
         [
-            v2.RandomChoice([RandomZoom(0.7, 1.4), v2.Identity()], p=[0.5, 0.5]),
+            v2.RandomChoice([RandomZoom(0.7, 1.4), v2.Identity()], p=[0.3, 0.7]),
             v2.RandomChannelPermutation(),
             v2.RandomInvert(0.5),
-            v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
+            v2.ColorJitter(brightness=0.2, contrast=0.2),
             TO_TENSOR,
         ]
     )

@@ -49,8 +49,9 @@ MODEL = DeformableDETRConfig(
     dropout=0.0,
     refine=True,
     two_stage=True,
+    anchor_size=0.1,
 )
-RECIPE = dataclasses.replace(DIGITS, epochs=16)
+RECIPE = dataclasses.replace(DIGITS, epochs=14)
 CROPS, PRETRAIN_STEPS = 12_000, 1_200
 
 
