@@ -24,6 +24,10 @@ TINY = DeformableDETRConfig(
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kernel", help="a file for tests/test_own_kernel.py: your CUDA kernel")
+
+
 def write_coco(root, split="train", images=6, side=48):
     """Coloured squares on grey; category ids 3, 7 and 20; the last image has no box."""
     rng = np.random.default_rng(0)

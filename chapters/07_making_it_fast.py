@@ -1,0 +1,782 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 7. Making it fast
+#
+# You will be able to
+# - **count** the bytes and operations that deformable attention cannot do without,
+# - **place** a kernel under your machine's roofline, and say what limits it,
+# - **predict** the faster of two layouts by counting, then time both,
+# - **speed** a kernel up step by step: reuse, specialisation, two phases, locality,
+# - **watch** a data race lose sums, and avoid it in three ways.
+#
+# You should know: chapter 6.
+#
+# {{measured}}
+
+# %% [markdown]
+# Times in this chapter are those of the machine that ran it: yours, if you run it. What one may
+# assert is what one can count; so this chapter counts first, and times after.
+
+# %%
+import ctypes
+import json
+import math
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from deformable_detr import Batch, ms_deform_attn
+from deformable_detr.backend import threads
+from deformable_detr.backend.cpu import compiler
+from deformable_detr.checkpoint import load_model
+from deformable_detr.exercises import check
+from deformable_detr.exercises.cuda import WORDS, build
+
+plt.style.use("book.mplstyle")
+torch.manual_seed(0)
+torch.set_num_threads(1)
+
+# %% [markdown]
+# ## 7.1 What has to move
+#
+# The encoder of the paper's detector on an image of 800 by 1066 pixels {cite}`zhu2021deformable`:
+# every token of four levels is a query. In float32, each input must be read once and the output
+# written once. That is the least any kernel moves.
+
+# %%
+LEVELS = [(100, 134), (50, 67), (25, 34), (13, 17)]
+M, D, L, K = 8, 32, 4, 4
+S = Q = sum(h * w for h, w in LEVELS)
+value_bytes = output_bytes = 4 * S * M * D
+location_bytes, weight_bytes = 4 * Q * M * L * K * 2, 4 * Q * M * L * K
+compulsory = value_bytes + location_bytes + weight_bytes + output_bytes
+print(f"{Q} queries, {Q * M * L * K / 1e6:.2f} million points, {compulsory / 1e6:.1f} MB")
+
+# %% [markdown]
+# But each point reads four rows of D channels, and value is read over and over. Before you run: how
+# many times is each of its bytes read?
+
+# %%
+points = Q * M * L * K
+gathered = points * 4 * D * 4  # corners, channels, bytes
+flops = points * 4 * D * 2  # a multiplication and an addition for each
+print(f"gathered {gathered / 1e9:.2f} GB, {gathered / value_bytes:.0f} times value")
+print(f"{flops / 1e9:.2f} GFLOP, {flops / gathered:.1f} per byte gathered")
+assert gathered / value_bytes == 4 * L * K
+
+# %% [markdown]
+# Half an operation for each byte. A processor does ten or more operations in the time in which its
+# nearest cache delivers a byte from afar: this kernel is a matter of **moving**, not of computing. And
+# whether the 1.17 GB come from memory or from a cache decides everything.
+
+# %% [markdown]
+# ## 7.2 Your machine's roofline
+#
+# Three measurements: copying what fits into a cache, copying what does not, and multiplying matrices.
+
+
+# %%
+def best_time(function, repeats=7):
+    """Seconds of the fastest call: others were disturbed."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def copy_rate(megabytes):
+    """GB/s read and written by copying an array."""
+    source = torch.rand(megabytes * 2**18)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / best_time(lambda: target.copy_(source)) / 1e9
+
+
+a, b = torch.rand(768, 768), torch.rand(768, 768)
+machine = {
+    "memory": copy_rate(128),
+    "cache": copy_rate(1),
+    "GFLOP/s": 2 * 768**3 / best_time(lambda: a @ b) / 1e9,
+}
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+print(platform.machine(), {name: f"{rate:.0f}" for name, rate in machine.items()})
+print(f"forward at the encoder, if gathers come from a cache: {gathered / machine['cache'] / 1e6:.0f} ms")
+print(f"                        if they come from memory:     {gathered / machine['memory'] / 1e6:.0f} ms")
+
+# %% mystnb={"image": {"alt": "A roofline on logarithmic axes: two rising lines for cache and memory bandwidth meet a flat ceiling of arithmetic. A vertical line at half an operation a byte stands far left of the ridge, where the slopes limit."}}
+figure, axis = plt.subplots()
+intensity = np.logspace(-2, 3, 100)
+for name, style in (("cache", "-"), ("memory", "--")):
+    axis.loglog(intensity, np.minimum(intensity * machine[name], machine["GFLOP/s"]), style, label=name)
+axis.axvline(flops / gathered, color="C2")
+axis.annotate("deformable attention", (flops / gathered, machine["GFLOP/s"] / 300), rotation=90)
+axis.axvline(768 / 6, color="C1", linewidth=1)
+axis.annotate("product of 768 x 768", (768 / 6, machine["GFLOP/s"] / 300), rotation=90)
+axis.set(xlabel="operations a byte", ylabel="GFLOP/s", title="roofline, one thread")
+axis.legend()
+plt.show()
+
+# %% [markdown]
+# *Figure 7.1. The roofline {cite}`williams2009roofline` of the machine that ran this page. What can be
+# computed in a second is limited by the slope, bytes, or by the ceiling, arithmetic. Deformable
+# attention lies far to the left: the slope is its limit, and which slope is a matter of locality.*
+
+# %%
+assert flops / gathered < 1 < 768 / 6  # one on either side
+
+# %% [markdown]
+# ## Exercise 7.1  Bytes of half precision
+#
+# *difficulty ●○○ · 10 minutes · 4 lines*
+#
+# Return the least number of bytes that forward moves when value and output have `size` bytes a
+# number, and locations and weights stay float32.
+
+
+# %% tags=["exercise"]
+def least_bytes(B, S, Q, M, D, L, K, size):
+    """Returns bytes: value, locations and weights read once, output written once."""
+    # BEGIN SOLUTION
+    value = B * S * M * D * size
+    output = B * Q * M * D * size
+    points = B * Q * M * L * K
+    return value + output + points * 3 * 4
+    # END SOLUTION
+
+
+check("7.1", least_bytes)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# A point has two coordinates and a weight.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# value is B * S * M * D numbers, output B * Q * M * D; S and Q differ in the decoder.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# In the encoder S = Q. In the decoder few queries look at many tokens.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# ## 7.3 Count, predict, time: the layout
+#
+# Value can lie as (B, S, M, D), a head's channels side by side, or as (B, M, D, S), a channel's
+# pixels side by side. Chapter 6 counted sectors for a GPU's warp: 4 against 32. A CPU fetches lines
+# of 64 bytes; one thread that sums a head's channels for one corner touches D · 4 / 64 = 2 lines in
+# the first layout and 32 in the second. So the first one should win, everywhere.
+#
+# A smaller image, to keep times short, and locations as an encoder has them: near the query.
+
+# %%
+shapes = [(32, 44), (16, 22), (8, 11), (4, 6)]
+S = Q = sum(h * w for h, w in shapes)
+centres = [
+    torch.stack(torch.meshgrid((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h, indexing="xy"), -1)
+    for h, w in shapes
+]
+centres = torch.cat([c.reshape(-1, 2) for c in centres])  # (Q, 2)
+offsets = torch.randn(1, Q, M, L, K, 2) * 2  # pixels
+locations = centres[:, None, None, None] + offsets / torch.tensor(shapes).flip(1)[:, None]
+weights = torch.rand(1, Q, M, L * K).softmax(-1).view(1, Q, M, L, K)
+value = torch.randn(1, S, M, D)
+expected = ms_deform_attn(value, shapes, locations, weights)
+
+# %% [markdown]
+# One kernel, two ways to index. A thread takes a head and adds up its channels in a loop.
+
+# %%
+ARGUMENTS = """const float* value, const int* shapes, const float* locations,
+    const float* weights, float* output, int S, int Q, int M, int D, int L, int K"""
+HEAD = """
+__global__ void head(ARGUMENTS) {
+    int item = blockIdx.x * blockDim.x + threadIdx.x;
+    if (item >= Q * M) return;
+    int m = item % M, start = 0;
+    for (int l = 0; l < L; l++) {
+        int H = shapes[2 * l], W = shapes[2 * l + 1];
+        for (int k = 0; k < K; k++) {
+            int p = (item * L + l) * K + k;
+            float x = locations[2 * p] * W - 0.5f, y = locations[2 * p + 1] * H - 0.5f;
+            if (!(x > -1 && x < W && y > -1 && y < H)) continue;
+            int left = floorf(x), top = floorf(y);
+            for (int corner = 0; corner < 4; corner++) {
+                int u = left + corner % 2, v = top + corner / 2;
+                if (u < 0 || u >= W || v < 0 || v >= H) continue;
+                float weight = weights[p] * (1 - fabsf(x - u)) * (1 - fabsf(y - v));
+                int token = start + v * W + u;
+                for (int d = 0; d < D; d++)
+                    output[item * D + d] += weight * value[INDEX];
+            }
+        }
+        start += H * W;
+    }
+}
+"""
+OPTIMISE = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+LAYOUTS = {"channels last": "(token * M + m) * D + d", "channels first": "(m * D + d) * S + token"}
+
+
+def compile_kernel(text, threads=1, **macros):
+    """The kernel `head` with ARGUMENTS and other names replaced: run(value) -> (1, Q, M * D).
+
+    threads: in a block; there are Q * M blocks."""
+    for name, meaning in {**macros, "ARGUMENTS": ARGUMENTS}.items():
+        text = text.replace(name, meaning)
+    kernel, sizes = build(text, "head", OPTIMISE), torch.tensor(shapes, dtype=torch.int32)
+
+    def run(value):
+        output = torch.zeros(1, Q, M * D)
+        kernel(Q * M, threads, value, sizes, locations, weights, output, S, Q, M, D, L, K)
+        return output
+
+    return run
+
+
+# %%
+values = {"channels last": value, "channels first": value[0].permute(1, 2, 0).contiguous()}
+by_layout = {name: compile_kernel(HEAD, INDEX=index) for name, index in LAYOUTS.items()}
+for name, run in by_layout.items():
+    torch.testing.assert_close(run(values[name]), expected, atol=1e-5, rtol=1e-5)
+lines = {"channels last": D * 4 // 64, "channels first": D}
+print({name: f"{count} lines a corner" for name, count in lines.items()})
+
+
+# %%
+def race(functions, rounds=5):
+    """Milliseconds of the fastest call each; order shuffled, since who goes first looks slower."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name in random.sample(list(functions), len(functions)):
+            start = time.perf_counter()
+            functions[name]()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: min(given) for name, given in times.items()}
+
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+layouts = race({name: (lambda n=name: by_layout[n](values[n])) for name in LAYOUTS})
+for name, milliseconds in layouts.items():
+    print(f"{name:>15}: {milliseconds:6.1f} ms")
+
+# %% [markdown]
+# ## Exercise 7.2  Sectors before seconds
+#
+# *difficulty ●●○ · 15 minutes · 5 lines*
+#
+# A warp of 32 threads reads one corner's channels. Given strides in numbers, how many 32-byte sectors
+# does its request touch? Thread t reads channel t of head `t // D` counted from head 0.
+
+
+# %% tags=["exercise"]
+def sectors_of_a_warp(D, head_stride, channel_stride, size):
+    """The distinct 32-byte sectors of 32 reads of `size` bytes; the array starts at a sector."""
+    # BEGIN SOLUTION
+    thread = np.arange(32)
+    index = thread // D * head_stride + thread % D * channel_stride
+    return len(np.unique(index * size // 32))
+    # END SOLUTION
+
+
+check("7.2", sectors_of_a_warp)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The number that a thread reads has index `head * head_stride + channel * channel_stride`.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Its sector is `index * size // 32`. Count distinct ones: `np.unique`.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# With D = 16 a warp spans two heads: thread 16 reads channel 0 of head 1.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# ## 7.4 Step by step
+#
+# **Step 0** is chapter 6's naive kernel, one thread a channel: all coordinates are computed D times.
+# **Step 1** is the kernel above, one thread a head: once. Count what that saves: a point's position
+# and corners take about 30 operations, its share of a channel 8.
+
+# %%
+NAIVE = """
+__global__ void head(ARGUMENTS) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= Q * M * D) return;
+    int item = i / D, d = i % D, m = item % M, start = 0;
+    float sum = 0;
+    for (int l = 0; l < L; l++) {
+        int H = shapes[2 * l], W = shapes[2 * l + 1];
+        for (int k = 0; k < K; k++) {
+            int p = (item * L + l) * K + k;
+            float x = locations[2 * p] * W - 0.5f, y = locations[2 * p + 1] * H - 0.5f;
+            if (!(x > -1 && x < W && y > -1 && y < H)) continue;
+            int left = floorf(x), top = floorf(y);
+            for (int corner = 0; corner < 4; corner++) {
+                int u = left + corner % 2, v = top + corner / 2;
+                if (u < 0 || u >= W || v < 0 || v >= H) continue;
+                float weight = weights[p] * (1 - fabsf(x - u)) * (1 - fabsf(y - v));
+                sum += weight * value[((start + v * W + u) * M + m) * D + d];
+            }
+        }
+        start += H * W;
+    }
+    output[i] = sum;
+}
+"""
+print("operations a point:", D * (30 + 8), "and", 30 + D * 8)
+
+# %% [markdown]
+# **Step 2: say what is constant.** A loop of D turns with D unknown needs a counter, a comparison and
+# code for every remainder. With `D` a number in the source, the compiler unrolls it into vector
+# instructions. Compiling at run time makes that cheap to have: one build for each D, L and K.
+#
+# **Step 3: two phases.** Even unrolled, each corner asks four questions (inside?) and ends in a jump
+# that the processor may guess wrong. So first compute all points' corners without a jump: an outside
+# corner gets weight zero, and an address that exists. Then run over channels with nothing but
+# multiply-adds, sums in registers.
+
+# %%
+TWO_PHASES = """
+typedef float Vector __attribute__((vector_size(32)));  // eight floats
+__global__ void head(ARGUMENTS) {
+    int item = blockIdx.x * blockDim.x + threadIdx.x;
+    if (item >= QUERIES * M) return;
+    int offset[4][L * K];
+    float corner[4][L * K];
+    for (int l = 0, start = 0; l < L; start += shapes[2 * l] * shapes[2 * l + 1], l++) {
+        int H = shapes[2 * l], W = shapes[2 * l + 1];
+        for (int k = 0; k < K; k++) {
+            int i = l * K + k, p = item * L * K + i;
+            float x = locations[2 * p] * W - 0.5f, y = locations[2 * p + 1] * H - 0.5f;
+            bool inside = (x > -1) & (x < W) & (y > -1) & (y < H);
+            x = inside ? x : 0, y = inside ? y : 0;
+            int left = floorf(x), top = floorf(y);
+            float fx = x - left, fy = y - top, a = inside ? weights[p] : 0;
+            float wx[2] = {left >= 0 ? 1 - fx : 0, left + 1 < W ? fx : 0};
+            float wy[2] = {top >= 0 ? 1 - fy : 0, top + 1 < H ? fy : 0};
+            int u[2] = {std::max(left, 0), std::min(left + 1, W - 1)};
+            int v[2] = {std::max(top, 0), std::min(top + 1, H - 1)};
+            for (int c = 0; c < 4; c++) {
+                offset[c][i] = ((start + v[c / 2] * W + u[c % 2]) * M + item % M) * D;
+                corner[c][i] = a * wy[c / 2] * wx[c % 2];
+            }
+        }
+    }
+    Vector sum[D / 8] = {};
+    for (int i = 0; i < L * K; i++)
+        for (int c = 0; c < 4; c++) {
+            const Vector* row = (const Vector*)(value + offset[c][i]);
+#pragma GCC unroll 8
+            for (int j = 0; j < D / 8; j++) sum[j] += corner[c][i] * row[j];
+        }
+    for (int j = 0; j < D / 8; j++) *((Vector*)(output + item * D) + j) = sum[j];
+}
+""".replace("vector_size(32)", "vector_size(32), aligned(4), may_alias")
+
+# %% [markdown]
+# The constants go in as text, which is what NVRTC's `-DD=32` does.
+
+
+# %%
+def constant(text):
+    """The kernel with the sizes written in."""
+    body = text.split("ARGUMENTS", 1)
+    for name, number in (("D", D), ("L", L), ("K", K), ("M", M)):
+        body[1] = re.sub(rf"\b{name}\b", str(number), body[1])
+    return body[0] + "ARGUMENTS" + body[1].replace("QUERIES", "Q")
+
+
+steps = {
+    "0 a thread a channel": compile_kernel(NAIVE, threads=D),
+    "1 a thread a head": by_layout["channels last"],
+    "2 constant sizes": compile_kernel(constant(HEAD), INDEX=f"(token * {M} + m) * {D} + d"),
+    "3 two phases": compile_kernel(constant(TWO_PHASES)),
+    "4 the library": lambda value: ms_deform_attn(value, shapes, locations, weights, backend="cpu"),
+    "PyTorch": lambda value: ms_deform_attn(value, shapes, locations, weights, backend="reference"),
+}
+for name, step in steps.items():
+    torch.testing.assert_close(step(value), expected, atol=1e-5, rtol=1e-5)
+print(len(steps), "ways, one result")
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+with torch.no_grad():
+    ladder = race({name: (lambda s=step: s(value)) for name, step in steps.items()})
+for name, milliseconds in ladder.items():
+    print(f"{name:>22}: {milliseconds:7.2f} ms, {ladder['PyTorch'] / milliseconds:5.1f} x PyTorch")
+
+# %% mystnb={"image": {"alt": "Horizontal bars of milliseconds for six versions of one operation on a logarithmic axis, from one thread a channel, the slowest kernel, step by step down to the library's, with PyTorch's grid_sample form beside them."}}
+figure, axis = plt.subplots(figsize=(7, 2.8))
+axis.barh(list(ladder), list(ladder.values()), color=["C0"] * 5 + ["C1"])
+axis.set(xscale="log", xlabel="milliseconds, one thread")
+axis.invert_yaxis()
+plt.show()
+
+# %% [markdown]
+# *Figure 7.2. The ladder on the machine that made this page, with PyTorch's form in the other colour.
+# Look which step gained most; on another processor it may be another.*
+#
+# **Step 4: locality.** The library's build adds one thing: before a head's queries begin, it copies
+# the head's channels of all tokens into one gapless piece. In (B, S, M, D) a head's rows lie M · D
+# floats apart, and a cache that maps addresses to a few places finds room for few of them at once.
+
+# %%
+set_bytes = 64 * 64  # a first-level cache of 64 sets of 64-byte lines repeats every 4 KiB
+stride = 4 * M * D
+used = len({(token * stride + byte) % set_bytes // 64 for token in range(64) for byte in (0, 64)})
+print(f"rows {stride} bytes apart use {used} of 64 sets; rows without gaps use all")
+assert used == 8
+
+# %% [markdown]
+# Measured against others at the paper's shapes, by `make bench`, one process, shuffled order
+# (`data/results/operator_cpu.json`):
+
+# %%
+results = json.loads(Path("../data/results/operator_cpu.json").read_text())
+row = "{:>8}  {:<19}{:<30}{:>8}"
+print(row.format("shape", "mode", "peer, one thread", "times"))
+for entry in results["ratios"]:
+    if entry["threads"] == 1 and entry["allocator"] == "default":
+        print(row.format(*(entry[k] for k in ("shape", "mode", "peer", "times"))))
+
+# %% [markdown]
+# ## Exercise 7.3  Reuse
+#
+# *difficulty ●●○ · 20 minutes · 22 lines*
+#
+# Write the middle way: a thread takes one **point** of a head and adds its share to the output, all
+# channels. Coordinates are computed once, but threads of one head now share an output: on a GPU the
+# additions would have to be atomic. On the CPU, one after the other, `+=` will do.
+
+
+# %% tags=["exercise"]
+def thread_a_point():
+    """void point(const float* value, const int* shapes, const float* locations,
+    const float* weights, float* output, int S, int Q, int M, int D, int L, int K), one image"""
+    # BEGIN SOLUTION
+    return """
+__global__ void point(const float* value, const int* shapes, const float* locations,
+                      const float* weights, float* output, int S, int Q, int M, int D, int L, int K) {
+    int p = blockIdx.x * blockDim.x + threadIdx.x;
+    if (p >= Q * M * L * K) return;
+    int l = p / K % L, item = p / K / L, start = 0;
+    for (int i = 0; i < l; i++) start += shapes[2 * i] * shapes[2 * i + 1];
+    int H = shapes[2 * l], W = shapes[2 * l + 1];
+    float x = locations[2 * p] * W - 0.5f, y = locations[2 * p + 1] * H - 0.5f;
+    if (!(x > -1 && x < W && y > -1 && y < H)) return;
+    int left = floorf(x), top = floorf(y);
+    for (int corner = 0; corner < 4; corner++) {
+        int u = left + corner % 2, v = top + corner / 2;
+        if (u < 0 || u >= W || v < 0 || v >= H) continue;
+        float weight = weights[p] * (1 - fabsf(x - u)) * (1 - fabsf(y - v));
+        const float* row = value + ((start + v * W + u) * M + item % M) * D;
+        for (int d = 0; d < D; d++) output[item * D + d] += weight * row[d];
+    }
+}
+"""
+    # END SOLUTION
+
+
+check("7.3", thread_a_point)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Take the kernel `HEAD` and turn its two loops over levels and points into the thread's number:
+# `p / K % L` is the level, `p / K / L` the item.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `start` is the number of tokens in the levels before: a short loop. The item's head is `item % M`.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# With one level `start` is zero. With several, sum H · W of those before.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# ## 7.5 Backward: who may write where
+#
+# Forward, each output number has one writer. Backward, the gradient of value is different: every
+# query that sampled a pixel adds to it. How many?
+
+# %%
+for level, (h, w) in enumerate(LEVELS):
+    tokens = sum(a * b for a, b in LEVELS)
+    print(f"level {level}: {tokens * K * 4 / (h * w):5.0f} additions to each pixel and head")
+
+# %% [markdown]
+# So the coarsest pixels get over a thousand additions each, from threads that run at the same time.
+# What happens without care can be watched. Threads of the operating system add 1 to one number; in
+# between reading and writing, each lets the others go first, as the scheduler does now and then.
+
+# %%
+ADDERS = """
+#include <atomic>
+#include <thread>
+#include <vector>
+extern "C" float add(int threads, int times, int atomic) {
+    std::atomic<float> shared{0};
+    auto work = [&] {
+        for (int i = 0; i < times; i++) {
+            if (atomic) { shared.fetch_add(1); continue; }
+            float read = shared;
+            std::this_thread::yield();
+            shared = read + 1;
+        }
+    };
+    std::vector<std::thread> all;
+    for (int t = 0; t < threads; t++) all.emplace_back(work);
+    for (auto& thread : all) thread.join();
+    return shared;
+}
+"""
+with tempfile.TemporaryDirectory() as folder:
+    source, library = Path(folder, "adders.cpp"), Path(folder, "adders.so")
+    source.write_text(ADDERS)
+    command = [compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", str(source)]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    adders = ctypes.CDLL(str(library))
+adders.add.restype = ctypes.c_float
+
+# %% [markdown]
+# Before you run: four threads, 2,000 additions each. What comes out, plain and atomic?
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+plain, atomic = adders.add(4, 2000, 0), adders.add(4, 2000, 1)
+print(f"plain {plain:.0f}, atomic {atomic:.0f}")
+assert plain < atomic == 8000
+
+# %% [markdown]
+# Additions are lost whenever two threads read the same old number. **ThreadSanitizer**
+# {cite}`serebryany2009tsan` finds such places without luck: it watches every access and reports two
+# that nothing orders. Our kernel, every CUDA thread an operating-system thread, passes it; with the
+# atomic addition replaced by `+=` it does not:
+
+# %%
+RACE_REPORT
+
+# %% [markdown]
+# Three ways to be right:
+#
+# - **Atomic additions**, on the GPU. They are fast where the hardware adds in the cache, and the
+#   kernel asks for four channels in one instruction where it can (sm_90). But their order changes
+#   from run to run, and floating-point sums with it.
+# - **Ownership**, on the CPU: a worker owns whole heads, so nobody else writes there. No atomics, and
+#   the same bits for any number of threads.
+# - **Fixed point**, the deterministic mode on the GPU: turn each addend into an integer. Integer sums
+#   do not depend on order.
+
+# %%
+addends = torch.randn(10_000)
+orders = [torch.randperm(10_000) for _ in range(50)]
+floating = {addends[order].cumsum(0)[-1].item() for order in orders}
+scale = 2.0**40
+integers = {int((addends[order].double() * scale).round().long().sum()) for order in orders}
+print(len(floating) > 1, "floats: several sums;", len(integers), "integer sum")
+assert len(floating) > 1 and len(integers) == 1
+
+# %% [markdown]
+# And here the CPU kernel's gradients, with one and with two threads, bit for bit:
+
+# %%
+leaves = [x.clone().requires_grad_() for x in (value, locations, weights)]
+gradients = {}
+for count in (1, 2):
+    torch.set_num_threads(count)
+    output = ms_deform_attn(leaves[0], shapes, *leaves[1:], backend="cpu")
+    gradients[count] = torch.autograd.grad(output.square().sum(), leaves)
+torch.set_num_threads(1)
+assert all(torch.equal(a, b) for a, b in zip(gradients[1], gradients[2], strict=True))
+print("the same bits")
+
+# %% [markdown]
+# ## Exercise 7.4  A scale for fixed point
+#
+# *difficulty ●●● · 20 minutes · 4 lines*
+#
+# 64-bit integers hold up to $2^{63} - 1$. Given bounds on the size of one addend and on their number,
+# return the largest power of two as scale such that no sum can reach $2^{62}$.
+
+
+# %% tags=["exercise"]
+def fixed_point_scale(largest_addend, count):
+    """Returns a float, a power of two: largest_addend * count * scale <= 2**62, as large as can be."""
+    # BEGIN SOLUTION
+    limit = largest_addend * count
+    return 2.0 ** (62 - math.ceil(math.log2(limit)))
+    # END SOLUTION
+
+
+check("7.4", fixed_point_scale)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The sum is at most `largest_addend * count`. Its logarithm says how many bits it takes.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Round the logarithm up, and subtract it from 62.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# With bounds below one the logarithm is negative. `math.ceil` rounds towards plus infinity there too;
+# `int` does not.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# ## 7.6 What the compiler made of it
+#
+# NVRTC needs no GPU to compile. The tests build every specialisation for every architecture that it
+# knows, and read the result: registers a thread, spills to memory (there must be none), and the
+# instructions for sm_90. From their record:
+
+# %%
+built = json.loads(Path("../data/results/cuda_build.json").read_text())
+CUDA_TABLE
+
+# %% [markdown]
+# On the CPU you can look yourself. A multiply-add whose operand comes straight from memory is the
+# whole inner loop: fetch eight channels, multiply, add, in one instruction.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+flags = ["-std=c++17", *OPTIMISE, "-S", "-o", "-", "-x", "c++", "-"]
+text = WORDS + constant(TWO_PHASES).replace("ARGUMENTS", ARGUMENTS)
+listing = subprocess.run([compiler(), *flags], input=text, capture_output=True, text=True).stdout
+fused = [line.strip() for line in listing.splitlines() if re.search(r"fmadd.*\(", line)]
+print(len(fused), "multiply-adds from memory", *fused[:4], sep="\n")
+
+# %% [markdown]
+# ## 7.7 Where the time goes in a whole detector
+#
+# The digits' detector of chapter 9, a batch of eight, once with PyTorch's form and once with the
+# kernel. How much of forward and backward is the operator?
+
+# %%
+model, _ = load_model("../data/checkpoints/digits.safetensors")
+batch = Batch.from_images([torch.randn(3, 128, 128) for _ in range(8)])
+
+
+def step():
+    """One forward and backward pass."""
+    output = model.train()(batch)
+    (output.logits.square().mean() + output.boxes.mean()).backward()
+
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+def with_backend(name):
+    """Milliseconds of a step with this backend forced."""
+    os.environ["DEFORMABLE_DETR_BACKEND"] = name
+    milliseconds = race({name: step}, rounds=3)[name]
+    del os.environ["DEFORMABLE_DETR_BACKEND"]
+    return milliseconds
+
+
+slow, fast = with_backend("reference"), with_backend("cpu")
+print(f"a step: {slow:.0f} ms with grid_sample, {fast:.0f} ms with the kernel")
+
+# %% [markdown]
+# A faster operator makes the rest visible: convolutions, linear layers, normalisation. This is
+# Amdahl's law, and the reason to stop: when the operator is a tenth of a step, making it twice as
+# fast gains a twentieth.
+#
+# ## 7.8 Your kernel in the library's tests
+#
+# Write a kernel with the arguments of `HEAD` into a file, in any way that you like. One command puts
+# it through what the library's own operator has to pass: odd sizes, borders, coordinates that are not
+# numbers, empty queries, several images.
+#
+# ```
+# python -m pytest tests/test_own_kernel.py --kernel my_kernel.cu
+# ```
+#
+# Here with the kernel of two phases for sizes that are not constant:
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    mine = Path(folder, "my_kernel.cu")
+    mine.write_text(HEAD.replace("ARGUMENTS", ARGUMENTS).replace("INDEX", LAYOUTS["channels last"]))
+    command = [sys.executable, "-m", "pytest", "tests/test_own_kernel.py", "--kernel", str(mine)]
+    result = subprocess.run([*command, "-q", "-p", "no:cacheprovider"], cwd="..", capture_output=True, text=True)
+print(re.search(r"\d+ passed", result.stdout)[0])
+
+# %% [markdown]
+# ## Summary
+#
+# - The operation moves bytes: 64 reads of each value byte, half an operation for each byte read.
+# - Count lines and sectors; the layout with fewer wins before anyone takes the time.
+# - Compute coordinates once, say what is constant, leave no branch in the hot loop, keep neighbours
+#   near: each step shows on the ladder.
+# - Backward, additions collide: atomics, ownership, or fixed point.
+# - After that the operator is no longer what takes the time.
+#
+# > **Differs from the paper.** Its Table 1 measures whole detectors only. **Differs from the official
+# > code.** A lane has 16 bytes instead of 4, coordinates are shared by lanes, one backward kernel
+# > serves any D, sums are float32 for half precision, and there is a CPU path.
+#
+# ## Further reading
+#
+# - {cite}`williams2009roofline`: the roofline.
+# - {cite}`serebryany2009tsan`: how races are found.
+# - {cite}`nickolls2008cuda`: why GPUs have warps.

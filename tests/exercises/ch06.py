@@ -1,0 +1,127 @@
+"""Checkers of chapter 6, "A CUDA kernel you can step through"."""
+
+import numpy as np
+import torch
+
+from deformable_detr import ms_deform_attn
+from deformable_detr.backend import cuda
+from deformable_detr.exercises import checks, expect
+from deformable_detr.exercises.cuda import build
+
+
+@checks("6.1")
+def check_weighted_rows(weighted_rows):
+    run = build(weighted_rows(), "weighted_rows")
+    x, weight = torch.randn(3, 5), torch.randn(3)
+    yield "as many threads as numbers"
+    y = torch.zeros(3, 5)
+    run(3, 5, x, weight, y, 3, 5)
+    expect(y, weight[:, None] * x, "number i lies in row i / D")
+    yield "more threads than numbers"
+    padded = torch.full((32,), 7.0)
+    run(4, 8, x, weight, padded, 3, 5)
+    expect(padded[15:], torch.full((17,), 7.0), "threads behind the end must return")
+    expect(padded[:15].reshape(3, 5), weight[:, None] * x, "blocks may have any size")
+
+
+@checks("6.2")
+def check_lane_offsets(lane_offsets):
+    yield "one row"
+    expect(lane_offsets(8, 16, 128, [0]), np.arange(8) * 16, "lanes lie side by side")
+    yield "several rows"
+    expect(
+        lane_offsets(8, 16, 64, [1024, 0]),
+        np.concatenate([1024 + np.arange(4) * 16, np.arange(4) * 16]),
+        "each row starts at its own offset",
+    )
+    yield "one lane a row"
+    expect(lane_offsets(3, 16, 16, [96, 32, 64]), np.array([96, 32, 64]), "lane // lanes_per_row")
+
+
+@checks("6.3")
+def check_lanes_of_a_head(lanes_of_a_head):
+    dtypes = {2: torch.float16, 4: torch.float32, 8: torch.float64}
+    yield "16 bytes a lane"
+    for D, size in ((32, 4), (32, 2), (64, 4), (128, 2)):
+        macros = cuda.specialise(dtypes[size], D, 16, False, False, 80)
+        expect(lanes_of_a_head(D, size)[0], macros["LANES"], "D * size / 16")
+    yield "D that is no power of two"
+    for D, size in ((24, 4), (40, 2), (48, 8)):
+        macros = cuda.specialise(dtypes[size], D, 16, False, False, 80)
+        expect(lanes_of_a_head(D, size), (macros["LANES"], macros["LANES"] * 16 - D * size))
+
+
+@checks("6.4")
+def check_grad_weights(grad_weights):
+    run = build(grad_weights(), "grad_weights")
+    shapes = torch.tensor([[3, 5], [2, 4]], dtype=torch.int32)
+    B, S, Q, M, D, L, K = 2, 23, 3, 2, 4, 2, 3
+    value, grad = torch.randn(B, S, M, D), torch.randn(B, Q, M * D)
+
+    def compare(locations, hint):
+        weights = torch.rand(B, Q, M, L, K, requires_grad=True)
+        ms_deform_attn(value, shapes, locations, weights).backward(grad)
+        given = torch.zeros(B, Q, M, L, K)
+        blocks = -(-given.numel() // 32)
+        run(blocks, 32, value, shapes, locations, grad, given, B, S, Q, M, D, L, K)
+        expect(given, weights.grad, hint)
+
+    yield "points inside"
+    compare(torch.rand(B, Q, M, L, K, 2) * 0.3 + 0.35, "sum over d of grad_output * sample")
+    yield "points outside, and coordinates that are not a number"
+    locations = torch.rand(B, Q, M, L, K, 2) * 2 - 0.5
+    locations[0, 0, 0, 0, 0, 0] = torch.nan
+    compare(locations, "what is outside contributes nothing")
+
+
+ROWS = """
+__global__ void weighted_rows(const float* x, const float* weight, float* y, int rows, int D) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    %s
+    y[i] = weight[%s] * x[i];
+}
+"""
+
+
+def _offsets(by_row):
+    def lane_offsets(count, size, row_bytes, row_offsets):
+        lane = np.arange(count)
+        rows = np.asarray(row_offsets)[lane // (row_bytes // size)] if by_row else row_offsets[0]
+        return rows + (lane * size if not by_row else lane * size)
+
+    return lane_offsets
+
+
+WRONG = {
+    "6.1": [
+        ("no tail guard", lambda: ROWS % ("", "i / D")),
+        (
+            "the row and the column swapped",
+            lambda: ROWS % ("if (i >= rows * D) return;", "i % rows"),
+        ),
+        ("another kernel", lambda: "int main() {}"),
+    ],
+    "6.2": [
+        ("only the first row", _offsets(by_row=False)),
+        ("never back to a row's start", _offsets(by_row=True)),
+    ],
+    "6.3": [
+        ("a lane a channel", lambda D, size: (min(32, D), 0)),
+        ("no power of two", lambda D, size: (D * size // 16, 0)),
+    ],
+    "6.4": [
+        (
+            "zeros",
+            lambda: (
+                """
+__global__ void grad_weights(const float* value, const int* shapes, const float* locations,
+                             const float* grad_output, float* result, int B, int S, int Q,
+                             int M, int D, int L, int K) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < B * Q * M * L * K) result[i] = 0;
+}
+"""
+            ),
+        )
+    ],
+}
