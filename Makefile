@@ -1,6 +1,7 @@
 # make read     open the book in JupyterLab
 # make test     lint, library, chapters, HTML book in a browser
 # make book     build the HTML book into book/_build/html
+# make bench    time the operator and a whole detector against their peers
 # make results  train what data/ ships; takes long, says how long, resumes
 #
 # Each target makes .venv and installs what it needs on its first run; later runs need no network.
@@ -15,7 +16,7 @@ DIGITS := data/digits/annotations/test.json
 
 # two installations at once would spoil .venv
 .NOTPARALLEL:
-.PHONY: help read test book results
+.PHONY: help read test book bench results
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -38,6 +39,10 @@ test: .venv/.dev $(DIGITS)
 book: .venv/.book
 	$(BIN)/python book/build.py book/_build
 	@echo "The book is in book/_build/html/index.html"
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/operator.py
+	$(BIN)/python benchmarks/model.py
 
 results: .venv/.book $(DIGITS)
 	$(BIN)/python experiments/digits.py

@@ -370,16 +370,18 @@ print(len(of_value), "requests for value,", len(of_others), "for everything else
 assert len(of_value) == L * K * 4 and len(of_others) == 2 * L + 3 * L * K
 
 # %% mystnb={"image": {"alt": "Two panels of dots, thread number across, address up. Left: for value, each request is a rising line of 32 neighbouring addresses. Right: for locations, weights and shapes each request is a flat line, all threads read one address."}}
-figure, axes = plt.subplots(1, 2)
+figure, axes = plt.subplots(1, 2, sharey=True)
 for axis, part, title in zip(axes, (of_value, of_others), ("value", "all else"), strict=True):
-    for row in part[:6]:
-        axis.plot((row - row.min()) // 4, ".", markersize=4)
-    axis.set(xlabel="thread of the warp", ylabel="address - lowest, in floats", title=title)
+    for n, row in enumerate(part[:6]):  # each request drawn above the one before
+        axis.plot(40 * n + (row - row.min()) // 4, ".", markersize=4)
+    axis.set(xlabel="thread of the warp", yticks=range(0, 240, 40), title=title)
+axes[0].set(yticklabels=[f"request {n}" for n in range(6)])
 plt.show()
 
 # %% [markdown]
-# *Figure 6.1. Six requests each of one warp, from the trace. Left: 32 threads read 32 neighbouring
-# floats, one row of a head. Right: they all read the same number, and compute the same from it.*
+# *Figure 6.1. Six requests each of one warp, from the trace; height within a request is the address.
+# Left: 32 threads read 32 neighbouring floats, one row of a head. Right: they all read the same number,
+# and compute the same from it.*
 #
 # The left picture is good, and no accident: value is laid out (B, S, M, D), channels last. What if it
 # were (B, M, D, S), as `grid_sample` wants it?

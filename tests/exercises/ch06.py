@@ -87,7 +87,7 @@ def _offsets(by_row):
     def lane_offsets(count, size, row_bytes, row_offsets):
         lane = np.arange(count)
         rows = np.asarray(row_offsets)[lane // (row_bytes // size)] if by_row else row_offsets[0]
-        return rows + (lane * size if not by_row else lane * size)
+        return rows + lane * size
 
     return lane_offsets
 

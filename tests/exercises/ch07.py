@@ -99,7 +99,8 @@ def _sectors(heads, unit):
 
 POINT = """
 __global__ void point(const float* value, const int* shapes, const float* locations,
-                      const float* weights, float* output, int S, int Q, int M, int D, int L, int K) {
+                      const float* weights, float* output, int S, int Q, int M, int D, int L,
+                      int K) {
     int p = blockIdx.x * blockDim.x + threadIdx.x;
     if (p >= Q * M * L * K) return;
     int l = p / K %% L, item = p / K / L, start = 0;

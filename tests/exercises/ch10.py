@@ -1,0 +1,91 @@
+"""Checkers of chapter 10, "Refinement and two stages"."""
+
+import torch
+from torchvision.ops import box_iou
+
+from deformable_detr.exercises import checks, expect
+from deformable_detr.transformer import move
+
+
+@checks("10.1")
+def check_moved_box(moved_box):
+    delta = torch.randn(3, 2, 4)
+    yield "a box"
+    boxes = torch.rand(3, 2, 4) * 0.8 + 0.1
+    expect(moved_box(boxes, delta), move(boxes, delta), "add before the sigmoid, not after")
+    yield "a point"
+    points = torch.rand(3, 2, 2) * 0.8 + 0.1
+    expect(moved_box(points, delta), move(points, delta), "zeros behind the inverse sigmoid")
+
+
+@checks("10.2")
+def check_refine(refine):
+    weights = [torch.full((), w, requires_grad=True) for w in (0.3, -0.5, 0.8)]
+    heads = [lambda reference, w=w: w * (reference + 1) for w in weights]
+    reference = torch.rand(5, 4) * 0.6 + 0.2
+    yield "the boxes"
+    expected, start = [], reference
+    for head in heads:
+        start = move(start, head(start)).detach()
+        expected.append(start)
+    given = refine(reference, heads)
+    expect(len(given), 3, "one box set for each head")
+    expect(torch.stack(list(given)), torch.stack(expected), "each head starts from the last box")
+    yield "each loss trains its own head, and no other"
+    for layer, boxes in enumerate(given):
+        assert boxes.requires_grad, f"the boxes of layer {layer} carry no gradient"
+        found = torch.autograd.grad(boxes.sum(), weights, allow_unused=True, retain_graph=True)
+        trained = [i for i, gradient in enumerate(found) if gradient is not None]
+        expect(trained, [layer], "detach what is handed on, and only that")
+
+
+@checks("10.3")
+def check_recall(recall):
+    truth = torch.tensor([[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.9, 0.9], [0.0, 0.6, 0.2, 0.8]])
+    yield "every box has its proposal"
+    expect(recall(truth, truth), 1.0, "the maximum over proposals, for each true box")
+    yield "many proposals on one object"
+    proposals = truth[:1] + torch.randn(9, 4) * 0.005
+    assert (box_iou(truth, proposals).amax(1) > 0.5).tolist() == [True, False, False]
+    expect(recall(proposals, truth), 1 / 3, "a share of the true boxes, not of the proposals")
+    expect(recall(proposals, truth[1:]), 0.0)
+    yield "an image without objects"
+    expect(recall(proposals, torch.zeros(0, 4)), 1.0, "nothing to miss")
+
+
+def _refine(detach_result, detach_next):
+    def refine(reference, heads):
+        boxes = []
+        for head in heads:
+            box = move(reference, head(reference))
+            boxes.append(box.detach() if detach_result else box)
+            reference = box.detach() if detach_next else box
+        return boxes
+
+    return refine
+
+
+def _zero_reference(reference, delta):
+    if reference.shape[-1] == 2:
+        reference = torch.cat([reference, torch.full_like(reference, 1e-5)], -1)
+    return move(reference, delta)
+
+
+WRONG = {
+    "10.1": [
+        ("added after the sigmoid", lambda reference, delta: reference + delta[..., :4].sigmoid()),
+        ("a point of size zero", _zero_reference),
+    ],
+    "10.2": [
+        ("no detach", _refine(False, False)),
+        ("the results detached too", _refine(True, True)),
+        ("always the first reference", lambda r, heads: [move(r, head(r)) for head in heads]),
+    ],
+    "10.3": [
+        ("precision", lambda p, t, at=0.5: (box_iou(p, t).amax(1) >= at).float().mean().item()),
+        (
+            "no case for no objects",
+            lambda p, t, at=0.5: (box_iou(t, p).amax(1) >= at).float().mean().item(),
+        ),
+    ],
+}
