@@ -1229,11 +1229,11 @@ picture = plt.imread("../data/samples/000012.png")[..., :3]
 pixels = torch.tensor(picture).permute(2, 0, 1)  # (3, 128, 128)
 with open("../data/samples/annotations.json") as file:
     annotations = [a for a in json.load(file)["annotations"] if a["image_id"] == 12]
-box_of = {a["category_id"]: [round(side) for side in a["bbox"]] for a in annotations}
-small, large = box_of[9], box_of[1]  # an eight and a zero: left, top, width, height
-assert small[2:] == [6, 11] and large[2:] == [23, 30]
+small = next(a["bbox"] for a in annotations if a["category_id"] == 9)  # left, top, width, height
+large = next(a["bbox"] for a in annotations if a["category_id"] == 1)
+assert small[2:] == [8, 12] and large[2:] == [23, 30]  # an eight and a zero
 
-# %% mystnb={"image": {"alt": "A photograph of a coffee cup with coloured digits, at full resolution and averaged over cells of 4, 8, 16 and 32 pixels. Two boxes mark a zero 30 pixels high, a ring at 8 and a stain at 16, and an eight 11 pixels high, which is a smear at 8 and gone at 16."}}
+# %% mystnb={"image": {"alt": "A grey photograph with coloured digits, at full resolution and averaged over cells of 4, 8, 16 and 32 pixels. Two boxes mark a zero 30 pixels high, a ring at 8 and a stain at 16, and an eight 12 pixels high, which is a smear at 8 and gone at 16."}}
 figure, axes = plt.subplots(1, 5, figsize=(9, 2.1))
 for axis, stride in zip(axes, (1, 4, 8, 16, 32), strict=True):
     cells = F.avg_pool2d(pixels, stride)
@@ -1245,7 +1245,7 @@ plt.show()
 
 # %% [markdown]
 # *Figure 2.10. What to see: a zero of 23 × 30 pixels is a ring at stride 8 and a stain at 16; an
-# eight of 6 × 11 is a smear at stride 8 and gone at 16.*
+# eight of 8 × 12 is a smear at stride 8 and gone at 16.*
 
 
 # %%

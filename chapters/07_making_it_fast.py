@@ -270,7 +270,7 @@ by_layout = {name: compile_kernel(HEAD, INDEX=index) for name, index in LAYOUTS.
 for name, run in by_layout.items():
     torch.testing.assert_close(run(values[name]), expected, atol=1e-5, rtol=1e-5)
 lines = {"channels last": D * 4 // 64, "channels first": D}
-print({name: f"{count} lines a corner" for name, count in lines.items()})
+print(lines, "lines a corner")
 
 
 # %%
@@ -605,7 +605,16 @@ assert plain < atomic == 8000
 # atomic addition replaced by `+=` it does not:
 
 # %%
-RACE_REPORT
+# NBVAL_IGNORE_OUTPUT
+try:
+    right, wrong = threads.races(), threads.races(atomic=False)
+    assert not right.report and "data race" in wrong.report
+    assert set(right.sums) == {right.expected}
+    print("atomic:", set(right.sums), "each, no report")
+    print("plain: ", sorted(set(wrong.sums)), "and this report:\n")
+    print(wrong.report.split("\n\n  Location")[0])
+except threads.NoSanitizerError as error:  # a compiler without it
+    print("not on this machine:", str(error)[:60])
 
 # %% [markdown]
 # Three ways to be right:
@@ -621,7 +630,7 @@ RACE_REPORT
 # %%
 addends = torch.randn(10_000)
 orders = [torch.randperm(10_000) for _ in range(50)]
-floating = {addends[order].cumsum(0)[-1].item() for order in orders}
+floating = {np.add.accumulate(addends[order].numpy())[-1].item() for order in orders}
 scale = 2.0**40
 integers = {int((addends[order].double() * scale).round().long().sum()) for order in orders}
 print(len(floating) > 1, "floats: several sums;", len(integers), "integer sum")

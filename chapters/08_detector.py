@@ -111,7 +111,7 @@ def load(image_id, top, left, height, width):
 
 # %%
 first, first_target = load(3, top=10, left=0, height=88, width=104)
-second, second_target = load(16, top=0, left=0, height=72, width=120)
+second, second_target = load(2, top=0, left=0, height=72, width=120)
 print("images ", tuple(first.shape), tuple(second.shape))
 print("digits ", *[[digits[i] for i in t.labels] for t in (first_target, second_target)])
 print("boxes  ", tuple(first_target.boxes.shape), tuple(second_target.boxes.shape))
