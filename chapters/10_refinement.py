@@ -162,7 +162,14 @@ dataset = CocoDataset(samples, samples / "annotations.json", digits_eval_transfo
 with torch.no_grad():
     outputs = [model(collate([dataset[i]])) for i in range(len(dataset))]
 layers = len(outputs[0].auxiliary) + 1
-print(layers, "layers,", outputs[0].boxes.shape[1], "queries,", outputs[0].first_stage.boxes.shape[1], "proposals")
+print(
+    layers,
+    "layers,",
+    outputs[0].boxes.shape[1],
+    "queries,",
+    outputs[0].first_stage.boxes.shape[1],
+    "proposals",
+)
 
 
 # %%
@@ -200,11 +207,15 @@ shown = max(range(24), key=lambda i: (overlaps.new_tensor(len(dataset[i][1].labe
 picture = Image.open(samples / f"{shown + 1:06}.png")
 queries, wanted = best_queries(outputs[shown], dataset[shown][1])
 figure, axes = plt.subplots(1, layers + 1, figsize=(9, 2.6))
-for step, (axis, boxes) in enumerate(zip(axes, boxes_of_layers(outputs[shown])[:, queries], strict=True)):
+for step, (axis, boxes) in enumerate(
+    zip(axes, boxes_of_layers(outputs[shown])[:, queries], strict=True)
+):
     axis.imshow(picture)
     for box, colour in [(b, "white") for b in wanted] + [(b, "C1") for b in boxes]:
         x, y, right, bottom = (128 * box).tolist()
-        axis.add_patch(Rectangle((x, y), right - x, bottom - y, fill=False, color=colour, linewidth=1.2))
+        axis.add_patch(
+            Rectangle((x, y), right - x, bottom - y, fill=False, color=colour, linewidth=1.2)
+        )
     axis.set(title="proposals" if step == 0 else f"layer {step}", xticks=[], yticks=[])
 plt.show()
 
@@ -391,13 +402,15 @@ for i, output in enumerate(outputs):
     covered.append(box_iou(wanted, boxes_of_layers(output)[0]).amax(1))
 covered = torch.cat(covered)
 for threshold in (0.5, 0.75):
-    print(f"IoU {threshold}: {(covered >= threshold).float().mean().item():.2f} of {len(covered)} digits")
+    print(
+        f"IoU {threshold}: {(covered >= threshold).float().mean().item():.2f} of {len(covered)} digits"
+    )
 assert (covered >= 0.5).float().mean() > 0.9
 
 # %% [markdown]
 # ## 10.5 What it gains
 #
-# Three detectors that differ in nothing else, 800 steps each, three seeds (`python
+# Three detectors that differ in nothing else, 400 steps each, three seeds (`python
 # experiments/refinement.py`, not run here):
 
 # %%
@@ -407,11 +420,13 @@ aps = {v: [run["val"]["ap"] for run in study["runs"] if run["variant"] == v] for
 for variant, found in aps.items():
     print(f"{variant:>23}: AP {np.mean(found):.3f}, from {min(found):.3f} to {max(found):.3f}")
 
-# %% mystnb={"image": {"alt": "Two panels. Left, AP of each seed as dots for the plain detector, with refinement, and with two stages, each higher than the one before. Right, the last layer's GIoU loss over 800 steps for the three, mean and range over seeds, in the same order."}}
+# %% mystnb={"image": {"alt": "Two panels. Left, AP of each seed as dots for the plain detector, with refinement, and with two stages, each higher than the one before. Right, the last layer's GIoU loss over 400 steps for the three, mean and range over seeds, in the same order."}}
 figure, axes = plt.subplots(1, 2)
 for i, variant in enumerate(variants):
     axes[0].plot([i] * len(aps[variant]), aps[variant], "o", color=f"C{i}")
-    curves = np.array([run["last_layer_giou"] for run in study["runs"] if run["variant"] == variant])
+    curves = np.array(
+        [run["last_layer_giou"] for run in study["runs"] if run["variant"] == variant]
+    )
     axes[1].plot(curves[0, :, 0], curves[..., 1].mean(0), color=f"C{i}", label=variant)
     axes[1].fill_between(
         curves[0, :, 0], curves[..., 1].min(0), curves[..., 1].max(0), color=f"C{i}", alpha=0.2
