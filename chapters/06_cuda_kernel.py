@@ -108,7 +108,8 @@ def build(kernel):
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source.write_text(WORDS + kernel + launch)
-        command = [compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)]
+        flags = ["-std=c++17", "-O1", "-shared", "-fPIC"]
+        command = [compiler(), *flags, str(source), "-o", str(library)]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(library))
     return lambda *given: loaded.launch(*map(as_c, given)), loaded
@@ -190,7 +191,9 @@ check("6.1", weighted_rows)
 
 # %%
 height, width = 2, 3
-value = torch.tensor([[[[10.0 * y + x], [-10.0 * y - x]] for y in range(height) for x in range(width)]])
+value = torch.tensor(
+    [[[[10.0 * y + x], [-10.0 * y - x]] for y in range(height) for x in range(width)]]
+)
 value = value.reshape(1, height * width, 1, 2)  # (B, S, M, D)
 location = torch.tensor([0.6, 0.4]).reshape(1, 1, 1, 1, 1, 2)  # (B, Q, M, L, K, 2)
 weight = torch.tensor(0.5).reshape(1, 1, 1, 1, 1)

@@ -122,14 +122,17 @@ machine = {
 # %%
 # NBVAL_IGNORE_OUTPUT
 print(platform.machine(), {name: f"{rate:.0f}" for name, rate in machine.items()})
-print(f"forward at the encoder, if gathers come from a cache: {gathered / machine['cache'] / 1e6:.0f} ms")
-print(f"                        if they come from memory:     {gathered / machine['memory'] / 1e6:.0f} ms")
+for name in ("cache", "memory"):
+    print(
+        f"the encoder's forward, if gathers come from {name}: {gathered / machine[name] / 1e6:.0f} ms"
+    )
 
 # %% mystnb={"image": {"alt": "A roofline on logarithmic axes: two rising lines for cache and memory bandwidth meet a flat ceiling of arithmetic. A vertical line at half an operation a byte stands far left of the ridge, where the slopes limit."}}
 figure, axis = plt.subplots()
 intensity = np.logspace(-2, 3, 100)
 for name, style in (("cache", "-"), ("memory", "--")):
-    axis.loglog(intensity, np.minimum(intensity * machine[name], machine["GFLOP/s"]), style, label=name)
+    roof = np.minimum(intensity * machine[name], machine["GFLOP/s"])
+    axis.loglog(intensity, roof, style, label=name)
 axis.axvline(flops / gathered, color="C2")
 axis.annotate("deformable attention", (flops / gathered, machine["GFLOP/s"] / 300), rotation=90)
 axis.axvline(768 / 6, color="C1", linewidth=1)
@@ -203,7 +206,9 @@ check("7.1", least_bytes)
 shapes = [(32, 44), (16, 22), (8, 11), (4, 6)]
 S = Q = sum(h * w for h, w in shapes)
 centres = [
-    torch.stack(torch.meshgrid((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h, indexing="xy"), -1)
+    torch.stack(
+        torch.meshgrid((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h, indexing="xy"), -1
+    )
     for h, w in shapes
 ]
 centres = torch.cat([c.reshape(-1, 2) for c in centres])  # (Q, 2)
@@ -437,7 +442,7 @@ steps = {
     "4 the library": lambda value: ms_deform_attn(value, shapes, locations, weights, backend="cpu"),
     "PyTorch": lambda value: ms_deform_attn(value, shapes, locations, weights, backend="reference"),
 }
-for name, step in steps.items():
+for step in steps.values():
     torch.testing.assert_close(step(value), expected, atol=1e-5, rtol=1e-5)
 print(len(steps), "ways, one result")
 
@@ -701,7 +706,12 @@ check("7.4", fixed_point_scale)
 
 # %%
 built = json.loads(Path("../data/results/cuda_build.json").read_text())
-CUDA_TABLE
+row = "{:>9} {:>9} {:>10} {:>7} bytes shared"
+print(row.format("value", "kernel", "registers", "block"))
+for entry in built["kernels"]:
+    if (entry["architecture"], entry["D"], entry["deterministic"]) == (90, 32, False):
+        print(row.format(*(entry[k] for k in ("dtype", "kernel", "registers", "shared"))))
+assert not any(entry["spilled"] for entry in built["kernels"])
 
 # %% [markdown]
 # On the CPU you can look yourself. A multiply-add whose operand comes straight from memory is the
@@ -767,7 +777,9 @@ with tempfile.TemporaryDirectory() as folder:
     mine = Path(folder, "my_kernel.cu")
     mine.write_text(HEAD.replace("ARGUMENTS", ARGUMENTS).replace("INDEX", LAYOUTS["channels last"]))
     command = [sys.executable, "-m", "pytest", "tests/test_own_kernel.py", "--kernel", str(mine)]
-    result = subprocess.run([*command, "-q", "-p", "no:cacheprovider"], cwd="..", capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, "-q", "-p", "no:cacheprovider"], cwd="..", capture_output=True, text=True
+    )
 print(re.search(r"\d+ passed", result.stdout)[0])
 
 # %% [markdown]

@@ -33,7 +33,11 @@ import dataclasses
 import json
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
+
+# a library asks for ipywidgets, which this chapter does without
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -77,6 +77,7 @@ class MSDeformAttn(nn.Module):
         offsets = self.sampling_offsets(query).view(B, Q, M, L, K, 2)
         logits = self.attention_weights(query).view(B, Q, M, L * K)
         weights = logits.softmax(-1).view(B, Q, M, L, K)  # one softmax over all levels
+        offsets = offsets.to(reference_points.dtype)  # autocast must not round coordinates
         centre = reference_points[:, :, None, :, None, :2]  # (B, Q, 1, L, 1, 2)
         if reference_points.shape[-1] == 2:  # offsets in pixels of each level
             size = offsets.new_tensor([(width, height) for height, width in shapes])  # (L, 2)

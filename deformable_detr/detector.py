@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,28 @@ class DeformableDETR(nn.Module):
         self.class_heads = nn.ModuleList(nn.Linear(C, config.num_classes) for _ in range(heads))
         self.box_heads = nn.ModuleList(BoxHead(C) for _ in range(heads))
         self.reset_parameters()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: Path | str,
+        num_classes: int | None = None,
+        num_queries: int | None = None,
+        **changes: object,
+    ) -> "DeformableDETR":
+        """A published detector, or one of ours, in evaluation mode: "SenseTime/deformable-detr",
+        a folder, an official .pth, a .safetensors file; see `pretrained.load_pretrained`."""
+        from deformable_detr.pretrained import load_pretrained  # which imports this file
+
+        return load_pretrained(name_or_path, num_classes, num_queries, **changes).model
+
+    def save_pretrained(
+        self, path: Path | str, categories: list[dict] | None = None, format: str = "ours"
+    ) -> None:
+        """Write this model, as "ours", "huggingface" or "official"; see `pretrained`."""
+        from deformable_detr.pretrained import save_pretrained
+
+        save_pretrained(self, path, categories, format)
 
     def reset_parameters(self) -> None:
         """The official initialisation; the backbone's own is left alone."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig
+from deformable_detr.formats import file_name, to_huggingface
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -14,70 +15,6 @@ VARIANTS = {
     "refine": {"refine": True},
     "two_stage": {"refine": True, "two_stage": True},
 }
-RENAMED = [  # ours, theirs; the first that fits a name's start is applied
-    ("backbone.body.", "model.backbone.model."),
-    ("query_embed.", "model.query_position_embeddings."),
-    ("first_stage.output_norm.", "model.enc_output_norm."),
-    ("first_stage.output.", "model.enc_output."),
-    ("first_stage.query_norm.", "model.pos_trans_norm."),
-    ("first_stage.query.", "model.pos_trans."),
-    ("class_heads.", "class_embed."),
-    ("box_heads.", "bbox_embed."),
-    ("", "model."),
-]
-LAYER = {
-    "encoder": [
-        ("attention.", "self_attn."),
-        ("norm.", "self_attn_layer_norm."),
-        ("ffn.linear1.", "mlp.fc1."),
-        ("ffn.linear2.", "mlp.fc2."),
-        ("ffn.norm.", "final_layer_norm."),
-    ],
-    "decoder": [
-        ("cross_attention.", "encoder_attn."),
-        ("cross_norm.", "encoder_attn_layer_norm."),
-        ("self_norm.", "self_attn_layer_norm."),
-        ("self_attention.out_proj.", "self_attn.o_proj."),
-        ("ffn.linear1.", "mlp.fc1."),
-        ("ffn.linear2.", "mlp.fc2."),
-        ("ffn.norm.", "final_layer_norm."),
-    ],
-}
-
-
-def replace_start(name, table):
-    for ours, theirs in table:
-        if name.startswith(ours):
-            return theirs + name[len(ours) :]
-    return name
-
-
-def to_huggingface(state, config):
-    """Our state dict under Hugging Face's names (transformers 5, in memory)."""
-    result = {}
-    for name, tensor in state.items():
-        kind = name.split(".")[0]
-        if kind in LAYER:
-            _, _, index, rest = name.split(".", 3)
-            prefix = f"model.{kind}.layers.{index}."
-            if rest.startswith("self_attention.in_proj_"):
-                suffix = rest.removeprefix("self_attention.in_proj_")
-                for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                    result[f"{prefix}self_attn.{part}_proj.{suffix}"] = piece
-            else:
-                result[prefix + replace_start(rest, LAYER[kind])] = tensor
-        else:
-            result[replace_start(name, RENAMED)] = tensor
-    if not config.refine:  # they keep one head for each layer
-        for name in [n for n in result if n.startswith(("class_embed.0", "bbox_embed.0"))]:
-            head, _, rest = name.split(".", 2)
-            for layer in range(1, config.decoder_layers):
-                result[f"{head}.{layer}.{rest}"] = result[name]
-    kept_twice = ("bbox_embed.",) if config.refine else ()
-    kept_twice += ("class_embed.",) if config.two_stage else ()
-    for name in [n for n in result if n.startswith(kept_twice)]:
-        result[f"model.decoder.{name}"] = result[name]
-    return result
 
 
 def randomise(model, seed=0):
@@ -111,6 +48,8 @@ def huggingface_model(config):
         num_queries=config.num_queries,
         num_feature_levels=config.num_levels,
         d_model=config.embed_dim,
+        encoder_attention_heads=config.num_heads,
+        decoder_attention_heads=config.num_heads,
         encoder_layers=config.encoder_layers,
         decoder_layers=config.decoder_layers,
         encoder_ffn_dim=config.ffn_dim,
@@ -133,8 +72,10 @@ def test_same_weights_same_output(variant):
     ours = DeformableDETR(config).eval()
     randomise(ours)
     theirs = huggingface_model(config)
-    state = to_huggingface(ours.state_dict(), config)
-    theirs.load_state_dict(state, strict=True)
+    state, _ = to_huggingface(ours)
+    names = {name: file_name(name) for name in theirs.state_dict()}
+    assert set(names.values()) == state.keys()
+    theirs.load_state_dict({name: state[stored] for name, stored in names.items()})
 
     batch = Batch.from_images([torch.randn(3, 170, 150), torch.randn(3, 121, 203)])
     with torch.no_grad():

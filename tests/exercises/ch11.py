@@ -1,0 +1,98 @@
+"""Checkers of chapter 11, "Published weights"."""
+
+import torch
+
+from deformable_detr.exercises import checks, expect
+
+NAMES = {
+    "transformer.encoder.layers.3.linear1.bias": "encoder.layers.3.ffn.linear1.bias",
+    "transformer.encoder.layers.0.linear2.weight": "encoder.layers.0.ffn.linear2.weight",
+    "transformer.encoder.layers.12.norm1.weight": "encoder.layers.12.norm.weight",
+    "transformer.encoder.layers.5.norm2.bias": "encoder.layers.5.ffn.norm.bias",
+    "transformer.encoder.layers.1.self_attn.value_proj.weight": (
+        "encoder.layers.1.attention.value_proj.weight"
+    ),
+}
+STRANGERS = (
+    "transformer.decoder.layers.0.norm1.weight",
+    "transformer.encoder.layers.0.linear3.weight",
+    "encoder.layers.0.norm1.weight",
+)
+
+
+@checks("11.1")
+def check_our_name(our_name):
+    yield "the five parts of a layer"
+    for official, ours in NAMES.items():
+        expect(our_name(official), ours, "norm2 belongs to the feed-forward part")
+    yield "strangers are refused"
+    for name in STRANGERS:
+        try:
+            given = our_name(name)
+        except ValueError:
+            continue
+        raise AssertionError(f"{name} is no tensor of an encoder layer, and became {given}")
+
+
+@checks("11.2")
+def check_first_difference(first_difference):
+    names = ("stem", "layer1", "layer2", "head")
+    one = {name: torch.randn(3, 4) for name in names}
+    other = {name: tensor + 1e-7 for name, tensor in one.items()}
+    yield "equal, and different from a layer on"
+    expect(first_difference(one, other), None, "a difference of 1e-7 is rounding")
+    for name in names[2:]:
+        other[name] = other[name] + 1
+    expect(first_difference(one, other), "layer2", "the first, not the largest")
+    yield "not a number"
+    other["layer1"] = torch.full((3, 4), torch.nan)
+    expect(first_difference(one, other), "layer1", "a comparison with NaN is False")
+
+
+@checks("11.3")
+def check_survivors(survivors):
+    published = {"a": torch.zeros(4, 6), "b": torch.zeros(3), "gone": torch.zeros(2)}
+    yield "names and shapes"
+    wanted = {"b": torch.zeros(3), "a": torch.zeros(4, 6), "new": torch.zeros(2)}
+    expect(survivors(published, wanted), ["a", "b"], "the same name, sorted")
+    yield "as many numbers in another shape"
+    expect(survivors(published, {"a": torch.zeros(6, 4), "b": torch.zeros(1, 3)}), [])
+
+
+def _replaced(official):
+    name = official.removeprefix("transformer.").replace("self_attn", "attention")
+    for theirs, ours in (("norm1", "norm"), ("norm2", "ffn.norm"), ("linear", "ffn.linear")):
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _first(mine, theirs):
+    differences = ((name, (x - theirs[name]).abs().max()) for name, x in mine.items())
+    return next((name for name, difference in differences if difference > 1e-4), None)
+
+
+def _largest(mine, theirs):
+    worst = max(mine, key=lambda name: (mine[name] - theirs[name]).abs().max())
+    return worst if (mine[worst] - theirs[worst]).abs().max() > 1e-4 else None
+
+
+WRONG = {
+    "11.1": [
+        ("a chain of replace", _replaced),
+        (
+            "norm2 outside the feed-forward part",
+            lambda n: _replaced(n).replace("ffn.norm", "norm2"),
+        ),
+    ],
+    "11.2": [
+        ("blind to NaN", _first),
+        ("the largest difference", _largest),
+    ],
+    "11.3": [
+        (
+            "as many elements",
+            lambda a, b: sorted(n for n in b if n in a and a[n].numel() == b[n].numel()),
+        ),
+        ("names only", lambda a, b: sorted(set(a) & set(b))),
+    ],
+}
