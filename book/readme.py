@@ -1,4 +1,4 @@
-"""The README's two tables and its picture, from stored results: `python book/readme.py`."""
+"""The README's tables and its picture, from stored results: `python book/readme.py`."""
 
 import json
 import re
@@ -39,9 +39,31 @@ def results_table() -> str:
     return "\n".join(rows)
 
 
+def operator_table() -> str:
+    """How many times as long as ours each peer takes, one thread, medians."""
+    results = json.loads((ROOT / "data" / "results" / "operator_cpu.json").read_text())
+    times = {
+        (row["shape"], row["mode"], row["peer"]): row["times"]
+        for row in results["ratios"]
+        if row["threads"] == 1 and row["allocator"] == "default"
+    }
+    peers = list(dict.fromkeys(peer for _, _, peer in times))
+    rows = ["| shape | " + " | ".join(peers) + " |", "|---" * (len(peers) + 1) + "|"]
+    for shape, mode in dict.fromkeys((shape, mode) for shape, mode, _ in times):
+        found = (times.get((shape, mode, peer)) for peer in peers)
+        cells = " | ".join("" if n is None else f"{n:.1f} x" for n in found)
+        rows.append(f"| {shape}, {mode} | {cells} |")
+    return "\n".join(rows)
+
+
 def updated(text: str) -> str:
     """The README with its tables made anew between their markers."""
-    for name, table in (("chapters", chapters_table()), ("results", results_table())):
+    tables = {
+        "chapters": chapters_table(),
+        "operator": operator_table(),
+        "results": results_table(),
+    }
+    for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         text, found = pattern.subn(lambda match, t=table: f"{match[1]}{t}\n{match[2]}", text)
         if found != 1:

@@ -76,8 +76,9 @@ torch.set_num_threads(1)  # so that the times below are times of one core
 # ## 9.1 Digits in scenes
 #
 # Handwritten digits lie on photographs and on noise, one to eight in an image of 128 x 128 pixels.
-# There are three splits, and no handwritten digit and no photograph is in two of them: *train* to
-# learn from, *val* to choose with, *test* to report. What is reported must not have chosen anything.
+# There are three splits, and no handwritten digit and no piece of a photograph is in two of them:
+# *train* to learn from, *val* to choose with, *test* to report. What is reported must not have chosen
+# anything.
 
 # %%
 DATA = Path("../data")
@@ -692,7 +693,7 @@ minutes = card["cpu_seconds"] / 60
 print(f"{card['steps']} steps of {card['recipe']['batch_size']} images, {minutes:.0f} minutes")
 print({name: card["test"][name] for name in ("ap", "ap50", "ap75", "ar")})
 print({name: card["test"][name] for name in ("ap_small", "ap_medium", "ap_large")})
-assert card["test"]["ap"] > 0.6 and card["test"]["ap50"] > 0.85
+assert card["test"]["ap"] > 0.75 and card["test"]["ap50"] > 0.94
 assert card["test"]["ap_small"] < card["test"]["ap_medium"] < card["test"]["ap_large"]
 
 # %% [markdown]

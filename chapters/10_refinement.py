@@ -410,7 +410,7 @@ assert (covered >= 0.5).float().mean() > 0.9
 # %% [markdown]
 # ## 10.5 What it gains
 #
-# Three detectors that differ in nothing else, 400 steps each, three seeds (`python
+# Three detectors that differ in nothing else, 300 steps each, three seeds (`python
 # experiments/refinement.py`, not run here):
 
 # %%
@@ -420,7 +420,7 @@ aps = {v: [run["val"]["ap"] for run in study["runs"] if run["variant"] == v] for
 for variant, found in aps.items():
     print(f"{variant:>23}: AP {np.mean(found):.3f}, from {min(found):.3f} to {max(found):.3f}")
 
-# %% mystnb={"image": {"alt": "Two panels. Left, AP of each seed as dots for the plain detector, with refinement, and with two stages, each higher than the one before. Right, the last layer's GIoU loss over 400 steps for the three, mean and range over seeds, in the same order."}}
+# %% mystnb={"image": {"alt": "Two panels. Left, AP of each seed as dots for the plain detector, with refinement, and with two stages, each higher than the one before. Right, the last layer's GIoU loss over 300 steps for the three, mean and range over seeds, in the same order."}}
 figure, axes = plt.subplots(1, 2)
 for i, variant in enumerate(variants):
     axes[0].plot([i] * len(aps[variant]), aps[variant], "o", color=f"C{i}")

@@ -5,16 +5,28 @@ from itertools import pairwise
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import DeformConv2d
 from torchvision.ops.misc import FrozenBatchNorm2d
+
+STAGES = ("layer2", "layer3", "layer4")  # torchvision's names for C3, C4 and C5
 
 
 class ResNetBackbone(nn.Module):
     """The stages C3 to C5 of a torchvision ResNet, with batch norm frozen as in DETR.
 
     The stem and the first stage are frozen too. With dilation (DC5) the last stage keeps stride 16.
+    The 3x3 convolutions of the last deformable_stages stages are modulated deformable ones: 3 for
+    C3 to C5, as "ResNeXt-101 + DCN" in Table 3 of the paper. The official code has no such model,
+    nor the ResNeXt without it (issues 12, 34, 63).
     """
 
-    def __init__(self, name: str, dilation: bool = False, pretrained: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        dilation: bool = False,
+        pretrained: bool = False,
+        deformable_stages: int = 0,
+    ) -> None:
         super().__init__()
         resnet = torchvision.models.get_model(
             name,
@@ -23,9 +35,13 @@ class ResNetBackbone(nn.Module):
             replace_stride_with_dilation=[False, False, dilation],
         )
         for parameter_name, parameter in resnet.named_parameters():
-            if not parameter_name.startswith(("layer2", "layer3", "layer4")):
+            if not parameter_name.startswith(STAGES):
                 parameter.requires_grad_(False)
-        self.body = IntermediateLayerGetter(resnet, {"layer2": "8", "layer3": "16", "layer4": "32"})
+        for stage in STAGES[len(STAGES) - deformable_stages :]:
+            for block in getattr(resnet, stage):
+                block.conv2 = ModulatedDeformConv2d.like(block.conv2)
+        strides = dict(zip(STAGES, ("8", "16", "32"), strict=True))
+        self.body = IntermediateLayerGetter(resnet, strides)
         width = resnet.fc.in_features
         self.channels = [width // 4, width // 2, width]
         self.strides = [8, 16, 16 if dilation else 32]
@@ -33,6 +49,52 @@ class ResNetBackbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """images: (B, 3, H, W). Returns three maps (B, channels[i], H_i, W_i), finest first."""
         return list(self.body(images).values())
+
+
+class ModulatedDeformConv2d(DeformConv2d):
+    """A deformable convolution that finds its own offsets and modulation (Zhu et al., "Deformable
+    ConvNets v2", Eq. 1); the operator is torchvision's.
+
+    It starts as the plain convolution of the same weight, so that pretrained weights carry over:
+    offsets of zero, and modulations of one. For that a modulation is twice a sigmoid, in (0, 2);
+    Eq. 1 has it in [0, 1], where it starts at one half.
+    """
+
+    def __init__(self, *arguments: int | tuple[int, int], **options: object) -> None:
+        super().__init__(*arguments, **options)
+        height, width = self.kernel_size
+        self.offset = nn.Conv2d(
+            self.in_channels,
+            3 * height * width,  # y, x of each sample, then its modulation
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    @classmethod
+    def like(cls, convolution: nn.Conv2d) -> "ModulatedDeformConv2d":
+        """One with a plain convolution's sizes and weights."""
+        deformable = cls(
+            convolution.in_channels,
+            convolution.out_channels,
+            convolution.kernel_size,
+            convolution.stride,
+            convolution.padding,
+            convolution.dilation,
+            convolution.groups,
+            bias=convolution.bias is not None,
+        )
+        deformable.weight, deformable.bias = convolution.weight, convolution.bias
+        return deformable
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H', W'), as the plain convolution."""
+        samples = self.kernel_size[0] * self.kernel_size[1]
+        offsets, modulation = self.offset(x).split([2 * samples, samples], dim=1)
+        return super().forward(x, offsets, 2 * modulation.sigmoid())
 
 
 class SmallBackbone(nn.Module):
@@ -83,17 +145,26 @@ class ResidualBlock(nn.Module):
         return (self.body(x) + self.shortcut(x)).relu()
 
 
-def build_backbone(name: str, dilation: bool = False, pretrained: bool = False) -> nn.Module:
+def build_backbone(
+    name: str, dilation: bool = False, pretrained: bool = False, deformable_stages: int = 0
+) -> nn.Module:
     """The backbone called `name`: "small" or a ResNet of torchvision ("resnet50", "resnet101",
-    "resnext101_32x8d"...). pretrained loads torchvision's ImageNet weights. ValueError on other
-    names."""
+    "resnext101_32x8d", "resnext101_64x4d"...).
+
+    pretrained loads torchvision's ImageNet weights. deformable_stages: how many of the last stages
+    have deformable convolutions, 0 to 3. ValueError on other names and numbers.
+    """
+    if not 0 <= deformable_stages <= len(STAGES):
+        raise ValueError(f"deformable_stages must be from 0 to 3, got {deformable_stages}")
     if name == "small":
-        if dilation or pretrained:
-            raise ValueError("the small backbone has neither dilation nor ImageNet weights")
+        if dilation or pretrained or deformable_stages:
+            raise ValueError(
+                "the small backbone has neither dilation nor ImageNet weights nor deformable stages"
+            )
         return SmallBackbone()
     resnets = [n for n in torchvision.models.list_models() if n.startswith(("resn", "wide_resn"))]
     if name not in resnets:
         raise ValueError(f"backbone must be 'small' or one of {resnets}, got {name!r}")
     if dilation and name in ("resnet18", "resnet34"):
         raise ValueError(f"{name} has no dilated form in torchvision; use resnet50 or deeper")
-    return ResNetBackbone(name, dilation, pretrained)
+    return ResNetBackbone(name, dilation, pretrained, deformable_stages)

@@ -51,9 +51,10 @@ class Metrics:
 
         return {key: number(value) for key, value in dataclasses.asdict(self).items()}
 
-    def __str__(self) -> str:
+    def rows(self) -> dict[str, float]:
+        """Every figure under the name by which people know it."""
         small, medium = (round(area**0.5) for area in self.area_thresholds)
-        rows = {
+        return {
             "AP": self.ap,
             "AP50": self.ap50,
             "AP75": self.ap75,
@@ -62,9 +63,11 @@ class Metrics:
             "AP large": self.ap_large,
             "AR (100 detections)": self.ar,
         } | {f"AP of {name}": value for name, value in self.per_class.items()}
+
+    def __str__(self) -> str:
         lines = [
             f"{name:28}{'n/a' if np.isnan(value) else f'{value:.3f}':>7}"
-            for name, value in rows.items()
+            for name, value in self.rows().items()
         ]
         return "\n".join([f"{self.images} images", *lines])
 
@@ -121,24 +124,40 @@ def evaluate(
     progress: bool = True,
 ) -> Metrics:
     """Detect on every image of a data set and compare with its annotations."""
+    check_classes(model, dataset)
+    return score(predict_dataset(model, dataset, batch_size, num_workers, progress), dataset)
+
+
+def check_classes(model: DeformableDETR, dataset: CocoDataset) -> None:
+    """ValueError unless the model has as many classes as the data has categories."""
     if model.config.num_classes != len(dataset.categories):
         raise ValueError(
             f"the model has {model.config.num_classes} classes, "
             f"the data has {len(dataset.categories)} categories"
         )
-    return score(predict_dataset(model, dataset, batch_size, num_workers, progress), dataset)
 
 
 def score(results: list[dict], dataset: CocoDataset) -> Metrics:
     """COCO metrics of detections given as COCO results."""
+    return metrics_of(coco_evaluation(results, dataset), dataset)
+
+
+def coco_evaluation(results: list[dict], dataset: CocoDataset) -> COCOeval:
+    """pycocotools' own evaluation of COCO results, accumulated, with the data's area thresholds."""
     small, medium = dataset.info.get("area_thresholds", COCO_THRESHOLDS)
     with redirect_stdout(StringIO()):
         found = dataset.coco.loadRes(results) if results else COCO()
+        found.dataset.setdefault("annotations", [])  # asked for where there are no images
         evaluation = COCOeval(dataset.coco, found, "bbox")
         evaluation.params.imgIds = dataset.image_ids
         evaluation.params.areaRng = [(0, 1e10), (0, small), (small, medium), (medium, 1e10)]
         evaluation.evaluate()
         evaluation.accumulate()
+    return evaluation
+
+
+def metrics_of(evaluation: COCOeval, dataset: CocoDataset) -> Metrics:
+    """The figures in an evaluation by `coco_evaluation`."""
     precision = evaluation.eval["precision"]  # (IoU, recall, class, area, detections)
     recall = evaluation.eval["recall"]  # (IoU, class, area, detections)
 
@@ -159,5 +178,5 @@ def score(results: list[dict], dataset: CocoDataset) -> Metrics:
             for i, category in enumerate(dataset.categories)
         },
         images=len(dataset),
-        area_thresholds=(small, medium),
+        area_thresholds=tuple(dataset.info.get("area_thresholds", COCO_THRESHOLDS)),
     )

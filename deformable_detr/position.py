@@ -46,7 +46,10 @@ class SinePositionEncoding(nn.Module):
 
 
 class LearnedPositionEncoding(nn.Module):
-    """A learned vector for each of the first 50 columns and rows, side by side."""
+    """A learned vector for each of the first `size` columns and rows, side by side.
+
+    The official tables end at 50; an image of 1333 pixels has 167 columns at stride 8.
+    """
 
     def __init__(self, num_features: int = 128, size: int = 50) -> None:
         super().__init__()
@@ -63,7 +66,7 @@ class LearnedPositionEncoding(nn.Module):
         if max(height, width) > size:
             raise ValueError(
                 f"learned positions cover {size} x {size} cells, got a map of {height} x {width}; "
-                "use position='sine'"
+                f"use position_size={max(height, width)} or more, or position='sine'"
             )
         x = self.col_embed.weight[:width].expand(height, -1, -1)  # (H, W, F)
         y = self.row_embed.weight[:height, None].expand(-1, width, -1)
@@ -71,11 +74,13 @@ class LearnedPositionEncoding(nn.Module):
         return code.expand(batch, -1, -1, -1)
 
 
-def build_position_encoding(name: str, embed_dim: int) -> nn.Module:
-    """The encoding called "sine" or "learned", embed_dim channels in all."""
-    kinds = {"sine": SinePositionEncoding, "learned": LearnedPositionEncoding}
-    if name not in kinds:
-        raise ValueError(f"position must be one of {sorted(kinds)}, got {name!r}")
+def build_position_encoding(name: str, embed_dim: int, size: int = 50) -> nn.Module:
+    """The encoding called "sine" or "learned", embed_dim channels in all; size: the columns and
+    rows that learned ones cover."""
+    if name not in ("sine", "learned"):
+        raise ValueError(f"position must be one of ['learned', 'sine'], got {name!r}")
     if embed_dim % 4:
         raise ValueError(f"embed_dim must be a multiple of 4, got {embed_dim}")
-    return kinds[name](embed_dim // 2)
+    if name == "sine":
+        return SinePositionEncoding(embed_dim // 2)
+    return LearnedPositionEncoding(embed_dim // 2, size)

@@ -159,10 +159,14 @@ def _reader(path: Path) -> Reader:
 
 def _read_ours(path: Path, changes: dict) -> tuple[DeformableDETR, list[dict]]:
     model, categories = load_model(path / WEIGHTS[0] if path.is_dir() else path)
-    if changes:
-        config = dataclasses.replace(model.config, **changes)
-        model = _build(config, model.state_dict(), None, path)
-    return model, categories
+    if not changes:
+        return model, categories
+    other = DeformableDETR(dataclasses.replace(model.config, **changes))
+    try:
+        other.load_state_dict(model.state_dict())
+    except RuntimeError:
+        raise ValueError(f"{path}: its tensors do not fit a model with {changes}") from None
+    return other, categories
 
 
 def _read_huggingface(folder: Path, changes: dict) -> tuple[DeformableDETR, list[dict]]:
@@ -240,11 +244,10 @@ def _first_line(error: Exception) -> str:
 def _build(
     config: DeformableDETRConfig,
     state: State,
-    layout: dict[str, Renaming] | None,
+    layout: dict[str, Renaming],
     path: Path,
 ) -> DeformableDETR:
-    """The model of these tensors, once every name and shape is known to fit. layout: of the names,
-    None where they are ours."""
+    """The model of these foreign tensors, once every name and shape is known to fit."""
     strange = [n for n, x in state.items() if not isinstance(n, str) or not _is_weight(x)]
     if strange:
         raise ValueError(f"{path}: {strange[0]!r} is not a dense tensor of real numbers")
@@ -258,10 +261,7 @@ def _build(
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no such model can be built: {_first_line(error)}") from None
     expected = model.state_dict()
-    if layout is None:
-        table = {name: (name, None) for name in expected}
-    else:
-        table = foreign_names(expected, config, layout)
+    table = foreign_names(expected, config, layout)
     model.load_state_dict(to_ours(state, expected, table, path), assign=True)
     return model
 
@@ -293,10 +293,15 @@ def save_pretrained(
         save_model(model, file, categories or plain_categories(model.config.num_classes))
     elif format == "official":
         content = {"model": to_official(model), "args": official_arguments(model.config)}
-        write_atomically(path, lambda temporary: torch.save(content, temporary))
+        write_atomically(path, lambda temporary: _save_pickle(content, temporary))
     else:
         state, content = to_huggingface(model, categories)
         copies = {name: tensor.clone() for name, tensor in state.items()}  # they share memory
         write_atomically(path / WEIGHTS[0], lambda t: save_file(copies, t, {"format": "pt"}))
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(path / "config.json", lambda t: Path(t).write_text(text))
+
+
+def _save_pickle(content: dict, path: str) -> None:
+    with open(path, "wb") as file:  # from a name, torch.save would make the archive's own
+        torch.save(content, file)

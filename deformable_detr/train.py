@@ -6,69 +6,40 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from deformable_detr.checkpoint import save_model, write_atomically
 from deformable_detr.datasets import CocoDataset, collate
-from deformable_detr.detector import DeformableDETR
+from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
 from deformable_detr.evaluate import Metrics, evaluate
-from deformable_detr.losses import SetCriterion
-from deformable_detr.structures import Batch
+from deformable_detr.finite import first_not_finite, tensors
+from deformable_detr.losses import SetCriterion, count_boxes
+from deformable_detr.optim import averaged, freeze, lr_factor, parameter_groups
+from deformable_detr.order import BatchOrder, SeededDataset, ignore_interrupt
+from deformable_detr.recipes import NAMES, TrainConfig, load_recipe
+from deformable_detr.structures import Batch, Output
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A recipe; the defaults are the paper's (section 5 and the official code).
-
-    batch_size is that of one process. schedule: "step" multiplies every rate by 0.1 after
-    drop_epoch; "cosine" falls to 1 % at the end; both rise linearly over warmup_steps.
-    sampling_lr_factor is for sampling offsets and reference points. evaluate_every: in epochs.
-    """
-
-    epochs: int = 50
-    batch_size: int = 2
-    lr: float = 2e-4
-    backbone_lr: float = 2e-5
-    sampling_lr_factor: float = 0.1
-    weight_decay: float = 1e-4
-    clip_norm: float = 0.1
-    schedule: str = "step"
-    drop_epoch: int = 40
-    warmup_steps: int = 0
-    seed: int = 42
-    num_workers: int = 0
-    evaluate_every: int = 1
-    checkpoint_minutes: float = 5.0
-
-    def __post_init__(self) -> None:
-        if self.schedule not in ("step", "cosine"):
-            raise ValueError(f"schedule must be 'step' or 'cosine', got {self.schedule!r}")
-        if min(self.epochs, self.batch_size, self.evaluate_every) < 1:
-            raise ValueError("epochs, batch_size and evaluate_every must be at least 1")
-
-
-PAPER = TrainConfig()
-DIGITS = TrainConfig(
-    epochs=12,
-    batch_size=8,
-    lr=1e-3,
-    backbone_lr=1e-3,
-    sampling_lr_factor=1.0,
-    clip_norm=0.5,
-    schedule="cosine",
-    warmup_steps=100,
-)
-RECIPES = {"paper": PAPER, "digits": DIGITS}
-MAY_CHANGE = {"num_workers", "checkpoint_minutes"}  # between a run and its resumption
+RECIPES = {name: load_recipe(name).train for name in NAMES}
+PAPER, DIGITS = RECIPES["paper"], RECIPES["digits"]
+MAY_CHANGE = {  # between a run and its resumption
+    "num_workers",
+    "checkpoint_minutes",
+    "patience",
+    "gradient_checkpointing",
+}
+PRECISION = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EVALUATION = timedelta(hours=3)  # how long other processes wait while one evaluates
 
 
 class NonFiniteLossError(RuntimeError):
@@ -92,11 +63,12 @@ def train(
     """Train a detector; returns the last validation metrics, if there is a val_set.
 
     output_dir receives checkpoint.pt (to resume from), log.jsonl, TensorBoard's files and, as
-    `load_model` reads them, last.safetensors and best.safetensors (by AP on val_set). With resume,
-    a checkpoint that is there is continued, exactly as if it had never stopped: model, optimiser,
-    data order and random state. on_step is called with the step and its losses.
-    Raises ValueError where a checkpoint is of another run, NonFiniteLossError with the image ids,
-    and Interrupted after Ctrl-C, when the step is finished and saved.
+    `load_model` reads them, last.safetensors and best.safetensors (by AP on val_set); with
+    config.ema_decay these two are the averaged weights. With resume, a checkpoint that is there is
+    continued, exactly as if it had never stopped: model, optimiser, data order and random state.
+    on_step is called with the step and its losses.
+    Raises ValueError where a checkpoint is of another run, NonFiniteLossError with the image ids
+    and the module that came first, and Interrupted after Ctrl-C, when the step is saved.
     """
     trainer = Trainer(model, train_set, val_set, Path(output_dir), config, progress)
     if resume:
@@ -116,8 +88,10 @@ class Trainer:
         config: TrainConfig,
         progress: bool,
     ) -> None:
-        self.accelerator = Accelerator()
-        batch = config.batch_size * self.accelerator.num_processes
+        patient = InitProcessGroupKwargs(timeout=EVALUATION)
+        # precision is set in `losses`, so that evaluation stays in float32
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patient])
+        batch = config.batch_size * config.accumulate * self.accelerator.num_processes
         self.steps_per_epoch = len(train_set) // batch  # the last, smaller batch is dropped
         if not self.steps_per_epoch:
             raise ValueError(f"{len(train_set)} training images are less than a batch of {batch}")
@@ -131,16 +105,28 @@ class Trainer:
         self.checkpoint = output_dir / "checkpoint.pt"
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step, self.best_ap = 0, -1.0
+        self.stale = 0  # evaluations since the best one
         self.metrics: Metrics | None = None
         torch.manual_seed(config.seed + self.accelerator.process_index)
-        optimizer = torch.optim.AdamW(
+        if config.frozen is not None:
+            freeze(model.backbone, config.frozen)
+        for stack in (model.encoder, model.decoder):
+            stack.gradient_checkpointing = config.gradient_checkpointing
+        self.bare = model  # as it is without what distributes it
+        self.model = self.accelerator.prepare(model)
+        self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay
         )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.average = averaged(model, config.ema_decay) if config.ema_decay else None
+        self.scaler = torch.amp.GradScaler(
+            self.accelerator.device.type, enabled=config.mixed_precision == "fp16"
+        )
         self.criterion = SetCriterion()
 
     def run(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> Metrics | None:
-        """Train from the step reached to the end."""
+        """Train from the step reached to the end, or until AP has not risen for long enough."""
+        if self.out_of_patience():
+            return self.metrics
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._cut_log()
         saved = time.monotonic()
@@ -151,8 +137,8 @@ class Trainer:
             disable=not (self.progress and self.accelerator.is_main_process),
         )
         with CatchInterrupt() as interrupt, SummaryWriter(self.output_dir) as board, bar:
-            for batch in self.batches():
-                losses = self.train_step(batch)
+            for batches in self.batches():
+                losses = self.train_step(batches)
                 self.step += 1
                 bar.update()
                 bar.set_postfix(loss=f"{losses['loss']:.2f}")
@@ -171,7 +157,14 @@ class Trainer:
                         f"stopped at step {self.step} of {self.total_steps}; "
                         f"the same command continues from {self.checkpoint}"
                     )
+                if self.out_of_patience():
+                    bar.write(f"stopped: no better AP in {self.config.patience} evaluations")
+                    break
         return self.metrics
+
+    def out_of_patience(self) -> bool:
+        """Whether AP has not risen for config.patience evaluations."""
+        return bool(self.config.patience) and self.stale >= self.config.patience
 
     def _any(self, here: bool) -> bool:
         """Whether it is so in any process: clocks and signals differ, and all save together."""
@@ -180,9 +173,9 @@ class Trainer:
         count = torch.tensor(float(here), device=self.accelerator.device)
         return self.accelerator.reduce(count, "sum").item() > 0
 
-    def batches(self) -> Iterator[Batch]:
-        """The batches that are left. What is in each, and how it is augmented, depends only on the
-        seed and the step."""
+    def batches(self) -> Iterator[list[Batch]]:
+        """The batches of each step that is left. What is in each, and how it is augmented, depends
+        only on the seed and the step."""
         random_state = torch.get_rng_state()
         loader = DataLoader(
             SeededDataset(self.train_set, self.config.seed),
@@ -201,36 +194,104 @@ class Trainer:
         )
         batches = iter(loader)
         torch.set_rng_state(random_state)
-        return batches
+        return iter(lambda: list(islice(batches, self.config.accumulate)), [])
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
-        """One step of the optimiser; the losses, their sum as "loss", and the gradient's norm."""
+    def train_step(self, batches: list[Batch]) -> dict[str, float]:
+        """One step of the optimiser on batches whose gradients add up to that of one large batch;
+        the mean losses of all processes, their sum as "loss", and the gradient's norm."""
         factor = lr_factor(self.step, self.total_steps, self.steps_per_epoch, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        batch = batch.to(self.accelerator.device)
+        device = self.accelerator.device
+        boxes = count_boxes([t for batch in batches for t in batch.targets], device)
         self.model.train()
-        output = self.model(batch)
-        if not output.logits.isfinite().all() or not output.boxes.isfinite().all():
-            raise self._not_finite("the model's output is", batch)
-        losses = self.criterion(output, batch.targets)
-        loss = sum(losses.values())
-        if not loss.isfinite():
-            names = [name for name, term in losses.items() if not term.isfinite()]
-            raise self._not_finite(f"{', '.join(names)} is", batch)
         self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        values = {name: term.item() for name, term in losses.items()}
-        return {"loss": loss.item(), **values, "gradient_norm": float(norm)}
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            whole = nullcontext() if batch is batches[-1] else self.accelerator.no_sync(self.model)
+            with whole:
+                # each batch's losses are divided by its own number of boxes: make that the step's
+                share = count_boxes(batch.targets, device) / boxes
+                losses = {k: share * x for k, x in self.losses(batch.to(device)).items()}
+                loss = sum(losses.values())
+                self.scaler.scale(loss).backward()
+            for name, term in ({"loss": loss} | losses).items():
+                totals[name] = totals.get(name, 0) + term.detach()
+        norm = self._clip(batches)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average:
+            self.average.update_parameters(self.bare)
+        values = torch.stack([*totals.values()])
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, "mean")
+        return {**dict(zip(totals, values.tolist(), strict=True)), "gradient_norm": norm.item()}
 
-    def _not_finite(self, what: str, batch: Batch) -> NonFiniteLossError:
-        ids = [target.image_id for target in batch.targets]
-        return NonFiniteLossError(
-            f"{what} not finite at step {self.step + 1}, images {ids}; "
-            f"the last checkpoint is {self.checkpoint}"
-        )
+    def _clip(self, batches: list[Batch]) -> Tensor:
+        """Scale the gradient down to clip_norm; its norm before that."""
+        self.scaler.unscale_(self.optimizer)
+        learning = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in learning])
+        if not (norm.isfinite() or self.scaler.is_enabled()):  # a scaler tries a smaller scale
+            raise self._bad_gradient(batches)
+        nn.utils.clip_grads_with_norm_(learning, self.config.clip_norm, norm)
+        return norm
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms of the loss in float32; NonFiniteLossError where one is none."""
+        random_states = self._random_states()
+        with self._autocast():
+            output = self.model(batch)
+        output = in_float32(output)
+        if not torch.stack([x.isfinite().all() for x in tensors(output)]).all():
+            raise self._not_finite("the model's output is", batch, random_states)
+        losses = self.criterion(output, batch.targets)
+        if not sum(losses.values()).isfinite():
+            names = [name for name, term in losses.items() if not term.isfinite()]
+            raise self._not_finite(f"{', '.join(names)} is", batch, random_states)
+        return losses
+
+    def _autocast(self) -> torch.autocast:
+        dtype = PRECISION[self.config.mixed_precision]
+        enabled = dtype != torch.float32
+        return torch.autocast(self.accelerator.device.type, dtype if enabled else None, enabled)
+
+    def _not_finite(
+        self, what: str, batch: Batch, random_states: dict[str, Tensor]
+    ) -> NonFiniteLossError:
+        """The error, with the first module at fault, found in the same pass once more."""
+        self._set_random_states(random_states)
+        with self._autocast():
+            where = first_not_finite(self.bare, batch)
+        return self._stop(f"{what} not finite", [batch], where)
+
+    def _bad_gradient(self, batches: list[Batch]) -> NonFiniteLossError:
+        names = [
+            name
+            for name, parameter in self.bare.named_parameters()
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        ]
+        # a backward pass starts at the heads, which are the last parameters
+        where = f"in {names[-1]} and {len(names) - 1} more" if names else "its norm overflows"
+        return self._stop("the gradient is not finite", batches, where)
+
+    def _stop(self, what: str, batches: list[Batch], where: str) -> NonFiniteLossError:
+        ids = [target.image_id for batch in batches for target in batch.targets]
+        there = self.checkpoint.exists()
+        saved = f"the last checkpoint is {self.checkpoint}" if there else "no checkpoint yet"
+        return NonFiniteLossError(f"{what} at step {self.step + 1}, images {ids}: {where}; {saved}")
+
+    def _random_states(self) -> dict[str, Tensor]:
+        """Of this process, by the checkpoint's names."""
+        states = {"random_states": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            states["cuda_random_states"] = torch.cuda.get_rng_state(self.accelerator.device)
+        return states
+
+    def _set_random_states(self, states: dict[str, Tensor]) -> None:
+        torch.set_rng_state(states["random_states"])
+        if "cuda_random_states" in states and self.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda_random_states"], self.accelerator.device)
 
     def _log(self, losses: dict[str, float], board: SummaryWriter) -> None:
         if not self.accelerator.is_main_process:
@@ -259,51 +320,63 @@ class Trainer:
     def _end_epoch(self, board: SummaryWriter) -> None:
         epoch = self.step // self.steps_per_epoch
         due = epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs
+        if self.val_set is not None and due:
+            better = self.accelerator.is_main_process and self._evaluate(board)
+            self.stale = 0 if self._any(better) else self.stale + 1
         if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.model)
-            categories = self.train_set.categories
-            if self.val_set is not None and due:
-                self.metrics = evaluate(model, self.val_set, progress=self.progress)
-                board.add_scalar("val/AP", self.metrics.ap, self.step)
-                self._append({"step": self.step, "val": self.metrics.to_dict()})
-                if self.metrics.ap > self.best_ap:
-                    self.best_ap = self.metrics.ap
-                    save_model(model, self.output_dir / "best.safetensors", categories)
-            save_model(model, self.output_dir / "last.safetensors", categories)
+            self._save_weights("last")
         self.accelerator.wait_for_everyone()
         self.save()
 
+    def _evaluate(self, board: SummaryWriter) -> bool:
+        """Whether this is the best so far, which is saved then."""
+        self.metrics = evaluate(self.trained, self.val_set, progress=self.progress)
+        board.add_scalar("val/AP", self.metrics.ap, self.step)
+        self._append({"step": self.step, "val": self.metrics.to_dict()})
+        ap = self.metrics.ap if math.isfinite(self.metrics.ap) else 0.0  # a val_set without a box
+        better = ap > self.best_ap
+        if better:
+            self.best_ap = ap
+            self._save_weights("best")
+        return better
+
+    @property
+    def trained(self) -> DeformableDETR:
+        """The model as it is evaluated and saved: averaged, if the recipe says so."""
+        return self.average.module if self.average else self.bare
+
+    def _save_weights(self, name: str) -> None:
+        path = self.output_dir / f"{name}.safetensors"
+        save_model(self.trained, path, self.train_set.categories)
+
     def identity(self) -> dict:
         """What must be the same in a run and its resumption."""
-        recipe = dataclasses.asdict(self.config)
         return {
-            **{f"recipe {key}": v for key, v in recipe.items() if key not in MAY_CHANGE},
-            **{
-                f"model {key}": v
-                for key, v in dataclasses.asdict(
-                    self.accelerator.unwrap_model(self.model).config
-                ).items()
-            },
+            **described(self.config, self.bare.config),
             "training images": len(self.train_set),
             "processes": self.accelerator.num_processes,
         }
 
     def save(self) -> None:
         """Write the checkpoint, atomically."""
-        states = torch.get_rng_state().to(self.accelerator.device)
-        states = self.accelerator.gather(states[None]).cpu()  # one row for each process
+        states = {  # one row for each process
+            name: self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()
+            for name, state in self._random_states().items()
+        }
         if not self.accelerator.is_main_process:
             return
         state = {
             "identity": self.identity(),
             "step": self.step,
             "best_ap": self.best_ap,
-            "model": self.accelerator.unwrap_model(self.model).state_dict(),
+            "stale": self.stale,
+            "model": self.bare.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random_states": states,
+            "scaler": self.scaler.state_dict(),
+            **states,
         }
-        if self.accelerator.device.type == "cuda":
-            state["cuda_random_state"] = torch.cuda.get_rng_state()
+        if self.average:
+            state["average"] = self.average.state_dict()
         write_atomically(self.checkpoint, lambda path: torch.save(state, path))
 
     def load(self) -> None:
@@ -312,7 +385,8 @@ class Trainer:
             return
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            before = state["identity"]
+            # an option that is newer than the checkpoint had its default's effect
+            before = described(TrainConfig(), DeformableDETRConfig()) | state["identity"]
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{self.checkpoint} is no checkpoint of ours: {reason}") from None
@@ -324,92 +398,40 @@ class Trainer:
         ]
         if changed:
             raise ValueError(f"{self.checkpoint} is of another run: {'; '.join(changed)}")
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        self.bare.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.best_ap = state["step"], state["best_ap"]
-        torch.set_rng_state(state["random_states"][self.accelerator.process_index])
-        if "cuda_random_state" in state and self.accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_random_state"])
+        self.stale = state.get("stale", 0)
+        process = self.accelerator.process_index
+        names = [name for name in self._random_states() if name in state]
+        self._set_random_states({name: state[name][process] for name in names})
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """Trainable parameters by learning rate: the backbone's, those that decide where to sample,
-    and the rest."""
-    slow = ("reference_points", "sampling_offsets")
-    rates = {
-        "rest": config.lr,
-        "backbone": config.backbone_lr,
-        "sampling": config.lr * config.sampling_lr_factor,
+def described(recipe: TrainConfig, model: DeformableDETRConfig) -> dict:
+    """A run's options, but for those that may change on the way."""
+    options = {
+        f"recipe {key}": value
+        for key, value in dataclasses.asdict(recipe).items()
+        if key not in MAY_CHANGE
     }
-    groups: dict[str, list[Tensor]] = {name: [] for name in rates}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        kind = "sampling" if any(word in name for word in slow) else "rest"
-        groups["backbone" if name.startswith("backbone.") else kind].append(parameter)
-    return [
-        {"params": parameters, "lr": rates[name], "initial_lr": rates[name]}
-        for name, parameters in groups.items()
-        if parameters
-    ]
+    return options | {f"model {key}": v for key, v in dataclasses.asdict(model).items()}
 
 
-def lr_factor(step: int, total_steps: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """What every learning rate is multiplied by at a step, counted from 0."""
-    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    if config.schedule == "step":
-        return warmup * (1.0 if step // steps_per_epoch < config.drop_epoch else 0.1)
-    return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total_steps)))
+def in_float32(output: Output) -> Output:
+    """The same output in float32, from whatever precision the model ran in."""
 
+    def convert(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.float()
+        if isinstance(value, list):
+            return [convert(item) for item in value]
+        return in_float32(value) if isinstance(value, Output) else value
 
-class BatchOrder:
-    """Which samples make up each step's batch of one process: (epoch, index) pairs."""
-
-    def __init__(
-        self,
-        length: int,
-        config: TrainConfig,
-        steps: range,
-        steps_per_epoch: int,
-        process: int,
-        processes: int,
-    ) -> None:
-        self.length, self.config, self.steps = length, config, steps
-        self.steps_per_epoch, self.process, self.processes = steps_per_epoch, process, processes
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size = self.config.batch_size * self.processes
-        shuffled, order = -1, []
-        for step in self.steps:
-            epoch, position = divmod(step, self.steps_per_epoch)
-            if epoch != shuffled:
-                generator = torch.Generator().manual_seed(self.config.seed * 100_003 + epoch)
-                order = torch.randperm(self.length, generator=generator).tolist()
-                shuffled = epoch
-            batch = order[position * size : (position + 1) * size]
-            yield [(epoch, index) for index in batch[self.process :: self.processes]]
-
-
-class SeededDataset(Dataset):
-    """A data set whose random transforms depend on seed, epoch and index alone."""
-
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, object]:
-        """The sample `index` as it looks in an epoch; key: (epoch, index)."""
-        epoch, index = key
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(hash((self.seed, epoch, index)))
-            return self.dataset[index]
-
-
-def ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C to the main process: the batch that it waits for must still come."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return Output(**{name: convert(value) for name, value in vars(output).items()})
 
 
 class CatchInterrupt:

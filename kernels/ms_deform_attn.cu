@@ -21,8 +21,32 @@
 // corner's channels as one piece of memory.
 
 #ifdef __CUDACC__
-#define WHOLE_WARP 0xffffffffu
 #define UNROLL _Pragma("unroll")
+#define KEEP_LOOP _Pragma("unroll 1")  // unrolled, points need registers that there are not
+
+__device__ float half_to_float(unsigned short bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+__device__ unsigned short float_to_half(float x) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+#endif
+
+#ifndef RECORD  // cuda_threads.cpp writes down who touches which address
+#define RECORD(pointer, bytes, kind)
+#endif
+#ifndef KEEP_LOOP
+#define KEEP_LOOP
+#endif
+
+// ---- A vector of channels, held in registers. cpu.cpp has the machine's own. ----
+
+#ifndef NATIVE_VECTOR
+#define WHOLE_WARP 0xffffffffu
 
 struct Half {
     unsigned short bits;
@@ -32,29 +56,17 @@ struct BFloat16 {
 };
 __device__ float to_real(float x) { return x; }
 __device__ double to_real(double x) { return x; }
-__device__ float to_real(Half x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-    return y;
-}
+__device__ float to_real(Half x) { return half_to_float(x.bits); }
 __device__ float to_real(BFloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }
 __device__ void from_real(float x, float& y) { y = x; }
 __device__ void from_real(double x, double& y) { y = x; }
-__device__ void from_real(float x, Half& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+__device__ void from_real(float x, Half& y) { y.bits = float_to_half(x); }
 __device__ void from_real(float x, BFloat16& y) {
     unsigned bits = __float_as_uint(x);
     bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
     y.bits = nan ? 0x7fff : (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
 }
-#endif
 
-#ifndef RECORD  // cuda_threads.cpp writes down who touches which address
-#define RECORD(pointer, bytes, kind)
-#endif
-
-// ---- A vector of channels, held in registers. cpu.cpp has the machine's own. ----
-
-#ifndef NATIVE_VECTOR
 struct Vector {
     REAL channel[VECTOR];
 };
@@ -77,6 +89,9 @@ __device__ void store(VALUE* pointer, const Vector& vector) {
     Packed packed;
     UNROLL
     for (int i = 0; i < VECTOR; i++) from_real(vector.channel[i], packed.channel[i]);
+#ifdef __CUDACC__  // an assignment would be a store for every channel of the 16 bytes
+    if (sizeof(packed) == 16) return __stwb((uint4*)pointer, *(const uint4*)&packed);
+#endif
     *(Packed*)pointer = packed;
 }
 
@@ -223,6 +238,7 @@ __device__ void forward_head(const VALUE* value, const Levels& levels, const REA
         Vector sum[VECTORS];
         UNROLL
         for (int v = 0; v < VECTORS; v++) sum[v] = zeros();
+        KEEP_LOOP
         for (int p = 0; p < POINTS; p++) {
             UNROLL
             for (int c = 0; c < 4; c++) {

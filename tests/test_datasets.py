@@ -9,7 +9,14 @@ from torchvision import tv_tensors
 
 from deformable_detr import transforms
 from deformable_detr.boxes import cxcywh_to_xyxy
-from deformable_detr.datasets import CocoDataset, check_dataset, collate, find_split
+from deformable_detr.datasets import (
+    CocoDataset,
+    check_dataset,
+    check_splits,
+    collate,
+    find_split,
+    label_histogram,
+)
 from deformable_detr.evaluate import score
 from tests.conftest import save_annotations, write_coco
 
@@ -70,6 +77,11 @@ def test_both_layouts_are_found_and_a_missing_one_is_explained(tmp_path):
         find_split(tmp_path, "train")
 
 
+def again(content, box, **changes):
+    """A copy of annotation 1001 with another box."""
+    content["annotations"].append(content["annotations"][1] | {"id": 1009, "bbox": box} | changes)
+
+
 FAULTS = {
     "unknown category": (lambda c: c["annotations"][1].update(category_id=8), True, 1001),
     "empty box": (lambda c: c["annotations"][2].update(bbox=[3, 3, 0, 5]), False, 1002),
@@ -79,6 +91,10 @@ FAULTS = {
     "unknown image": (lambda c: c["annotations"][3].update(image_id=5), True, 1003),
     "missing image": (lambda c: c["images"][0].update(file_name="no.png"), True, None),
     "image size": (lambda c: c["images"][0].update(width=65), True, None),
+    "crowd box": (lambda c: c["annotations"][3].update(iscrowd=1), False, 1003),
+    "duplicate box": (lambda c: again(c, c["annotations"][1]["bbox"]), False, 1009),
+    "unused category": (lambda c: c["categories"].append({"id": 1, "name": "x"}), False, None),
+    "duplicate name": (lambda c: c["categories"][0].update(name="red"), False, None),
     "duplicate id": (lambda c: c["annotations"][1].update(id=1000), True, None),
 }
 
@@ -96,6 +112,78 @@ def test_a_box_of_negative_size_is_fatal(coco):
     edit(coco, lambda c: c["annotations"][2].update(bbox=[9, 9, -3, 5]))
     (fault,) = check_dataset(*find_split(coco, "train"))
     assert (fault.kind, fault.fatal, fault.annotation_id) == ("empty box", True, 1002)
+    assert "as if its corners were swapped: x, y, w, h = [9, 9, -3, 5]" in str(fault)
+
+
+def test_only_nearly_the_same_box_of_the_same_category_is_a_duplicate(coco):
+    def change(content):
+        x, y, w, h = content["annotations"][1]["bbox"]
+        again(content, [x + 0.3, y, w, h])  # IoU 0.97
+        again(content, [x + 2, y, w, h], id=1010)  # 0.82
+        again(content, [x, y, w, h], id=1011, category_id=3)
+
+    edit(coco, change)
+    (fault,) = check_dataset(*find_split(coco, "train"))
+    assert fault.annotation_id == 1009 and "annotation 1001" in str(fault)
+
+
+def test_corners_in_place_of_sizes_are_seen(coco):
+    def change(content):
+        for annotation in content["annotations"]:
+            annotation["bbox"] = [20, 10, 40, 26]  # x1, y1, x2, y2
+        content["annotations"][2]["bbox"] = [40, 10, 60, 26]
+
+    edit(coco, change)
+    faults = check_dataset(*find_split(coco, "train"))
+    (fault,) = (fault for fault in faults if fault.kind == "box format")
+    assert fault.fatal and "1 of 5 boxes leave their images" in str(fault)
+    assert "are these corners x1, y1, x2, y2?" in str(fault)
+
+
+def test_relative_boxes_are_seen(coco):
+    def change(content):
+        for annotation in content["annotations"]:
+            annotation["bbox"] = [0.2, 0.1, 0.3, 0.3]
+
+    edit(coco, change)
+    (fault,) = check_dataset(*find_split(coco, "train"))
+    assert fault.fatal and "first annotation 1000 with [0.2, 0.1, 0.3, 0.3]" in str(fault)
+
+
+def test_a_picture_turned_after_annotation_is_said_so(coco):
+    edit(coco, lambda c: c["images"][5].update(width=48, height=64))
+    (fault,) = check_dataset(*find_split(coco, "train"))
+    assert fault.image_id == 105 and str(fault).endswith("was it turned when it was annotated?")
+
+
+def test_a_size_that_is_not_stated_hides_no_other_fault(coco):
+    def change(content):
+        content["images"][0].update(width=None, height=None)
+        content["annotations"][0]["bbox"] = [9, 9, -1, 5]
+
+    edit(coco, change)
+    kinds = [fault.kind for fault in check_dataset(*find_split(coco, "train"))]
+    assert kinds == ["image size", "empty box"]
+
+
+def test_the_label_histogram_leaves_crowds_out(coco):
+    content = json.loads((coco / "annotations" / "train.json").read_text())
+    content["annotations"][3]["iscrowd"] = 1
+    assert label_histogram(content) == {"red": 1, "green": 2, "blue": 1}
+
+
+def test_pictures_in_two_splits_are_found_whatever_their_names(tmp_path):
+    write_coco(tmp_path)
+    write_coco(tmp_path, "val", images=4)
+    splits = {split: find_split(tmp_path, split) for split in ("train", "val")}
+    faults = check_splits(splits)  # drawn by the same generator; val's last has no square
+    assert [f.image_id for f in faults] == [100, 101, 102, 105]
+    assert "image 100 of train and image 100 of val" in str(faults[0]) and not faults[0].fatal
+    assert "image 105 of train and image 103 of val" in str(faults[3])
+    for split, shade in (("train", 0), ("val", 9)):
+        for i, path in enumerate(sorted((tmp_path / split).iterdir())):
+            Image.new("RGB", (64, 48), (shade, i, 0)).save(path)
+    assert check_splits(splits) == []
 
 
 def test_a_corrupt_image_is_a_fault_and_an_error(coco):

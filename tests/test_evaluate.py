@@ -8,7 +8,7 @@ import pytest
 from deformable_detr import DeformableDETR
 from deformable_detr.datasets import CocoDataset, find_split
 from deformable_detr.evaluate import evaluate, predict_dataset, score
-from tests.conftest import TINY
+from tests.conftest import TINY, save_annotations, write_coco
 
 
 @pytest.fixture
@@ -63,6 +63,14 @@ def test_results_are_in_pixels_with_the_datas_own_ids(dataset):
     assert {r["image_id"] for r in results} == set(dataset.image_ids)
     assert max(r["bbox"][0] + r["bbox"][2] for r in results) > 2  # not normalised
     assert model.training  # as it was
+
+
+def test_no_images_have_no_metrics(coco):
+    save_annotations(coco, write_coco(coco, "none", images=1) | {"images": []}, "none")
+    dataset = CocoDataset(*find_split(coco, "none"))
+    metrics = evaluate(DeformableDETR(TINY), dataset, progress=False)
+    assert metrics.images == 0 and all(math.isnan(value) for value in metrics.rows().values())
+    assert metrics.to_dict()["ap"] is None and "0 images" in str(metrics)
 
 
 def test_another_number_of_classes_is_refused(dataset):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from deformable_detr import DeformableDETR, DeformableDETRConfig
 from deformable_detr import train as training
 from deformable_detr.checkpoint import load_model
-from deformable_detr.datasets import CocoDataset, find_split
+from deformable_detr.datasets import CocoDataset, collate, find_split
+from deformable_detr.evaluate import evaluate
+from deformable_detr.losses import SetCriterion
+from deformable_detr.optim import averaged, freeze
+from deformable_detr.recipes import NAMES, load_recipe
 from deformable_detr.train import TrainConfig, lr_factor, parameter_groups, train
 from deformable_detr.transforms import digits_train_transform
 from tests.conftest import TINY, save_annotations
@@ -78,12 +84,12 @@ from tests.conftest import TINY
 
 class Slow(CocoDataset):
     def __getitem__(self, index):
-        time.sleep(1)
+        time.sleep(0.3)
         return super().__getitem__(index)
 
 def on_step(step, losses):
-    if step == 2:  # strikes while the loop waits for the next batch, two seconds away
-        threading.Timer(0.5, os.killpg, (0, signal.SIGINT)).start()
+    if step == 2:  # strikes while the loop waits for the next batch, 0.6 seconds away
+        threading.Timer(0.2, os.killpg, (0, signal.SIGINT)).start()
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("forkserver")  # the default on Linux from Python 3.14
@@ -103,38 +109,128 @@ def test_ctrl_c_while_waiting_for_workers(coco, tmp_path):
     assert "stopped at step" in printed and (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+KILLED = """
+import os, signal
+from tests.test_train import CAREFUL, make, train
+
+def on_step(step, losses):
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(*make("coco"), "killed", CAREFUL, on_step=on_step, progress=False)
+"""
+CAREFUL = dataclasses.replace(  # everything that a checkpoint has to hold
+    RECIPE, batch_size=1, accumulate=2, ema_decay=0.9, checkpoint_minutes=0, patience=3
+)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(coco, tmp_path):
+    """Killed in the middle of an epoch, after step 5 and with step 4 in the checkpoint."""
+    run_script(tmp_path, KILLED, code=-signal.SIGKILL)
+    state = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4
+    whole, _ = run(coco, tmp_path / "whole", CAREFUL)
+    killed, _ = run(coco, tmp_path / "killed", CAREFUL)
+    assert_same_weights(whole, killed)
+    for name in ("best.safetensors", "last.safetensors"):
+        saved = [load_model(tmp_path / folder / name)[0] for folder in ("whole", "killed")]
+        assert_same_weights(*saved)
+    logs = [(tmp_path / folder / "log.jsonl").read_text() for folder in ("whole", "killed")]
+    assert logs[0] == logs[1]
+
+
+def assert_same_weights(one, other):
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_a_checkpoint_from_before_the_newer_options_is_continued(coco, tmp_path):
+    whole, _ = run(coco, tmp_path / "whole")
+    with pytest.raises(training.Interrupted):
+        run(coco, tmp_path / "parts", on_step=stop_at(5))
+    path = tmp_path / "parts" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    for name in ("accumulate", "frozen", "ema_decay", "top_k", "mixed_precision"):
+        del state["identity"][f"recipe {name}"]
+    del state["stale"], state["scaler"]
+    torch.save(state, path)
+    parts, _ = run(coco, tmp_path / "parts")
+    assert_same_weights(whole, parts)
+
+
+def steady_model():
+    """Without dropout and batch norm, so that an image's loss does not depend on its batch."""
+    torch.manual_seed(0)
+    model = DeformableDETR(dataclasses.replace(TINY, dropout=0.0))
+    for module in [*model.backbone.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+    return model
+
+
+def boxes_everywhere(coco):
+    """Four images with a box each: the official loss is never divided by less than one box for each
+    process, which counts in a process whose images have none."""
+    data = CocoDataset(*find_split(coco, "train"))
+    data.image_ids = data.image_ids[:4]
+    return data
+
+
 TWO = """
 import os, signal
-from deformable_detr import DeformableDETR
-from deformable_detr.datasets import CocoDataset, find_split
-from deformable_detr.train import Interrupted, TrainConfig, train
-from tests.conftest import TINY
+from tests.test_train import EQUAL, boxes_everywhere, steady_model, train
+from deformable_detr.train import Interrupted
 
 def on_step(step, losses):
     if step == 4 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGINT)
 
-config = TrainConfig(epochs=9, batch_size=1)
-data = CocoDataset(*find_split("coco", "train"))
+data = boxes_everywhere("coco")
+train(steady_model(), data, None, "equal", EQUAL, progress=False)
 try:
-    train(DeformableDETR(TINY), data, None, "run", config, on_step=on_step, progress=False)
+    train(steady_model(), data, None, "run", EQUAL, on_step=on_step, progress=False)
 except Interrupted as stop:
     print(f"process {os.environ['RANK']}: {stop}", flush=True)
 """
+EQUAL = TrainConfig(epochs=3, batch_size=1, lr=1e-3, backbone_lr=1e-3)
 
 
-def test_ctrl_c_in_one_of_two_processes_stops_both_at_the_same_step(coco, tmp_path):
+def losses_of(folder):
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return torch.tensor([list(x.values()) for x in log if "loss" in x], dtype=torch.float64)
+
+
+def test_two_processes_step_as_one_with_the_double_batch_and_stop_together(coco, tmp_path):
+    """Losses and gradient norms of all steps; then Ctrl-C in one of the two."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     printed = run_script(tmp_path, TWO, before=launch)
+    double = dataclasses.replace(EQUAL, batch_size=2)
+    data = boxes_everywhere(coco)
+    train(steady_model(), data, None, tmp_path / "one", double, progress=False)
+    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "equal")
+    assert one.shape == (6, 10)
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
     for process in (0, 1):
-        assert f"process {process}: stopped at step 4 of 27" in printed
+        assert f"process {process}: stopped at step 4 of 6" in printed
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 4 and state["identity"]["processes"] == 2
     assert len(state["random_states"]) == 2
 
 
-def run_script(folder, text, before=()):
-    """What a program prints, run in a folder with an interpreter of its own."""
+def test_accumulated_batches_step_as_a_large_one(coco, tmp_path):
+    """Also where one of them has no box at all: the loss is divided by the boxes of the step."""
+    for name, batch_size, accumulate in (("large", 6, 1), ("parts", 1, 6), ("pairs", 2, 3)):
+        recipe = dataclasses.replace(EQUAL, batch_size=batch_size, accumulate=accumulate)
+        train(steady_model(), make(coco)[1], None, tmp_path / name, recipe, progress=False)
+    large = losses_of(tmp_path / "large")
+    assert len(large) == 3
+    for name in ("parts", "pairs"):
+        torch.testing.assert_close(losses_of(tmp_path / name), large, rtol=1e-4, atol=1e-6)
+
+
+def run_script(folder, text, before=(), code=0):
+    """What a program prints, run in a folder with an interpreter of its own; it ends with code."""
     (folder / "script.py").write_text(text)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -143,9 +239,9 @@ def run_script(folder, text, before=()):
     }
     command = [sys.executable, *before, "script.py"]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return done.stdout
 
 
@@ -197,14 +293,38 @@ def test_a_data_set_without_any_box_trains(coco, tmp_path):
     assert metrics is not None
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_images(coco, tmp_path):
-    model, train_set, val_set = make(coco)
+def divide_by_zero(model):
+    model.encoder.layers[0].ffn.register_forward_hook(lambda module, inputs, output: output / 0)
+
+
+def spoil(parameter):
     with torch.no_grad():
-        model.class_heads[1].weight.fill_(torch.nan)
-    with pytest.raises(
-        training.NonFiniteLossError, match=r"not finite at step 1, images \[10\d, 10\d\]"
-    ):
+        parameter.fill_(torch.nan)
+
+
+NOT_FINITE = {
+    r"the model's output is .*: first in class_heads.1 \(Linear\), whose weight is": (
+        lambda model: spoil(model.class_heads[1].weight)
+    ),
+    r"the model's output is .*: first in backbone.blocks.2.body.1 \(BatchNorm2d\), whose bias": (
+        lambda model: spoil(model.backbone.blocks[2].body[1].bias)
+    ),
+    r"the model's output is .*: first in encoder.layers.0.ffn \(FeedForward\); no checkpoint": (
+        divide_by_zero
+    ),
+    "the gradient is .*: in level_embed and 0 more": (
+        lambda model: model.level_embed.register_hook(lambda gradient: gradient / 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", NOT_FINITE)
+def test_what_is_not_finite_stops_at_once_and_is_named_with_the_images(coco, tmp_path, message):
+    model, train_set, val_set = make(coco)
+    NOT_FINITE[message](model)
+    with pytest.raises(training.NonFiniteLossError, match=message) as error:
         train(model, train_set, val_set, tmp_path / "run", RECIPE, progress=False)
+    assert re.search(r"not finite at step 1, images \[10\d, 10\d\]: ", str(error.value))
 
 
 @pytest.mark.parametrize(
@@ -213,6 +333,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(coco, tmp_path):
         ({"batch_size": 7}, "6 training images are less than a batch of 7"),
         ({"schedule": "poly"}, "schedule must be"),
         ({"epochs": 0}, "at least 1"),
+        ({"accumulate": 4}, "6 training images are less than a batch of 8"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+        ({"mixed_precision": "half"}, "mixed_precision must be one of"),
+        ({"frozen": ("conv1",)}, r"no \['conv1'\] to freeze; it has \['stem', 'blocks'\]"),
     ],
 )
 def test_recipes_are_refused(coco, tmp_path, recipe, message):
@@ -244,3 +368,168 @@ def test_schedules():
     assert lr_factor(0, 1000, 10, cosine) == pytest.approx(0.25)
     assert lr_factor(500, 1000, 10, cosine) == pytest.approx(0.505)
     assert lr_factor(1000, 1000, 10, cosine) == pytest.approx(0.01)
+
+
+def test_gradient_checkpointing_has_the_same_gradients_and_keeps_less(coco):
+    """Dropout included; kept: the bytes that the encoder's graph holds until the backward pass."""
+    config = dataclasses.replace(TINY, encoder_layers=4, two_stage=True)
+    batch = collate([make(coco)[1][i] for i in range(2)])
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = DeformableDETR(config).train()
+        model.encoder.gradient_checkpointing = model.decoder.gradient_checkpointing = checkpointing
+        held = {}
+
+        def keep(tensor, held=held):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        tokens = model.tokens(batch)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.encoder(tokens)
+        kept.append(sum(held.values()))
+        torch.manual_seed(1)
+        sum(SetCriterion()(model(batch), batch.targets).values()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+    assert kept[1] < 0.25 * kept[0], kept
+
+
+def test_bfloat16_keeps_coordinates_weights_and_losses_in_float32(coco, tmp_path):
+    model, train_set, _ = make(coco)
+    batch = collate([train_set[i] for i in range(2)])
+    model.eval()
+    exact = model(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(batch)
+    for layer, wanted in zip((output, *output.auxiliary), (exact, *exact.auxiliary), strict=True):
+        assert layer.logits.dtype == torch.bfloat16 and layer.boxes.dtype == torch.float32
+        torch.testing.assert_close(layer.boxes, wanted.boxes, rtol=0, atol=5e-3)
+    losses = {}
+    for precision in ("no", "bf16"):
+        recipe = dataclasses.replace(RECIPE, epochs=1, mixed_precision=precision)
+        run(coco, tmp_path / precision, recipe)
+        losses[precision] = losses_of(tmp_path / precision)[:, 1]
+    assert not torch.equal(losses["no"], losses["bf16"])
+    torch.testing.assert_close(losses["no"], losses["bf16"], rtol=0.03, atol=0)
+
+
+def test_the_average_of_weights():
+    """After n updates it keeps (1 + n) / (10 + n) of itself, until that is the decay."""
+    model = nn.BatchNorm1d(1)
+    average = averaged(model, 0.5)
+    by_hand = None
+    for update in range(30):
+        with torch.no_grad():
+            model.weight.fill_(float(update**2))
+            model.running_mean.fill_(float(update))
+            model.num_batches_tracked.fill_(update)
+        average.update_parameters(model)
+        keep = min(0.5, (1 + update) / (10 + update))
+        new = torch.tensor([update**2, update], dtype=torch.float32)
+        by_hand = new if by_hand is None else keep * by_hand + (1 - keep) * new
+    got = torch.cat([average.module.weight, average.module.running_mean]).detach()
+    torch.testing.assert_close(got, by_hand)
+    assert average.module.num_batches_tracked == 29
+
+
+def test_averaged_weights_are_what_is_evaluated_and_saved(coco, tmp_path):
+    recipe = dataclasses.replace(RECIPE, epochs=2, ema_decay=0.9)
+    model, metrics = run(coco, tmp_path / "run", recipe)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    for name in ("last", "best"):
+        saved, _ = load_model(tmp_path / "run" / f"{name}.safetensors")
+        assert torch.equal(saved.level_embed, state["average"]["module.level_embed"])
+    assert torch.equal(model.level_embed, state["model"]["level_embed"])
+    assert not torch.equal(model.level_embed, saved.level_embed)
+    assert str(evaluate(saved, make(coco)[2], progress=False)) == str(metrics)
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better(coco, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(RECIPE, epochs=9, evaluate_every=1, patience=2)
+    _, metrics = run(coco, tmp_path / "before", dataclasses.replace(recipe, epochs=1))
+    aps = iter([0.1, 0.3, 0.3, 0.4, float("nan"), 0.4, 0.5])
+
+    def scripted(*args, **options):
+        return dataclasses.replace(metrics, ap=next(aps))
+
+    monkeypatch.setattr(training, "evaluate", scripted)
+    best = tmp_path / "run" / "best.safetensors"
+    seen = {}
+
+    def on_step(step, losses):
+        if step % 3 == 1 and best.exists():
+            seen[step] = best.stat().st_ino
+
+    model, _ = run(coco, tmp_path / "run", recipe, on_step=on_step)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert (state["step"], state["best_ap"], state["stale"]) == (18, 0.4, 2)
+    assert seen[7] == seen[10] != seen[13] == seen[16] == best.stat().st_ino
+    again, _ = run(coco, tmp_path / "run", recipe)  # stays at its end
+    assert_same_weights(model, again)
+
+
+def test_parts_of_a_resnet_learn_as_the_recipe_says():
+    config = dataclasses.replace(TINY, backbone="resnet18")
+    with torch.device("meta"):
+        backbone = DeformableDETR(config).backbone
+
+    def learning():
+        return {name.split(".")[1] for name, p in backbone.named_parameters() if p.requires_grad}
+
+    assert learning() == {"layer2", "layer3", "layer4"}  # as in the paper
+    freeze(backbone, ("conv1",))
+    assert learning() == {"layer1", "layer2", "layer3", "layer4"}
+    with pytest.raises(ValueError, match=r"no \['layer5'\] to freeze; it has \['conv1', 'bn1'"):
+        freeze(backbone, ("layer5",))
+
+
+def test_the_papers_recipe_is_the_default():
+    recipe = load_recipe("paper")
+    assert recipe.train == TrainConfig() == training.PAPER
+    assert recipe.model_config(91) == DeformableDETRConfig()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_make_a_model_transforms_and_a_configuration(name):
+    recipe = load_recipe(name)
+    assert recipe.model_config(3, num_queries=7).num_queries == 7
+    assert recipe.train_transform() and recipe.eval_transform() and recipe.about
+    assert training.RECIPES[name] == recipe.train
+
+
+def test_own_recipes_are_files(tmp_path):
+    path = tmp_path / "own.toml"
+    train_table = '[train]\nlr = 1\nfrozen = ["conv1"]\n'
+    path.write_text(f'about = "mine"\n{train_table}[model]\nrefine = true\n')
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.train.lr, recipe.train.frozen) == ("own", 1.0, ("conv1",))
+    assert recipe.model_config(3).refine
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("about", "own.toml is no recipe: "),
+        ("", "needs a line 'about'"),
+        ('about = "x"\nlr = 1', "a recipe has no 'lr'; it has about"),
+        ('about = "x"\n[train]\nrate = 1', r"\[train\] has no 'rate'; it has epochs"),
+        ('about = "x"\n[train]\nepochs = 1.5', "epochs must be of type int, got 1.5"),
+        ('about = "x"\n[train]\nschedule = "poly"', "schedule must be"),
+        ('about = "x"\n[model]\ntwo_stage = true', "two_stage needs refine"),
+        ('about = "x"\ntransforms = "none"', "transforms must be one of"),
+    ],
+)
+def test_other_files_are_no_recipes(tmp_path, text, message):
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe(path)
+    assert "own.toml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match="no recipe papper: give a file or one of"):
+        load_recipe("papper")

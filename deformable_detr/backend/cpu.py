@@ -19,12 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = ("ms_deform_attn.cu", "cpu.cpp")
 FLAGS = (
     "-std=c++17",
     "-O3",
-    "-shared",
-    "-fPIC",
     "-pthread",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -132,25 +129,42 @@ def compiler() -> str:
 def load(dtype: torch.dtype, D: int, points: int, huge: bool = False) -> ctypes.CDLL:
     """The library for one dtype, D channels a head, and L * K points; built where it is not yet.
 
-    huge: offsets of 64 bits. Raises RuntimeError where the compiler fails.
+    huge: offsets of 64 bits. Raises RuntimeError where the compiler fails, or what is in the cache
+    is no library.
     """
     macros = {"VALUE": NAMES[dtype], "REAL": NAMES[dtype], "D": D, "POINTS": points}
     macros["OFFSET"] = "long long" if huge else "int"
-    return ctypes.CDLL(str(build(macros)))
+    library = build(macros)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise RuntimeError(
+            f"the kernel built before does not load ({error}); remove {library} to build it anew"
+        ) from None
 
 
-def build(macros: dict[str, str | int], flags: tuple[str, ...] = ()) -> Path:
-    """The shared library for these macros, from the cache or made now and put there whole."""
+def build(
+    macros: dict[str, str | int],
+    flags: tuple[str, ...] = (),
+    source: str = "cpu.cpp",
+    program: bool = False,
+) -> Path:
+    """The shared library for these macros, from the cache or made now and put there whole.
+
+    flags: beside, and stronger than, FLAGS. source: the file that includes ms_deform_attn.cu.
+    program: a program instead. Raises RuntimeError where the compiler fails.
+    """
     sources = resources.files("deformable_detr.kernels")
     command = [
         compiler(),
         *FLAGS,
+        *(() if program else ("-shared", "-fPIC")),
         _native(),
         *(f"-D{name}={x}" for name, x in macros.items()),
         *flags,
     ]
     key = hashlib.sha256("\0".join([*command, *_machine()]).encode())
-    for name in SOURCES:
+    for name in ("ms_deform_attn.cu", source):
         key.update(sources.joinpath(name).read_bytes())
     folder = cache_folder()
     library = folder / f"{key.hexdigest()[:32]}.so"
@@ -161,7 +175,7 @@ def build(macros: dict[str, str | int], flags: tuple[str, ...] = ()) -> Path:
         ):
             made = Path(temporary) / "kernel.so"
             run = subprocess.run(
-                [*command, str(source_folder / "cpu.cpp"), "-o", str(made)],
+                [*command, str(source_folder / source), "-o", str(made)],
                 capture_output=True,
                 text=True,
             )
@@ -169,6 +183,7 @@ def build(macros: dict[str, str | int], flags: tuple[str, ...] = ()) -> Path:
                 raise RuntimeError(
                     f"{command[0]} could not build the kernel:\n{run.stderr[-2000:]}"
                 )
+            made.chmod(0o700)  # whatever the umask
             os.replace(made, library)  # whole or not at all, also with several processes at once
     refuse_unsafe(library)
     return library
@@ -192,15 +207,16 @@ def _machine() -> tuple[str, ...]:
 
 @cache
 def cache_folder() -> Path:
-    """The folder of built libraries, made if need be; a private temporary one where it cannot be."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(
-        os.environ.get("DEFORMABLE_DETR_CACHE") or Path(base) / "deformable_detr"
-    ).absolute()
+    """The folder of built libraries, made if need be, or else a private temporary one."""
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(os.environ.get("DEFORMABLE_DETR_CACHE") or Path(base) / "deformable_detr")
+        folder = folder.resolve()
+        for place in reversed((folder, *folder.parents)):
+            if not place.is_dir():
+                place.mkdir(exist_ok=True, mode=0o700)  # mkdir(parents=True) would heed the umask
         writable = os.access(folder, os.W_OK)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         writable = False
     if not writable:
         return Path(_temporary().name)

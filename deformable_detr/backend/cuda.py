@@ -130,7 +130,7 @@ def backward(
         if fixed:  # no sum can exceed this: every pixel at most once a point, by weights below 1
             limit = grad_output.abs().max().double() * weights.abs().max().double()
             limit = limit * (Q * weights.shape[3] * K)
-            scale = torch.exp2(61 - limit.clamp(min=1e-290).log2().ceil())
+            scale = torch.exp2(61 - limit.clamp(min=1e-280).log2().ceil())
             scale = torch.where(limit.isfinite(), scale, torch.nan)
         spec = (value.dtype, D, len(shapes) * K, S * M * D >= 2**31, fixed)
         gradients = grad_value, grad_locations, grad_weights, scale
@@ -151,8 +151,7 @@ def _launch(name: str, spec: tuple, shapes: list, first: tuple, arrays: tuple, s
     table = cpu.levels(shapes, spec[2] // len(shapes)).numpy().reshape(-1)
     table = table.view(f"V{table.nbytes}")  # one element: CuPy passes it by value
     items = B * Q * M
-    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device)
-    with cupy.cuda.Device(device), stream:
+    with cupy.cuda.Device(device), _stream(device):
         module.get_function(name)(
             (-(-items // groups),),
             (lanes, groups),
@@ -166,6 +165,16 @@ def _launch(name: str, spec: tuple, shapes: list, first: tuple, arrays: tuple, s
                 np.int32(M),
             ),
         )
+
+
+def _stream(device: int):
+    """torch's current stream of this device, as CuPy takes it."""
+    import cupy
+
+    stream = torch.cuda.current_stream(device)
+    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):
+        return cupy.cuda.Stream.from_external(stream)
+    return cupy.cuda.ExternalStream(stream.cuda_stream, device)  # before CuPy 14
 
 
 def _aligned(x: Tensor) -> Tensor:

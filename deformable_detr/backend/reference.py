@@ -18,8 +18,6 @@ def ms_deform_attn(
     """
     B, _, M, D = value.shape
     Q = sampling_locations.shape[1]
-    if value.numel() == 0 or Q == 0:
-        return value.new_zeros(B, Q, M * D)
     # Beyond [-2, 2] every sample is zero and so is its gradient: the clamp changes nothing but
     # keeps infinite and NaN coordinates, which contribute nothing, from poisoning the sum.
     grid = (2 * sampling_locations - 1).nan_to_num(nan=-2.0).clamp(-2, 2)  # (B, Q, M, L, K, 2)

@@ -1,0 +1,319 @@
+"""The operator against what else one can install, side by side in one process.
+
+    python benchmarks/operator.py                     # all of it, some minutes
+    python benchmarks/operator.py --part kept         # or a part: its rows alone are replaced
+
+Writes data/results/operator_cpu.json and data/results/operator.png, and where there is a CUDA
+device operator_cuda.json. Each part is a process of its own, since the C library reads its
+allocator's settings when a process starts: "default" is the allocator as it comes, "kept" is told
+to keep its memory, which spares the peers that make large temporaries their page faults.
+
+torch-ms-deform-attn takes part where it can be imported. It is built for this alone:
+    pip install --no-build-isolation --target FOLDER torch-ms-deform-attn   # setuptools>=77
+    PYTHONPATH=FOLDER python benchmarks/operator.py
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":  # this file's folder would hide Python's own module called operator
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import timing
+from benchmarks.peers import (
+    CASES,
+    COMPILED,
+    HUGGING_FACE,
+    MODES,
+    OFFICIAL,
+    OURS,
+    PACKAGE,
+    D,
+    K,
+    L,
+    M,
+    call,
+    inputs,
+    peers,
+    report,
+)
+
+COMMAND = "python benchmarks/operator.py"
+PARTS = {
+    "default": {},
+    "kept": {
+        "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+        "MALLOC_TOP_PAD_": str(256 << 20),
+    },
+}
+COPY = 4 << 20  # bytes copied to as many others: what the nearest shared cache can hold
+
+
+def measure(part: str, name: str, threads: list[int], attempts: int, compiled: bool) -> dict:
+    """The rows of one shape, in a process that has this part's allocator."""
+    rows, memory = [], []
+    case, tensors = CASES[name], inputs(CASES[name])
+    for mode in MODES:
+        for count in threads:
+            torch.set_num_threads(count)
+            found = peers(case.levels, compiled=compiled)
+            calls = {peer: call(operator, tensors, mode) for peer, operator in found.items()}
+            rounds = {peer: 3 if peer == COMPILED else case.rounds for peer in calls}
+            result = timing.side_by_side(calls, rounds, attempts)
+            where = {"shape": name, "mode": mode, "threads": count, "allocator": part}
+            rows += [{**where, "peer": peer, **figures} for peer, figures in result.items()]
+            report(f"{where} {dict((p, r['median_ms']) for p, r in result.items())}")
+            if part == "default" and count == 1:
+                memory += [
+                    {"shape": name, "mode": mode, "peer": peer} | {"extra_mib": peak}
+                    for peer, peak in ((p, timing.peak_mib(run)) for p, run in calls.items())
+                ]
+    return {"rows": rows, "memory": memory}
+
+
+def cache_limit() -> dict[str, float]:
+    """A model of the least time at the encoder's shape, one thread: every corner's channels pass
+    once through the cache that all heads' values fit, at the rate of a copy there. The backward
+    pass reads them, and reads and writes their gradients: three times as many bytes."""
+    torch.set_num_threads(1)
+    source = torch.ones(COPY // 4)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(300):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    rate = 2 * COPY / statistics.median(times)  # read and written
+    case = CASES["encoder"]
+    queries = case.batch * sum(height * width for height, width in case.levels)
+    corners = queries * M * L * K * 4 * D * 4  # bytes
+    return {
+        "copy_gb_per_s": round(rate / 1e9, 1),
+        "forward_gb": round(corners / 1e9, 2),
+        "backward_gb": round(3 * corners / 1e9, 2),
+        "forward_ms": round(corners / rate * 1e3, 1),
+        "forward + backward_ms": round(4 * corners / rate * 1e3, 1),
+    }
+
+
+FIRST_CALL = """
+import time, torch
+from deformable_detr import ms_deform_attn
+x = torch.zeros(1, 30, 8, 32), [(4, 5), (2, 3), (1, 2), (1, 2)], torch.zeros(1, 2, 8, 4, 4, 2)
+x += (torch.zeros(1, 2, 8, 4, 4),)
+start = time.perf_counter()
+ms_deform_attn(*x, backend="cpu")
+print(time.perf_counter() - start)
+"""
+
+
+def build_seconds() -> dict[str, float]:
+    """The first call, which builds the kernel, and that of a process which finds it built."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"DEFORMABLE_DETR_CACHE": folder, "PYTHONPATH": str(timing.ROOT)}
+        command = [sys.executable, "-c", FIRST_CALL]
+        times = [
+            float(
+                subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
+            )
+            for _ in range(2)
+        ]
+    return {"first_call_s": round(times[0], 2), "cached_first_call_s": round(times[1], 3)}
+
+
+def ratios(rows: list[dict]) -> list[dict]:
+    """How many times as long as ours each peer takes: medians, and minima, which disturbances
+    change least; same shape, mode, threads and allocator."""
+    keys = ("shape", "mode", "threads", "allocator")
+    ours = {tuple(row[k] for k in keys): row for row in rows if row["peer"] == OURS}
+    result = []
+    for row in rows:
+        base = ours.get(tuple(row[k] for k in keys))
+        if row["peer"] != OURS and base:
+            times = {
+                "times": round(row["median_ms"] / base["median_ms"], 2),
+                "times_of_minima": round(row["minimum_ms"] / base["minimum_ms"], 2),
+                "times_of_cpu": round(row["cpu_median_ms"] / base["cpu_median_ms"], 2),
+            }
+            result.append({k: row[k] for k in (*keys, "peer")} | times)
+    return result
+
+
+def scaling(rows: list[dict]) -> list[dict]:
+    """How many times as fast our two threads are as one."""
+    keys = ("shape", "mode", "allocator")
+    ours = {(row["threads"], *(row[k] for k in keys)): row for row in rows if row["peer"] == OURS}
+    return [
+        dict(zip(keys, where, strict=True))
+        | {"times": round(row["median_ms"] / ours[2, *where]["median_ms"], 2)}
+        for (threads, *where), row in ours.items()
+        if threads == 1 and (2, *where) in ours
+    ]
+
+
+def merge(old: dict, new: dict) -> dict:
+    """New rows in the place of old ones for the same thing, on the same machine and versions."""
+    same = ("cpu", "vectors", "cores", "versions")
+    if any(old.get(key) != new[key] for key in same):
+        old = {}
+    merged = dict(new)
+    for table, keys in {
+        "rows": ("shape", "mode", "threads", "allocator", "peer"),
+        "memory": ("shape", "mode", "peer"),
+    }.items():
+        kept = {tuple(row[k] for k in keys): row for row in (*old.get(table, ()), *new[table])}
+        merged[table] = list(kept.values())
+    merged["ratios"], merged["scaling"] = ratios(merged["rows"]), scaling(merged["rows"])
+    encoder = [
+        row
+        for row in merged["rows"]
+        if (row["shape"], row["threads"], row["peer"]) == ("encoder", 1, OURS)
+    ]
+    merged["part_of_the_limit"] = [
+        {k: row[k] for k in ("mode", "allocator")}
+        | {"part": round(merged["limit"][f"{row['mode']}_ms"] / row["median_ms"], 2)}
+        for row in encoder
+    ]
+    return merged
+
+
+def plot(result: dict, path: Path) -> None:
+    """How many times faster ours is, one thread: a panel an allocator, a bar a peer, as far as they
+    were measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    titles = {"default": "allocator as it comes", "kept": "allocator told to keep its memory"}
+    rows = [row for row in result["ratios"] if row["threads"] == 1]
+    allocators = [name for name in titles if any(row["allocator"] == name for row in rows)]
+    names = [
+        name
+        for name in (OFFICIAL, HUGGING_FACE, PACKAGE, COMPILED)
+        if any(row["peer"] == name for row in rows)
+    ]
+    groups = [(shape, mode) for shape in CASES for mode in MODES]
+    with plt.style.context(timing.ROOT / "chapters" / "book.mplstyle"):
+        figure, panels = plt.subplots(
+            1, len(allocators), figsize=(9.5, 6), sharex=True, sharey=True, squeeze=False
+        )
+        for panel, allocator in zip(panels[0], allocators, strict=True):
+            for index, peer in enumerate(names):
+                chosen = {
+                    (row["shape"], row["mode"]): row["times"]
+                    for row in rows
+                    if (row["allocator"], row["peer"]) == (allocator, peer)
+                }
+                places = [i + 0.2 * (index - 1.5) for i, g in enumerate(groups) if g in chosen]
+                lengths = [chosen[g] for g in groups if g in chosen]
+                bars = panel.barh(places, lengths, 0.19, color=f"C{index}", label=peer)
+                panel.bar_label(bars, fmt="%.1f x", padding=2, fontsize=8)
+            panel.axvline(1, color="black", linewidth=1)
+            panel.set_title(titles[allocator])
+            panel.set_xlabel("times as long as ours (the line)")
+        panels[0, 0].set_yticks(range(len(groups)), [f"{shape}\n{mode}" for shape, mode in groups])
+        panels[0, 0].invert_yaxis()
+        panels[0, 0].set_xlim(0, 1.12 * max(row["times"] for row in rows))
+        figure.suptitle(f"Multi-scale deformable attention, one thread ({result['cpu']})")
+        legend = panels[0, 0].get_legend_handles_labels()
+        figure.legend(*legend, loc="outside lower center", ncols=4)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def measure_cuda() -> dict:
+    """The same shapes on a GPU, from a CUDA graph where a peer can be captured: no time of Python's
+    is counted. Coordinates and weights stay float32 for ours, as under autocast; the others get
+    them in value's dtype."""
+    rows = []
+    for name, case in CASES.items():
+        value, locations, weights = inputs(case, "cuda")
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for mode in MODES:
+                calls, graphs = {}, {}
+                for peer, operator in peers(case.levels, "cuda").items():
+                    rest = [x if peer == OURS else x.to(dtype) for x in (locations, weights)]
+                    run = call(operator, (value.to(dtype), *rest), mode)
+                    calls[peer], graphs[peer] = captured(run)
+                rounds = dict.fromkeys(calls, 11)
+                result = timing.side_by_side(calls, rounds, 2, 50, torch.cuda.synchronize)
+                where = {"shape": name, "mode": mode, "dtype": str(dtype).removeprefix("torch.")}
+                rows += [
+                    {**where, "peer": peer, "graph": graphs[peer], **figures}
+                    for peer, figures in result.items()
+                ]
+                report(f"{where} {dict((p, r['median_ms']) for p, r in result.items())}")
+    about = timing.provenance(COMMAND, "transformers", PACKAGE)
+    return about | {"device": torch.cuda.get_device_name(), "rows": rows}
+
+
+def captured(run: timing.Call) -> tuple[timing.Call, bool]:
+    """The call as a CUDA graph's replay and True, or itself and False where it cannot be one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # builds kernels and fills caches, which a capture must not
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return run, False
+    return graph.replay, True
+
+
+def measure_apart(part: str, shape: str, arguments: list[str]) -> dict:
+    """What a process of its own, with this part's allocator, measures."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, *arguments, "--worker", part, shape, str(output)]
+        subprocess.run(command, env=os.environ | PARTS[part], check=True)
+        return json.loads(output.read_text())
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--shapes", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--attempts", type=int, default=2, help="where times spread widely")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        part, shape, output = arguments.worker
+        compiled = part == "default" and not arguments.no_compile
+        result = measure(part, shape, arguments.threads, arguments.attempts, compiled)
+        Path(output).write_text(json.dumps(result))
+        return
+    path = timing.RESULTS / "operator_cpu.json"
+    about = timing.provenance(COMMAND, "transformers", PACKAGE)
+    about |= {"build": build_seconds(), "limit": cache_limit()}
+    for part, shape in itertools.product(arguments.part, arguments.shapes):
+        new = about | measure_apart(part, shape, sys.argv[1:])
+        old = json.loads(path.read_text()) if path.exists() else {}
+        timing.write_json(path, merge(old, new))  # what is measured is safe if the rest is stopped
+    plot(json.loads(path.read_text()), timing.RESULTS / "operator.png")
+    if torch.cuda.is_available():
+        timing.write_json(timing.RESULTS / "operator_cuda.json", measure_cuda())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What both benchmarks share: calls timed in turn, their spread, peak memory, provenance."""
+
+import ctypes
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from deformable_detr.checkpoint import write_atomically
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "data" / "results"
+STATUS = Path("/proc/self/status")  # Linux
+CALM = 0.25  # the distance of the quartiles over the median, above which a section is run again
+
+Call = Callable[[], object]
+
+
+def side_by_side(
+    calls: dict[str, Call],
+    rounds: dict[str, int],
+    attempts: int = 2,
+    repeats: int = 1,
+    finish: Call | None = None,
+    warm: bool = True,
+    memory: bool = False,
+) -> dict[str, dict]:
+    """Milliseconds of each call, in an order that is shuffled in every round.
+
+    rounds: how many of them each call takes part in. repeats: how often it is called in a round,
+    before `finish`, which waits for a device. warm: call each once before. memory: also tell each
+    call's peak, as `peak_mib` does; free memory is then given back before every call. All of it is
+    repeated, up to `attempts` times, while any call's quartiles lie further apart than CALM; the
+    calmest attempt is returned. Calls of fewer than five rounds have no say in that.
+    """
+    for call in calls.values() if warm else ():
+        call()
+    best: dict[str, dict] = {}
+    for attempt in range(attempts):
+        times, peaks = _rounds(calls, rounds, attempt, repeats, finish or (lambda: None), memory)
+        result = {name: summary(*times[name]) | peaks[name] for name in calls}
+        if not best or worst_spread(result) < worst_spread(best):
+            best = result
+        if worst_spread(best) <= CALM:
+            break
+    return best
+
+
+def _rounds(
+    calls: dict[str, Call],
+    rounds: dict[str, int],
+    seed: int,
+    repeats: int,
+    finish: Call,
+    memory: bool,
+) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, dict]]:
+    order = random.Random(seed)
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    peaks: dict[str, dict] = {name: {} for name in calls}
+    for number in range(max(rounds.values())):
+        names = [name for name in calls if number < rounds[name]]
+        order.shuffle(names)
+        for name in names:
+            before = reset_peak() if memory else None
+            cpu, wall = time.process_time(), time.perf_counter()
+            for _ in range(repeats):
+                calls[name]()
+            finish()
+            times[name][0].append((time.perf_counter() - wall) * 1e3 / repeats)
+            times[name][1].append((time.process_time() - cpu) * 1e3 / repeats)
+            if memory:
+                peaks[name] = {"extra_mib": peak_above(before)}
+    return times, peaks
+
+
+def summary(wall: list[float], cpu: list[float]) -> dict[str, float | int | list[float]]:
+    """Median, minimum and quartiles of wall-clock times, and the median of the processor's time,
+    which other programs on the machine disturb less. All in milliseconds."""
+    median = statistics.median(wall)
+    low, _, high = statistics.quantiles(wall, method="inclusive") if len(wall) > 1 else wall * 3
+    return {
+        "median_ms": round(median, 3),
+        "minimum_ms": round(min(wall), 3),
+        "quartiles_ms": [round(low, 3), round(high, 3)],
+        "spread": round((high - low) / median, 3),
+        "cpu_median_ms": round(statistics.median(cpu), 3),
+        "rounds": len(wall),
+    }
+
+
+def worst_spread(result: dict[str, dict]) -> float:
+    """The largest spread among the calls of five rounds and more."""
+    return max((r["spread"] for r in result.values() if r["rounds"] >= 5), default=0.0)
+
+
+def peak_mib(call: Call) -> float | None:
+    """What the process holds at most while `call`, which is warm, runs, above what it held before,
+    in MiB: its result, its gradients and all between. None but on Linux, which keeps count."""
+    before = reset_peak()
+    kept = call()
+    peak = peak_above(before)
+    del kept
+    return peak
+
+
+def reset_peak() -> int | None:
+    """Start counting afresh; what the process holds, in KiB."""
+    if not STATUS.exists():
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or memory freed before would be used again, unseen
+    STATUS.with_name("clear_refs").write_text("5")
+    return _kib("VmRSS")
+
+
+def peak_above(before: int | None) -> float | None:
+    """The most that was held since `reset_peak`, above what that returned, in MiB."""
+    return None if before is None else round((_kib("VmHWM") - before) / 1024, 1)
+
+
+def _kib(field: str) -> int:
+    return next(int(x.split()[1]) for x in STATUS.read_text().splitlines() if x.startswith(field))
+
+
+def provenance(command: str, *packages: str) -> dict:
+    """The command, the machine and the versions behind a result."""
+    return {
+        "command": command,
+        "cpu": _processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", *packages)},
+    }
+
+
+def version(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def write_json(path: Path, content: object) -> None:
+    """Readable and atomic."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))

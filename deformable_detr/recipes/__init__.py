@@ -1,0 +1,168 @@
+"""Recipes: how to train which model, as small files with a reason beside each value."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchvision.transforms import v2
+
+from deformable_detr.detector import DeformableDETRConfig
+from deformable_detr.transforms import (
+    coco_eval_transform,
+    coco_train_transform,
+    digits_eval_transform,
+    digits_train_transform,
+)
+
+FOLDER = Path(__file__).parent
+NAMES = ("paper", "modern", "small-data", "digits")
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; the defaults are the paper's (section 5 and the official code).
+
+    batch_size: images that one process holds at once; accumulate: how many such batches make one
+    step. schedule: "step" multiplies every rate by 0.1 after drop_epoch; "cosine" falls to 1 % at
+    the end; both rise linearly over warmup_steps. sampling_lr_factor is for sampling offsets and
+    reference points. frozen: parts of a ResNet that do not learn, such as "conv1" and "layer1";
+    None leaves that to the model. ema_decay: of the average of weights that is evaluated and
+    saved, in [0, 1); 0 is none. evaluate_every: in epochs. top_k: detections of an image in an
+    evaluation. patience: evaluations without a better AP after which training stops; 0 is never.
+    mixed_precision: "no", "bf16" or "fp16". gradient_checkpointing: encoder and decoder layers are
+    computed again in the backward pass, rather than kept.
+    """
+
+    epochs: int = 50
+    batch_size: int = 2
+    accumulate: int = 1
+    lr: float = 2e-4
+    backbone_lr: float = 2e-5
+    sampling_lr_factor: float = 0.1
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.1
+    schedule: str = "step"
+    drop_epoch: int = 40
+    warmup_steps: int = 0
+    frozen: tuple[str, ...] | None = None
+    ema_decay: float = 0.0
+    seed: int = 42
+    evaluate_every: int = 1
+    top_k: int = 100
+    patience: int = 0
+    num_workers: int = 0
+    checkpoint_minutes: float = 5.0
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("step", "cosine"):
+            raise ValueError(f"schedule must be 'step' or 'cosine', got {self.schedule!r}")
+        if self.mixed_precision not in PRECISIONS:
+            raise ValueError(
+                f"mixed_precision must be one of {PRECISIONS}, got {self.mixed_precision!r}"
+            )
+        if min(self.epochs, self.batch_size, self.accumulate, self.evaluate_every, self.top_k) < 1:
+            raise ValueError(
+                "epochs, batch_size, accumulate, evaluate_every and top_k must be at least 1"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+def strong_train_transform() -> v2.Transform:
+    """COCO's, after other colours and, in three of ten cases, a picture set on a larger black one:
+    with few images each must look different every time."""
+    zoom_out = v2.RandomZoomOut(side_range=(1.0, 2.0), p=0.3)
+    return v2.Compose([v2.RandomPhotometricDistort(), zoom_out, coco_train_transform()])
+
+
+TRANSFORMS = {  # by name, for training and for evaluation
+    "coco": (coco_train_transform, coco_eval_transform),
+    "strong": (strong_train_transform, coco_eval_transform),
+    "digits": (digits_train_transform, digits_eval_transform),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train which model from where.
+
+    train: the loop's settings. model: options of `DeformableDETRConfig` that differ from the
+    paper's. transforms: a key of TRANSFORMS. weights: what `DeformableDETR.from_pretrained` starts
+    from, or None for a new model.
+    """
+
+    name: str
+    about: str
+    train: TrainConfig = TrainConfig()
+    model: dict[str, object] = field(default_factory=dict)
+    transforms: str = "coco"
+    weights: str | None = None
+
+    def model_config(self, num_classes: int, **changes: object) -> DeformableDETRConfig:
+        """The recipe's model for so many classes, with changes to its options."""
+        return DeformableDETRConfig(**self.model | changes | {"num_classes": num_classes})
+
+    def train_transform(self) -> v2.Transform:
+        """The random transform of training images."""
+        return TRANSFORMS[self.transforms][0]()
+
+    def eval_transform(self) -> v2.Transform:
+        """The transform of the images that the model is measured on."""
+        return TRANSFORMS[self.transforms][1]()
+
+
+def load_recipe(name: Path | str) -> Recipe:
+    """A recipe by its name in NAMES, or from a .toml file of the same form.
+
+    FileNotFoundError or ValueError, in one line, name the file and what in it is unknown.
+    """
+    path = FOLDER / f"{name}.toml" if name in NAMES else Path(name)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no recipe {name}: give a file or one of {NAMES}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path} is no recipe: {error}") from None
+    try:
+        return _recipe(path.stem, content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _recipe(name: str, content: dict) -> Recipe:
+    known = {"about": str, "transforms": str, "weights": str, "train": dict, "model": dict}
+    _check_types("a recipe", content, known)
+    if "about" not in content:
+        raise ValueError("a recipe needs a line 'about'")
+    if content.get("transforms", "coco") not in TRANSFORMS:
+        raise ValueError(
+            f"transforms must be one of {tuple(TRANSFORMS)}, got {content['transforms']!r}"
+        )
+    train = _values(TrainConfig(), content.pop("train", {}), "train")
+    model = _values(DeformableDETRConfig(), content.pop("model", {}), "model")
+    DeformableDETRConfig(**model)  # refuses what makes no model
+    return Recipe(name, train=TrainConfig(**train), model=model, **content)
+
+
+def _values(defaults: object, given: dict, table: str) -> dict:
+    """Values for a dataclass, checked by the types of its defaults."""
+    types = {key: type(value) for key, value in dataclasses.asdict(defaults).items()}
+    if "frozen" in types:
+        types["frozen"] = list
+    given = {
+        k: float(v) if types.get(k) is float and type(v) is int else v for k, v in given.items()
+    }
+    _check_types(f"[{table}]", given, types)
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+
+def _check_types(what: str, given: dict, types: dict[str, type]) -> None:
+    for key, value in given.items():
+        if key not in types:
+            raise ValueError(f"{what} has no {key!r}; it has {', '.join(types)}")
+        if type(value) is not types[key]:
+            raise ValueError(f"{key} must be of type {types[key].__name__}, got {value!r}")

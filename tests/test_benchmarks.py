@@ -1,0 +1,137 @@
+"""The benchmarks: peers that agree, results with the keys that the README and the plot read."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import model, operator, peers, timing
+from deformable_detr import DeformableDETRConfig
+
+TINY = peers.Case(2, ((5, 7), (3, 4), (2, 2), (1, 2)), 9, 1)
+ROW = {"shape": "encoder", "mode": "forward", "threads": 1, "allocator": "default"}
+FIGURES = {"minimum_ms": 1.0, "cpu_median_ms": 2.0}
+
+
+@pytest.mark.parametrize("queries", [9, None])
+def test_peers_agree(queries):
+    case = peers.Case(TINY.batch, TINY.levels, queries, 1)
+    tensors = peers.inputs(case)
+    found = peers.peers(case.levels)
+    assert {peers.OURS, peers.OFFICIAL, peers.HUGGING_FACE} <= found.keys()
+    for mode in peers.MODES:
+        expected = peers.call(found[peers.OFFICIAL], tensors, mode)()
+        for operator_ in found.values():
+            torch.testing.assert_close(peers.call(operator_, tensors, mode)(), expected)
+
+
+def test_locations_are_near_their_queries():
+    _, locations, weights = peers.inputs(
+        peers.Case(1, ((40, 60), (20, 30), (9, 8), (4, 6)), None, 1)
+    )
+    first = locations[0, 60 * 20 + 30, :, 0]  # a query in the middle of the finest level
+    pixels = (first - torch.tensor([30.5 / 60, 20.5 / 40])) * torch.tensor([60, 40])
+    assert pixels.abs().amax() < peers.K + 5
+    torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(weights.shape[:3]))
+
+
+def test_every_call_is_timed_and_the_calmest_attempt_returned():
+    seen = []
+    calls = {name: lambda name=name: seen.append(name) for name in "ab"}
+    result = timing.side_by_side(calls, {"a": 6, "b": 2}, attempts=1)
+    assert (seen.count("a"), seen.count("b")) == (7, 3)  # once more to be warm
+    assert result["a"]["rounds"] == 6
+    assert result["a"].keys() == result["b"].keys()
+
+
+def test_summary():
+    result = timing.summary([4.0, 1.0, 3.0, 2.0, 5.0], [1.0, 2.0, 9.0, 3.0, 4.0])
+    assert (result["median_ms"], result["minimum_ms"]) == (3.0, 1.0)
+    assert (result["quartiles_ms"], result["spread"]) == ([2.0, 4.0], 0.667)
+    assert result["cpu_median_ms"] == 3.0
+
+
+def test_peak_memory_counts_what_is_freed_before_the_end():
+    def call():
+        torch.ones(64, 1 << 18).sum()  # 64 MiB
+        return torch.ones(8, 1 << 18)
+
+    peak = timing.peak_mib(call)
+    assert peak is None or 60 < peak < 80
+
+
+def row(peer, median, **changed):
+    return ROW | FIGURES | {"peer": peer, "median_ms": median} | changed
+
+
+def result(*rows):
+    limit = {"forward_ms": 1.0, "forward + backward_ms": 4.0}
+    return timing.provenance("test") | {"rows": list(rows), "memory": [], "limit": limit}
+
+
+def test_merged_results():
+    old = result(row(peers.OURS, 9.0), row(peers.OFFICIAL, 60.0))
+    new = result(row(peers.OURS, 4.0), row(peers.OURS, 2.0, threads=2))
+    merged = operator.merge(old, new)
+    assert len(merged["rows"]) == 3  # the new row in the place of the old one
+    assert merged["ratios"] == [
+        ROW | {"peer": peers.OFFICIAL, "times": 15.0, "times_of_minima": 1.0, "times_of_cpu": 1.0}
+    ]
+    assert [x["times"] for x in merged["scaling"]] == [2.0]
+    assert [x["part"] for x in merged["part_of_the_limit"]] == [0.25]
+
+
+def test_results_of_another_machine_are_dropped():
+    old = result(row(peers.OFFICIAL, 60.0)) | {"cpu": "another"}
+    assert len(operator.merge(old, result(row(peers.OURS, 4.0)))["rows"]) == 1
+
+
+def test_plot(tmp_path):
+    merged = operator.merge({}, result(row(peers.OURS, 4.0), row(peers.OFFICIAL, 60.0)))
+    operator.plot(merged, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_stored_operator_results():
+    stored = json.loads((timing.RESULTS / "operator_cpu.json").read_text())
+    assert {"cpu", "vectors", "versions", "limit", "build", "ratios", "scaling"} <= stored.keys()
+    named = {
+        (r["shape"], r["mode"], r["threads"], r["allocator"], r["peer"]) for r in stored["rows"]
+    }
+    for shape in peers.CASES:
+        for mode in peers.MODES:
+            for peer in (peers.OURS, peers.OFFICIAL, peers.HUGGING_FACE, peers.PACKAGE):
+                assert (shape, mode, 1, "default", peer) in named
+    assert stored["ratios"] == operator.ratios(stored["rows"])
+
+
+def test_models_ratios():
+    figures = {"mode": "inference", "threads": 1, "minimum_ms": 1.0, "cpu_median_ms": 1.0}
+    rows = [
+        {"model": peers.OURS, "median_ms": 2.0, "extra_mib": 30.0, **figures},
+        {"model": peers.HUGGING_FACE, "median_ms": 5.0, "extra_mib": 60.0, **figures},
+    ]
+    ratios = model.summarise({"times": rows})["ratios"]["inference, 1 threads"]
+    assert (ratios["times"], ratios["part_of_memory"]) == (2.5, 0.5)
+
+
+def test_models_agree_and_every_part_is_found():
+    config = DeformableDETRConfig(
+        num_classes=5, num_queries=9, encoder_layers=1, decoder_layers=2, ffn_dim=64
+    )
+    models = model.detectors(config)
+    predict = model.predictors(models, torch.randn(3, 70, 90))
+    assert model.largest_difference(models, predict) < 1e-4
+    for name in models:
+        parts = model.breakdown(
+            models[name], name, model.call(models[name], predict[name], "inference")
+        )
+        assert parts.keys() == {
+            "backbone",
+            "input projections",
+            "encoder",
+            "encoder: operator",
+            "decoder",
+            "decoder: operator",
+            model.REST,
+        }

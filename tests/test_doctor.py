@@ -1,0 +1,161 @@
+"""The self-test before training: quiet about what is sound, and clear about what is not."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from deformable_detr import DeformableDETR, doctor
+from deformable_detr.datasets import CocoDataset, find_split
+from deformable_detr.recipes import TRANSFORMS
+from deformable_detr.transforms import TO_TENSOR, digits_train_transform
+from tests.conftest import TINY, save_annotations
+
+
+def load(coco, transform=TO_TENSOR):
+    return CocoDataset(*find_split(coco, "train"), transform)
+
+
+def model_of(**changes):
+    torch.manual_seed(0)
+    return DeformableDETR(dataclasses.replace(TINY, **changes))
+
+
+def examine(coco, model=None, steps=3, transform=TO_TENSOR, **options):
+    data = load(coco, transform)
+    return doctor.doctor(model or model_of(), data, steps, progress=False, **options)
+
+
+def texts(diagnosis, level):
+    return [finding.text for finding in diagnosis.findings if finding.level == level]
+
+
+def edit(coco, change):
+    path = coco / "annotations" / "train.json"
+    content = json.loads(path.read_text())
+    change(content)
+    save_annotations(coco, content)
+
+
+def test_sound_data_and_a_sound_model_are_ready_to_train(coco):
+    model = model_of()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    found = examine(coco, model, 110, digits_train_transform())
+    assert found.healthy and not texts(found, "warning"), found.table()
+    assert len(found.losses) == 110 and found.losses[-1] < doctor.LOSS_FALLS_TO * found.losses[0]
+    assert found.ap >= doctor.AP_REACHES
+    assert found.table().endswith("\nready to train: 0 fatal, 0 warnings")
+    assert "5 annotations and 6 of 6 images checked" in found.table()
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_faults_of_the_data_are_counted_by_kind_with_an_example(coco):
+    def change(content):
+        for annotation in content["annotations"][:2]:
+            annotation["bbox"] = [90, 3, 4, 5]
+        content["annotations"][3]["iscrowd"] = 1
+
+    edit(coco, change)
+    found = examine(coco)
+    (fatal,) = texts(found, "fatal")
+    assert fatal.startswith("2 x box outside: annotation 1000: box [90, 3, 4, 5] lies outside")
+    assert [text.split(":")[0] for text in texts(found, "warning")] == ["1 x crowd box"]
+    assert not found.losses and found.table().endswith("do not train yet: 1 fatal, 1 warnings")
+
+
+def test_unused_categories_are_named(coco):
+    edit(coco, lambda c: c["categories"].append({"id": 9, "name": "mauve"}))
+    found = examine(coco, model_of(num_classes=4))
+    assert any("1 of 4 categories have no box: mauve" in text for text in texts(found, "warning"))
+
+
+def test_another_number_of_classes_is_fatal(coco):
+    assert texts(examine(coco, model_of(num_classes=4)), "fatal") == [
+        "the model has 4 classes, the data 3 categories"
+    ]
+
+
+def test_data_without_any_box_is_fatal(coco):
+    edit(coco, lambda c: c.update(annotations=[]))
+    assert texts(examine(coco), "fatal") == ["no image has a box: there is nothing to learn"]
+
+
+class MirrorPixels(v2.Transform):
+    """Forgets the boxes."""
+
+    def transform(self, inpt, params):
+        if isinstance(inpt, tv_tensors.BoundingBoxes):
+            return inpt
+        return self._call_kernel(v2.functional.horizontal_flip, inpt)
+
+
+def test_a_transform_that_leaves_boxes_behind_is_fatal(coco):
+    found = examine(coco, transform=v2.Compose([MirrorPixels(), TO_TENSOR]))
+    (text,) = texts(found, "fatal")
+    assert text.startswith("after the transform boxes lie within") and "annotation 100" in text
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_transforms_of_every_recipe_keep_boxes_on_their_pixels(coco, name):
+    """Also for boxes that do not start at a whole pixel."""
+    edit(coco, lambda c: c["annotations"][1].update(bbox=[3.4, 7.7, 18.3, 29.9]))
+    for make in TRANSFORMS[name]:
+        dataset, seen = load(coco, make()), 0
+        for seed in range(12):
+            torch.manual_seed(seed)
+            for _, error in doctor.box_errors(dataset, seed % 2):
+                assert error <= doctor.PIXELS
+                seen += 1
+        assert seen >= 6
+
+
+def test_boxes_off_by_some_pixels_are_measured():
+    y, x = torch.meshgrid(torch.arange(40) + 0.5, torch.arange(60) + 0.5, indexing="ij")
+    origin = torch.stack([x, y])
+    box = torch.tensor([10.0, 5, 30, 25])
+    assert doctor.misplacement(box, box, origin) == 0
+    assert doctor.misplacement(box, box + 3, origin) == 3
+    mirrored = torch.tensor([30.0, 5, 50, 25])
+    assert doctor.misplacement(box, mirrored, origin.flip(2)) == 0
+    assert doctor.misplacement(box, box / 2, origin[:, ::2, ::2]) <= 1
+    assert doctor.misplacement(box, box, torch.full_like(origin, -1)) == torch.inf
+
+
+def test_a_part_without_gradient_is_fatal(coco):
+    model = model_of()
+    for projection in model.input_proj:
+        projection.register_forward_hook(lambda module, inputs, output: output.detach())
+    (text,) = texts(examine(coco, model), "fatal")
+    assert text == "no gradient reaches ['backbone', 'input_proj']"
+
+
+def test_numbers_that_are_none_are_fatal_and_traced(coco):
+    model = model_of()
+    with torch.no_grad():
+        model.encoder.layers[0].ffn.linear2.bias.fill_(torch.inf)
+    (text,) = texts(examine(coco, model), "fatal")
+    assert "not finite at step 1: first in encoder.layers.0.ffn.linear2 (Linear), whose" in text
+
+
+def test_a_model_that_cannot_learn_is_fatal_after_enough_steps(coco, monkeypatch):
+    monkeypatch.setattr(doctor, "RATE", 1e-9)
+    monkeypatch.setattr(doctor, "ENOUGH_STEPS", 3)
+    loss, ap = texts(examine(coco), "fatal")
+    assert loss.startswith("loss from ") and ap.startswith("AP 0.")
+
+
+def test_when_time_is_short_few_steps_are_judged_mildly(coco):
+    found = examine(coco, steps=100, seconds=0)
+    assert found.healthy and len(found.losses) == 1
+    assert "in 1 steps on one batch, too few" in "".join(texts(found, "warning"))
+    assert "1 of 6 images checked" in found.table()
+
+
+def test_it_needs_a_step(coco):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        examine(coco, steps=0)

@@ -1,0 +1,346 @@
+"""The CPU's kernel: random and hostile inputs, sanitizers, and where its builds are kept."""
+
+import math
+import multiprocessing
+import os
+import subprocess
+import warnings
+from importlib import resources
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deformable_detr import ms_deform_attn
+from deformable_detr.backend import cpu
+from tests import fuzz
+from tests.test_attention import SHAPES, make_inputs
+
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+MACROS = {"VALUE": "float", "REAL": "float", "OFFSET": "int", "D": 1, "POINTS": 1}
+QUICK = ("-O0",)
+
+
+@st.composite
+def cases(draw):
+    specification = draw(st.sampled_from(fuzz.SPECIFICATIONS))
+    dtype, _, L, _ = specification
+    halves = (None, torch.float16, torch.bfloat16) if dtype == torch.float32 else (None,)
+    side = st.integers(1, 9)
+    return fuzz.Case(
+        specification,
+        B=draw(st.integers(0, 3)),
+        Q=draw(st.integers(0, 30)),
+        M=draw(st.integers(1, 4)),
+        shapes=tuple(draw(st.lists(st.tuples(side, side), min_size=L, max_size=L))),
+        seed=draw(st.integers(0, 2**31 - 1)),
+        hostile=draw(st.sampled_from((0, 0.2, 1))),
+        edges=draw(st.sampled_from((0, 0.3, 1))),
+        strided=draw(st.booleans()),
+        half=draw(st.sampled_from(halves)),
+        threads=draw(st.integers(1, 3)),
+    )
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(cases())
+def test_backends_agree(case):
+    fuzz.check(case)
+
+
+def test_fuzz_for_five_seconds():
+    assert fuzz.fuzz(5, seed=0) > 0
+
+
+def test_fuzz_finds_a_wrong_kernel(monkeypatch):
+    """Locations moved by a tenth of a pixel do not go unseen."""
+    forward = cpu.forward
+
+    def wrong(value, shapes, locations, weights):
+        return forward(value, shapes, locations + 0.1 / shapes[0][1], weights)
+
+    monkeypatch.setattr(cpu, "forward", wrong)
+    with pytest.raises(AssertionError, match=r"cpu, output: off by \d+ roundings: Case"):
+        fuzz.fuzz(5, seed=0)
+
+
+coordinate = st.floats(width=32) | st.sampled_from((*fuzz.NOWHERE, 0.0, -0.0, 1.0, 1e-45))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.lists(coordinate, min_size=12, max_size=12))
+def test_any_coordinates_give_finite_numbers_within_bounds(coordinates):
+    """Bilinear weights are at most 1 together: no output exceeds the sum of attention."""
+    value = torch.ones(1, 6 + 8 + 1, 1, 4).requires_grad_()
+    locations = torch.tensor(coordinates).reshape(1, 1, 1, 3, 2, 2).requires_grad_()
+    weights = torch.full((1, 1, 1, 3, 2), 1 / 6).requires_grad_()
+    shapes = [(2, 3), (8, 1), (1, 1)]
+    output = ms_deform_attn(value, shapes, locations, weights, backend="cpu")
+    output.sum().backward()
+    assert (output >= 0).all() and (output <= 1 + 1e-6).all()
+    for x in (value, locations, weights):
+        assert x.grad.isfinite().all()
+    outside = ~(locations.detach() > -1).all(-1) | ~(locations.detach() < 2).all(-1)
+    assert not weights.grad[outside].any() and not locations.grad[outside].any()
+
+
+def test_offsets_of_64_bits_give_the_same_bits(monkeypatch):
+    inputs = make_inputs(Q=40, D=4, dtype=torch.float32)
+    shapes, load = list(SHAPES), cpu.load
+    narrow = cpu.forward(inputs[0], shapes, *inputs[1:])
+    grads = cpu.backward(inputs[0], shapes, *inputs[1:], narrow)
+    asked = []
+
+    def wide(dtype, D, points, huge):
+        asked.append(huge)
+        return load(dtype, D, points, True)
+
+    monkeypatch.setattr(cpu, "load", wide)
+    assert torch.equal(cpu.forward(inputs[0], shapes, *inputs[1:]), narrow)
+    assert all(map(torch.equal, cpu.backward(inputs[0], shapes, *inputs[1:], narrow), grads))
+    assert asked == [False, False]
+
+
+def test_64_bits_are_used_where_sizes_need_them(monkeypatch):
+    """An image's value of 2^31 elements, all of them one number in memory."""
+    value = torch.zeros(1, 1, 1, 1).expand(1, 2**16, 2**13, 4)
+    locations, weights = torch.zeros(1, 1, 2**13, 1, 1, 2), torch.zeros(1, 1, 2**13, 1, 1)
+    load = Mock(side_effect=NotImplementedError)
+    monkeypatch.setattr(cpu, "load", load)
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x)
+    with pytest.raises(NotImplementedError):
+        cpu.forward(value, [(2**8, 2**8)], locations, weights)
+    load.assert_called_once_with(torch.float32, 4, 1, True)
+
+
+# Sanitizers: a program of cpu.cpp and this, whose arrays end where their memory ends.
+
+DRIVER = """
+#include "cpu.cpp"
+#include <cstdio>
+#include <limits>
+#include <random>
+
+int main(int argc, char** argv) {
+    const int M = 3, images = 2, height[2] = {3, 5}, width[2] = {7, 2};
+    const int tokens = 3 * 7 + 5 * 2 + (argc > 1 ? 4 : 0);  // an argument: more than there are
+    const REAL infinity = std::numeric_limits<REAL>::infinity();
+    const REAL hostile[] = {NAN, infinity, -infinity, 1e30, -1e30, 0, 1, (REAL)-0.1, (REAL)1.1,
+                            std::numeric_limits<REAL>::max(), std::numeric_limits<REAL>::lowest()};
+    std::mt19937 random(0);
+    auto fill = [&](std::vector<REAL>& x) { for (REAL& y : x) y = random() / 2147483648. - 0.5; };
+    Levels levels;
+    for (int p = 0; p < POINTS; p++) {
+        int level = p % 2;
+        levels.height[p] = height[level], levels.width[p] = width[level];
+        levels.start[p] = level * 3 * 7;
+    }
+    double sum = 0;
+    for (int queries : {1, 4, 40})
+        for (int threads : {1, 3}) {
+            size_t items = (size_t)images * queries * M;
+            std::vector<REAL> value((size_t)images * (3 * 7 + 5 * 2) * M * D);
+            std::vector<REAL> gradient(value.size());
+            std::vector<REAL> locations(items * POINTS * 2), weights(items * POINTS);
+            std::vector<REAL> output(items * D), place(locations.size()), weight(weights.size());
+            fill(value), fill(locations), fill(weights);
+            for (REAL& x : locations) if (random() % 4 == 0) x = hostile[random() % 11];
+            forward(value.data(), &levels, locations.data(), weights.data(), output.data(), images,
+                    tokens, queries, M, threads);
+            backward(value.data(), &levels, locations.data(), weights.data(), output.data(),
+                     gradient.data(), place.data(), weight.data(), images, tokens, queries, M,
+                     threads);
+            for (auto* array : {&output, &gradient, &place, &weight})
+                for (REAL x : *array) sum += x;
+        }
+    printf("%s", std::isfinite(sum) ? "finite" : "not finite");
+}
+"""
+
+
+@pytest.mark.parametrize(("real", "D", "offset"), [("float", 7, "int"), ("double", 8, "long long")])
+def test_sanitizers_find_nothing(tmp_path, real, D, offset):
+    source, program = tmp_path / "driver.cpp", tmp_path / "driver"
+    source.write_text(DRIVER)
+    macros = {"VALUE": real, "REAL": real, "OFFSET": offset, "D": D, "POINTS": 6}
+    with resources.as_file(resources.files("deformable_detr.kernels")) as kernels:
+        command = [cpu.compiler(), "-std=c++17", "-O1", "-g", "-pthread", f"-I{kernels}"]
+        command += ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+        command += [f"-D{name}={x}" for name, x in macros.items()]
+        built = subprocess.run(
+            [*command, str(source), "-o", str(program)], capture_output=True, text=True
+        )
+    if "cannot find" in built.stderr:
+        pytest.skip("the compiler has no sanitizers")
+    assert built.returncode == 0, built.stderr
+    clean = subprocess.run([str(program)], capture_output=True, text=True)
+    assert (clean.returncode, clean.stdout) == (0, "finite"), clean.stderr
+    beyond = subprocess.run([str(program), "beyond"], capture_output=True, text=True)
+    assert beyond.returncode and "heap-buffer-overflow" in beyond.stderr  # they do look
+
+
+# Where builds are kept.
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A folder of its own for builds, not made yet; nothing remembered from other tests."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(folder))
+    remembered = cpu.cache_folder, cpu._temporary, cpu.load, cpu.compiler, cpu._machine
+    for function in remembered:
+        function.cache_clear()
+    yield folder
+    if cpu._temporary.cache_info().currsize:
+        cpu._temporary().cleanup()
+    for function in remembered:
+        function.cache_clear()
+
+
+def build_together(barrier, paths):
+    barrier.wait(timeout=60)
+    paths.put(str(cpu.build(MACROS, QUICK)))
+
+
+def test_several_processes_build_at_once(cache):
+    fork = multiprocessing.get_context("fork")
+    barrier, paths = fork.Barrier(4), fork.Queue()
+    processes = [fork.Process(target=build_together, args=(barrier, paths)) for _ in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads
+        for process in processes:
+            process.start()
+    found = {paths.get(timeout=120) for _ in processes}
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    assert [str(path) for path in cache.iterdir()] == list(found)  # one library, nothing left over
+    tensors = (
+        torch.tensor([3.0]),  # value
+        cpu.levels([(1, 1)], 1),
+        torch.tensor([0.5, 0.5]),  # the one pixel's centre
+        torch.tensor([2.0]),
+        torch.zeros(1),
+    )
+    cpu.ctypes.CDLL(*found).forward(*cpu.pointers(*tensors), *cpu.sizes(1, 1, 1, 1), 1)
+    assert tensors[-1].item() == 6
+
+
+def test_a_build_is_kept_and_read_again(cache, monkeypatch):
+    first = cpu.build(MACROS, QUICK)
+    made = first.stat().st_mtime_ns
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("built again"))
+    assert cpu.build(MACROS, QUICK) == first and first.stat().st_mtime_ns == made
+
+
+def test_umask_opens_nothing_to_the_group(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(tmp_path / "home" / "cache" / "kernels"))
+    before = os.umask(0o002)
+    try:
+        library = cpu.build(MACROS, QUICK)
+    finally:
+        os.umask(before)
+    for path in (library, *library.parents[:3]):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o777, 0o1777])
+def test_a_folder_that_others_can_write_to_is_refused(cache, mode):
+    cache.mkdir()
+    cache.chmod(mode)
+    with pytest.raises(cpu.UnsafeCacheError, match=r"other users can write to .*; `chmod go-w`"):
+        cpu.build(MACROS, QUICK)
+    assert not list(cache.iterdir())
+
+
+def test_a_folder_inside_one_that_others_can_write_to_is_refused(tmp_path, cache, monkeypatch):
+    outer = tmp_path / "outer"
+    (outer / "cache").mkdir(parents=True, mode=0o700)
+    monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(outer / "cache"))
+    outer.chmod(0o777)
+    with pytest.raises(cpu.UnsafeCacheError, match=f"can write to {outer};"):
+        cpu.cache_folder()
+    outer.chmod(0o1777)  # as /tmp: others cannot replace what is ours
+    assert cpu.cache_folder() == (outer / "cache").resolve()
+
+
+def test_another_users_folder_is_refused(cache, monkeypatch):
+    cache.mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        os.chown(cache, 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(cpu.UnsafeCacheError, match="kernels are not loaded from"):
+        cpu.build(MACROS, QUICK)
+
+
+def test_a_library_that_others_can_write_to_is_not_loaded(cache):
+    cpu.build(MACROS, QUICK).chmod(0o775)
+    with pytest.raises(cpu.UnsafeCacheError, match=r"can write to .*\.so;"):
+        cpu.build(MACROS, QUICK)
+
+
+@pytest.mark.parametrize("why", ["read-only", "a file", "no home"])
+def test_without_a_place_to_write_builds_go_to_a_private_folder(tmp_path, cache, monkeypatch, why):
+    monkeypatch.delenv("DEFORMABLE_DETR_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if why == "read-only":  # root may write to what says it is
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    elif why == "a file":
+        (tmp_path / ".cache").write_text("")
+    else:
+        monkeypatch.setattr(Path, "home", lambda: Path("~nobody-of-this-name").expanduser())
+    library = cpu.build(MACROS, QUICK)
+    assert tmp_path not in library.parents
+    assert library.parent.stat().st_mode & 0o077 == 0
+    assert cpu.build(MACROS, QUICK) == library
+    cpu.ctypes.CDLL(str(library))
+
+
+def test_a_broken_library_is_one_clear_error(cache):
+    cpu.load(torch.float32, 1, 1)
+    cpu.load.cache_clear()
+    (library,) = cache.iterdir()
+    library.unlink()  # not overwritten: it is in memory
+    library.write_text("not a library")
+    library.chmod(0o700)
+    with pytest.raises(RuntimeError, match=r"does not load .*; remove .*\.so to build") as caught:
+        cpu.load(torch.float32, 1, 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failing_compiler_is_one_clear_error(cache, tmp_path, monkeypatch):
+    script = tmp_path / "broken-compiler"
+    script.write_text("#!/bin/sh\necho out of order >&2\nexit 1\n")
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    value, locations, weights = make_inputs(D=4)
+    with pytest.raises(RuntimeError, match="broken-compiler could not build the kernel:\nout of"):
+        ms_deform_attn(value, SHAPES, locations, weights, backend="cpu")
+    assert not list(cache.iterdir())
+
+
+def test_the_key_holds_what_a_build_depends_on(cache, monkeypatch):
+    first = cpu.build(MACROS, QUICK)
+    assert cpu.build(MACROS, ("-O0", "-g")) != first
+    monkeypatch.setattr(cpu, "_machine", lambda: ("another processor",))
+    assert cpu.build(MACROS, QUICK) != first
+
+
+def test_nan_in_value_stays_where_it_is_sampled():
+    """A point beside a NaN has it; one elsewhere in the map does not."""
+    value = torch.zeros(1, 20, 1, 4)
+    value[0, 19] = math.nan
+    locations = torch.tensor([[0.1, 0.1], [0.9, 0.875]]).reshape(1, 2, 1, 1, 1, 2)
+    output = ms_deform_attn(value, [(4, 5)], locations, torch.ones(1, 2, 1, 1, 1), backend="cpu")
+    assert not output[0, 0].isnan().any() and output[0, 1].isnan().all()

@@ -1,0 +1,324 @@
+"""The operator as people call it: every backend of this machine, and what torch does with it."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from deformable_detr import MSDeformAttn, backends, ms_deform_attn, ops
+from deformable_detr.backend import cpu, reference
+from tests.test_attention import SHAPES, attention_by_loops, make_inputs
+
+FUNCTIONS = {
+    "cpu": [(cpu, "forward"), (cpu, "backward")],
+    "reference": [(reference, "ms_deform_attn")],
+    "gather": [(reference, "ms_deform_attn_gather")],
+}
+needs_compiler = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+FLAT = [size for shape in SHAPES for size in shape]
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=needs_compiler), "reference", "gather"])
+def backend(request, monkeypatch):
+    """The backend's name, while all others raise."""
+    for name, functions in FUNCTIONS.items():
+        for module, function in functions if name != request.param else []:
+            monkeypatch.setattr(module, function, refuse(name))
+    return request.param
+
+
+def refuse(name):
+    def function(*_):
+        raise AssertionError(f"{name} ran, another backend was asked for")
+
+    return function
+
+
+def with_gradients(inputs, shapes, backend, grad_output=None):
+    """The output, and the gradients of value, locations and weights."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    output = ms_deform_attn(leaves[0], shapes, *leaves[1:], backend=backend)
+    if grad_output is None:
+        generator = torch.Generator().manual_seed(1)
+        grad_output = torch.randn(output.shape, generator=generator).to(output.dtype)
+    return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
+
+
+CASES = {
+    "one of everything": {"B": 1, "Q": 1, "M": 1, "D": 1, "K": 1, "shapes": [(1, 1)]},
+    "sizes all different": {"B": 2, "Q": 3, "M": 5, "D": 7, "K": 4},
+    "odd channels": {"B": 1, "Q": 2, "M": 1, "D": 33, "K": 3, "shapes": [(2, 5), (3, 1)]},
+    "more queries than tokens": {"B": 2, "Q": 11, "M": 2, "D": 2, "K": 5, "shapes": [(2, 3)]},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_loops(backend, name):
+    value, locations, weights = make_inputs(**CASES[name])
+    shapes = CASES[name].get("shapes", SHAPES)
+    given = ms_deform_attn(value, shapes, locations, weights, backend)
+    expected = attention_by_loops(value, shapes, locations, weights)
+    torch.testing.assert_close(given, expected, atol=1e-12, rtol=1e-12)
+    single = [x.float() for x in (value, locations, weights)]
+    given = ms_deform_attn(single[0], shapes, *single[1:], backend)
+    torch.testing.assert_close(given.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("D", [1, 4])
+def test_gradients_against_differences(backend, D):
+    inputs = [x.requires_grad_() for x in make_inputs(B=1, Q=2, M=2, D=D, K=2)]
+    function = lambda v, p, w: ms_deform_attn(v, SHAPES, p, w, backend)  # noqa: E731
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@needs_compiler
+def test_second_derivatives_of_the_kernel():
+    shapes = [(2, 3), (1, 2)]
+    inputs = [x.requires_grad_() for x in make_inputs(B=1, Q=2, M=1, D=2, K=1, shapes=shapes)]
+    function = lambda v, p, w: ms_deform_attn(v, shapes, p, w, "cpu")  # noqa: E731
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_non_contiguous(backend):
+    inputs = make_inputs(D=4)
+    expected = with_gradients(inputs, SHAPES, backend)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    points = strided[1].flip(-1).contiguous().flip(-1)
+    generator = torch.Generator().manual_seed(1)
+    grad_output = torch.randn(expected[0].shape, generator=generator).double()
+    grad_output = grad_output.mT.contiguous().mT
+    assert not any(x.is_contiguous() for x in (*strided, grad_output))
+    given = with_gradients((strided[0], points, strided[2]), SHAPES, backend, grad_output)
+    torch.testing.assert_close(given, expected)
+
+
+def test_one_gradient_for_all_outputs(backend):
+    """sum() sends back one number expanded: strides of zero."""
+    inputs = make_inputs(D=4)
+    ones = torch.ones(2, 3, 8, dtype=torch.float64)
+    expected = with_gradients(inputs, SHAPES, backend, ones)
+    given = with_gradients(inputs, SHAPES, backend, ones[:1, :1, :1].expand_as(ones))
+    torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize(("B", "Q"), [(0, 3), (2, 0)])
+def test_empty(backend, B, Q):
+    inputs = [x.requires_grad_() for x in make_inputs(B=B, Q=Q, D=4)]
+    output = ms_deform_attn(inputs[0], SHAPES, *inputs[1:], backend)
+    assert output.shape == (B, Q, 8) and output.dtype == torch.float64
+    for x, gradient in zip(inputs, torch.autograd.grad(output.sum(), inputs), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(x))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("B", "Q"), [(0, 3), (2, 0)])
+def test_empty_second_derivatives(B, Q):
+    inputs = [x.requires_grad_() for x in make_inputs(B=B, Q=Q, D=4)]
+    output = ms_deform_attn(inputs[0], SHAPES, *inputs[1:], "cpu").square()
+    first = torch.autograd.grad(output.sum(), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(x.sum() for x in first), inputs)
+    for x, gradient in zip(inputs, second, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("coordinate", [math.nan, math.inf, -math.inf, 1e30, -1e30, 3e38])
+def test_points_at_no_place_are_as_if_removed(backend, coordinate, dtype):
+    value, locations, weights = make_inputs(D=4, dtype=dtype)
+    for axis in (0, 1):
+        hostile = locations.clone()
+        hostile[..., 3, axis] = coordinate
+        kept = locations[..., :3, :], weights[..., :3]
+        expected = with_gradients((value, *kept), SHAPES, backend)
+        given = with_gradients((value, hostile, weights), SHAPES, backend)
+        for x in given:
+            assert x.isfinite().all()
+        assert not given[2][..., 3, :].any() and not given[3][..., 3].any()
+        rest = given[0], given[1], given[2][..., :3, :], given[3][..., :3]
+        torch.testing.assert_close(rest, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_values_are_summed_in_float32(backend, dtype):
+    value, locations, weights = make_inputs(D=4, dtype=torch.float32)
+    half = value.to(dtype)
+    wide = with_gradients((half.float(), locations, weights), SHAPES, backend)
+    output, *gradients = with_gradients(
+        (half, locations, weights), SHAPES, backend, wide[0].new_ones(wide[0].shape).to(dtype)
+    )
+    assert torch.equal(output, wide[0].to(dtype))
+    assert [x.dtype for x in gradients] == [dtype, torch.float32, torch.float32]
+    expected = with_gradients((half.float(), locations, weights), SHAPES, backend, 1 + 0 * wide[0])
+    torch.testing.assert_close(gradients[0], expected[1].to(dtype))
+    torch.testing.assert_close(gradients[1:], list(expected[2:]))
+
+
+def test_coordinates_stay_float32_under_autocast(backend):
+    """On a row of 1000 pixels, bfloat16 would move a point by up to two of them."""
+    shapes = [(1, 1000)]
+    _, locations, weights = make_inputs(D=4, shapes=shapes, dtype=torch.float32)
+    value = torch.randint(-8, 8, (2, 1000, 2, 4)).float()  # whole numbers bfloat16 has
+    expected = with_gradients((value, locations, weights), shapes, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given = with_gradients((value.bfloat16(), locations, weights), shapes, backend)
+        untouched = ms_deform_attn(value, shapes, locations, weights, backend)
+    assert torch.equal(untouched, expected[0])  # no dtype of the three was changed
+    torch.testing.assert_close(given[0].float(), expected[0], atol=0.05, rtol=0.01)
+    lowered = ms_deform_attn(value, shapes, locations.bfloat16(), weights, backend)
+    assert (lowered - expected[0]).abs().max() > 1  # this test can fail
+
+
+def test_module_under_autocast(backend, monkeypatch):
+    monkeypatch.setenv(ops.VARIABLE, backend)
+    torch.manual_seed(0)
+    module = MSDeformAttn(8, num_levels=3, num_heads=2, num_points=4)
+    query, features = torch.randn(2, 3, 8), torch.randn(2, sum(h * w for h, w in SHAPES), 8)
+    references = torch.rand(2, 3, 3, 2)
+    expected, exact = module(query, references, features, SHAPES, return_sampling=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, sampling = module(query, references, features, SHAPES, return_sampling=True)
+        output.float().square().sum().backward()
+    assert sampling.locations.dtype == torch.float32
+    torch.testing.assert_close(sampling.locations, exact.locations, atol=1e-2, rtol=0)
+    torch.testing.assert_close(output.float(), expected, atol=5e-2, rtol=5e-2)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+# What torch makes of it.
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_opcheck(dtype):
+    value, locations, weights = make_inputs(D=4, dtype=torch.float64)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = value.to(dtype), locations.to(real), weights.to(real)
+    value, locations, weights = (x.requires_grad_() for x in inputs)
+    arguments = value, FLAT, locations, weights
+    torch.library.opcheck(torch.ops.deformable_detr.ms_deform_attn, arguments)
+    grad_output = torch.randn(2, 3, 8).to(dtype)
+    torch.library.opcheck(
+        torch.ops.deformable_detr.ms_deform_attn_backward, (*arguments, grad_output)
+    )
+
+
+def test_compiles_whole_for_changing_shapes(backend):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def compiled(value, shapes, locations, weights):
+        return ms_deform_attn(value * 2, shapes, locations, weights, backend).square()
+
+    for B, Q, shapes in ((2, 3, SHAPES), (3, 5, [(4, 3), (6, 2), (5, 8)]), (4, 7, SHAPES)):
+        inputs = make_inputs(B=B, Q=Q, D=4, shapes=shapes, dtype=torch.float32)
+        leaves = [x.requires_grad_() for x in inputs]
+        output = compiled(leaves[0], shapes, *leaves[1:])
+        expected = ms_deform_attn(leaves[0] * 2, shapes, *leaves[1:], backend).square()
+        torch.testing.assert_close(output, expected)
+        gradients = [torch.autograd.grad(x.sum(), leaves) for x in (output, expected)]
+        torch.testing.assert_close(*gradients)
+    assert counter.frame_count <= 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("Q", [5, 40])  # below and above where cpu.cpp copies heads together
+def test_same_bits_for_any_number_of_threads_and_every_time(Q, monkeypatch):
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    inputs = make_inputs(Q=Q, M=3, D=4, dtype=torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 3, 1):
+            torch.set_num_threads(threads)
+            assert cpu._threads(1).value == threads
+            results.append(with_gradients(inputs, SHAPES, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+# Which backend runs.
+
+
+@needs_compiler
+def test_backends_says_what_is_there():
+    found = backends()
+    assert list(found) == ["cuda", "cpu", "reference", "gather"]
+    assert found["cpu"] == found["reference"] == found["gather"] == "available"
+    if not torch.cuda.is_available():
+        assert found["cuda"] == "torch finds no CUDA device"
+
+
+@needs_compiler
+def test_the_kernel_is_what_runs_by_default(monkeypatch):
+    monkeypatch.setattr(reference, "ms_deform_attn", refuse("reference"))
+    value, locations, weights = make_inputs(D=4)
+    ms_deform_attn(value, SHAPES, locations, weights)
+
+
+def test_variable_forces_and_argument_wins(backend, monkeypatch):
+    value, locations, weights = make_inputs(D=4)
+    monkeypatch.setenv(ops.VARIABLE, backend)
+    ms_deform_attn(value, SHAPES, locations, weights)
+    monkeypatch.setenv(ops.VARIABLE, "gather" if backend != "gather" else "reference")
+    ms_deform_attn(value, SHAPES, locations, weights, backend=backend)
+    with pytest.raises(AssertionError, match="another backend was asked for"):
+        ms_deform_attn(value, SHAPES, locations, weights)
+
+
+@pytest.mark.parametrize("by", ["argument", "variable"])
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("cuda", RuntimeError, "backend 'cuda' needs tensors on cuda, got cpu"),
+        ("fastest", ValueError, "backend must be one of cuda, cpu, .*, got 'fastest'"),
+    ],
+)
+def test_forcing_what_cannot_run_is_an_error(by, name, error, message, monkeypatch):
+    if by == "variable":
+        monkeypatch.setenv(ops.VARIABLE, name)
+    value, locations, weights = make_inputs(D=4)
+    with pytest.raises(error, match=message):
+        ms_deform_attn(value, SHAPES, locations, weights, name if by == "argument" else None)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    """A machine whose path is empty."""
+    caches = cpu.compiler, cpu.why_not, ops._say_once
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_without_compiler_the_reference_runs_and_says_so_once(no_compiler):
+    value, locations, weights = make_inputs(D=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            output = ms_deform_attn(value, SHAPES, locations, weights)
+    expected = attention_by_loops(value, SHAPES, locations, weights)
+    torch.testing.assert_close(output, expected)
+    (warning,) = caught
+    assert "plain PyTorch, which is slow: no C++ compiler" in str(warning.message)
+    assert "install g++ or clang++" in str(warning.message)
+    assert warning.filename == __file__
+
+
+def test_without_compiler_forcing_the_kernel_is_an_error(no_compiler):
+    value, locations, weights = make_inputs(D=4)
+    with pytest.raises(RuntimeError, match=r"'cpu' is not available: no C\+\+ compiler.*install"):
+        ms_deform_attn(value, SHAPES, locations, weights, backend="cpu")
+    assert "install g++" in backends()["cpu"]
+
+
+def test_a_compiler_that_is_asked_for_and_not_there_is_named(no_compiler, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cpu.compiler.cache_clear()
+    assert backends()["cpu"].startswith("no C++ compiler: no-such-compiler not on the path")
