@@ -415,11 +415,12 @@ SMALL = DeformableDETRConfig(
     embed_dim=64,
     num_heads=4,
     encoder_layers=2,
-    decoder_layers=2,
+    decoder_layers=3,
     ffn_dim=256,
     dropout=0.0,
     refine=True,
     two_stage=True,
+    anchor_size=0.1,
 )
 
 # %% [markdown]

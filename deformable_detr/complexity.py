@@ -2,22 +2,20 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import statistics
-import tempfile
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
-from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from deformable_detr import ops  # noqa: F401  registers the operators that are counted below
@@ -35,7 +33,7 @@ class Complexity:
     parameters counts all, trainable those that ask for gradients. multiply_adds: of one image,
     forward, a multiply-add as one, which the paper calls a FLOP. parts: the same for each part of
     the model; they sum to the whole. seconds: of one image. peak_memory: bytes of the parameters,
-    buffers and all other tensors at the worst moment of a batch. Both are None where unmeasured.
+    images and all other tensors at the worst moment of a batch. Both are None if not measured.
     """
 
     parameters: int
@@ -133,7 +131,8 @@ def make_batch(
 def count(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, dict[str, int]]:
     """The multiply-adds of one image, and of each of the model's parts: see `complexity`.
 
-    A part's count has in it what it calls: the decoder's, the heads for its boxes.
+    A part's count has in it what it calls: the decoder's, the heads for its boxes. Parts below a
+    thousandth of the whole are among "other".
     """
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.grid_sampler_2d: _grid_sample_flops}
@@ -148,7 +147,7 @@ def count(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, dict[str,
     flops = {name: sum(each.values()) // 2 for name, each in counter.get_flop_counts().items()}
     total = counter.get_total_flops() // 2
     names = {name: f"{type(model).__name__}.{name}" for name, _ in model.named_children()}
-    parts = {name: flops[key] for name, key in names.items() if flops.get(key)}
+    parts = {name: flops[key] for name, key in names.items() if flops.get(key, 0) > total / 1000}
     return total, parts | {"other": total - sum(parts.values())}
 
 
@@ -187,25 +186,51 @@ def _seconds(model: nn.Module, batch: Batch, repeats: int) -> float:
 
 
 @torch.no_grad()
-def _peak_memory(model: nn.Module, batch: Batch) -> int | None:
-    """Bytes in use at the worst moment; None on devices whose allocator does not tell."""
+def _peak_memory(model: nn.Module, batch: Batch) -> int:
+    """Bytes of all tensors at the worst moment: a GPU's allocator tells, elsewhere we add up."""
     device = batch.images.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         model(batch)
-        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with LiveTensors([*model.parameters(), *model.buffers(), batch.images, batch.mask]) as live:
         model(batch)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
-    lasting = [*model.parameters(), *model.buffers(), batch.images, batch.mask]
-    return sum(x.nbytes for x in lasting) + max(accumulate((n for _, n in changes), initial=0))
+    return live.peak
+
+
+class LiveTensors(TorchDispatchMode):
+    """While open, adds up the bytes of all tensors alive; what an operator uses inside is unseen.
+
+    tensors: those alive before. peak: the most bytes so far.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.bytes: dict[int, int] = {}  # by storage, which views share
+        self.now = self.peak = 0
+        for tensor in tensors:
+            self._add(tensor)
+
+    def __torch_dispatch__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        """Run an operator and add what it made."""
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.bytes:
+            self.bytes[id(storage)] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, id(storage))
+
+    def _remove(self, key: int) -> None:
+        self.now -= self.bytes.pop(key)
 
 
 def _wait(device: torch.device) -> None:

@@ -363,8 +363,8 @@ def _annotation_faults(annotation: dict, images: dict, categories: set) -> Itera
     if width <= 0 or height <= 0:
         # COCO's own training split has two of size zero; below zero the format is another
         swapped = min(width, height) < 0
-        what = "of negative size, as if its corners were swapped" if swapped else "of no size"
-        yield fault("empty box", swapped, f"box {what}: x, y, w, h = {box}")
+        hint = "; are its corners swapped?" if swapped else ""
+        yield fault("empty box", swapped, f"box of no size: x, y, w, h = {box}{hint}")
     if annotation.get("iscrowd", 0):
         yield fault("crowd box", False, "a crowd's box, which training leaves out")
     if image_id not in images:

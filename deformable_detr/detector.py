@@ -27,7 +27,9 @@ class DeformableDETRConfig:
     convolution of stride 2 on the one before. refine: iterative box refinement. two_stage: queries
     from the encoder's proposals; needs refine. anchor_size: the side, as a part of the image's, of
     the boxes that proposals start from on the finest level; it doubles on each next one. The
-    official 0.05 suits stride 8 on images of 800 pixels and more.
+    official 0.05 suits stride 8 on images of 800 pixels and more. deformable_stages: how many of a
+    ResNet's last stages have deformable convolutions, to 3. position: "sine" or "learned", the
+    latter for maps of up to position_size rows and columns.
     """
 
     num_classes: int = 91
@@ -46,11 +48,14 @@ class DeformableDETRConfig:
     refine: bool = False
     two_stage: bool = False
     anchor_size: float = 0.05
+    deformable_stages: int = 0
+    position_size: int = 50
 
     def __post_init__(self) -> None:
         if self.two_stage and not self.refine:
             raise ValueError("two_stage needs refine=True: the proposals are boxes to be refined")
         counts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type is int}
+        counts.pop("deformable_stages")  # may be 0, and is the backbone's to check
         wrong = {name: value for name, value in counts.items() if value < 1}
         if wrong:
             raise ValueError(f"these must be at least 1: {wrong}")
@@ -67,9 +72,11 @@ class DeformableDETR(nn.Module):
         super().__init__()
         self.config = config
         C = config.embed_dim
-        self.backbone = build_backbone(config.backbone, config.dilation, pretrained_backbone)
+        self.backbone = build_backbone(
+            config.backbone, config.dilation, pretrained_backbone, config.deformable_stages
+        )
         self.input_proj = build_input_projections(self.backbone.channels, config.num_levels, C)
-        self.position = build_position_encoding(config.position, C)
+        self.position = build_position_encoding(config.position, C, config.position_size)
         self.level_embed = nn.Parameter(torch.empty(config.num_levels, C))
 
         layer = (C, config.num_levels, config.num_heads, config.num_points)
@@ -128,7 +135,8 @@ class DeformableDETR(nn.Module):
             nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))
         for head in self.box_heads:
             head.reset_last_layer()
-        if not self.config.two_stage:  # from a point: start with boxes of sigmoid(-2) = 0.12
+        # from a point: start with boxes of sigmoid(-2) = 0.12, as the official code; A.4 says 0.1
+        if not self.config.two_stage:
             nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], -2.0)
 
     def forward(self, batch: Batch) -> Output:

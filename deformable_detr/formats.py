@@ -147,7 +147,7 @@ def to_official(model: DeformableDETR) -> State:
     """The official code's state dict, which its strict `load_state_dict` takes.
 
     The tensors are the model's own, not copies. ValueError where the official code has no such
-    model: another backbone than a ResNet, other anchors.
+    model: another backbone than a plain ResNet, other anchors.
     """
     return _to_foreign(model, OFFICIAL)
 
@@ -186,11 +186,12 @@ def _to_foreign(model: DeformableDETR, layout: dict[str, Renaming]) -> State:
     config, ours = model.config, model.state_dict()
     if config.backbone not in RESNETS:
         raise ValueError(f"backbone {config.backbone!r} exists only here: it cannot be exported")
-    if config.two_stage and config.anchor_size != DeformableDETRConfig.anchor_size:
-        raise ValueError(
-            f"anchor_size must be {DeformableDETRConfig.anchor_size} to be exported: elsewhere it "
-            f"is a constant, got {config.anchor_size}"
-        )
+    constants = {"deformable_stages": True, "anchor_size": config.two_stage}
+    constants["position_size"] = config.position == "learned"
+    for name in (name for name, counts in constants.items() if counts):
+        value, only = getattr(config, name), getattr(DeformableDETRConfig, name)
+        if value != only:
+            raise ValueError(f"{name} must be {only} to be exported, as it is there, got {value}")
     return {
         theirs: ours[name] if part is None else ours[name].chunk(3)[part]
         for theirs, (name, part) in foreign_names(ours, config, layout).items()

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,10 +222,14 @@ def _read_pickle(path: Path) -> tuple[State, Mapping]:
     argparse.Namespace, which official files hold, is the one class allowed beyond torch's own.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # what they say of odd files, the error says
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the loader raise anything
-        reason = _first_line(error).split(" In PyTorch 2.6")[0]
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = "it is damaged, or not written by torch.save"
+        if refused:
+            reason = f"it asks to call {refused[1]}, which was not done"
         raise ValueError(f"{path} is not a readable file of weights: {reason}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dict of tensors, got {type(content).__name__}")

@@ -1,6 +1,8 @@
 """Pictures of what a detector finds and of what it looks at (Figs. 5 and 6 of the paper)."""
 
-from collections.abc import Iterator
+import random
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from deformable_detr.attention import MSDeformAttn, Sampling
 from deformable_detr.boxes import cxcywh_to_xyxy
+from deformable_detr.datasets import CocoDataset
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.structures import Batch, Detections
 
@@ -64,7 +67,9 @@ def record_sampling(model: DeformableDETR) -> Iterator[SamplingRecord]:
             handle.remove()
 
 
-def draw_detections(image: Image.Image, detections: Detections, names: list[str]) -> Image.Image:
+def draw_detections(
+    image: Image.Image, detections: Detections, names: Sequence[str] | Mapping[int, str]
+) -> Image.Image:
     """A copy of a picture with boxes, names and scores; small pictures are enlarged.
 
     detections: boxes in pixels of the image. names: of the classes, by label.
@@ -72,21 +77,25 @@ def draw_detections(image: Image.Image, detections: Detections, names: list[str]
     scale = max(1, round(SHORTEST_SIDE / min(image.size)))
     size = (image.width * scale, image.height * scale)
     picture = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(picture)
+    labels = detections.labels.tolist()
+    found = zip(labels, detections.scores.tolist(), strict=True)
+    texts = [f"{names[label]} {score:.2f}" for label, score in found]
+    draw_boxes(picture, (detections.boxes * scale).tolist(), labels, texts)
+    return picture
+
+
+def draw_boxes(
+    picture: Image.Image, boxes: list[list[float]], labels: list[int], texts: list[str]
+) -> None:
+    """Draw boxes, xyxy in pixels, on an RGB picture, each with its text; the first on top."""
+    draw, size = ImageDraw.Draw(picture), picture.size
     font = ImageFont.load_default(size=max(12, min(size) // 30))
     width = max(2, min(size) // 200)
-    found = zip(
-        detections.boxes.tolist(),
-        detections.labels.tolist(),
-        detections.scores.tolist(),
-        strict=True,
-    )
-    for box, label, score in reversed(list(found)):  # the best on top
-        x0, y0, x1, y1 = (value * scale for value in box)
+    for box, label, text in reversed(list(zip(boxes, labels, texts, strict=True))):
+        x0, y0, x1, y1 = box
         x1, y1 = max(x0, x1), max(y0, y1)
         colour = PALETTE[label % len(PALETTE)]
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=width)
-        text = f"{names[label]} {score:.2f}"
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         place_x = min(max(x0, 0), max(0, size[0] - right))
         place_y = y0 - bottom - 2 if y0 - bottom - 2 >= 0 else min(y0, size[1] - bottom - 2)
@@ -95,6 +104,53 @@ def draw_detections(image: Image.Image, detections: Detections, names: list[str]
         )
         dark = sum(Image.new("RGB", (1, 1), colour).getpixel((0, 0))) < 330
         draw.text((place_x, place_y), text, fill="white" if dark else "black", font=font)
+
+
+def picture_sheet(
+    dataset: CocoDataset, count: int = 24, seed: int = 0, columns: int = 4, side: int = 384
+) -> Image.Image:
+    """Random images of a data set with their boxes and names, side by side: the first thing to do
+    with new data is to look at it.
+
+    Each image fills a square of `side` pixels, its file's name above it; one that cannot be read
+    says why. Crowds are marked as such. ValueError where the data set has no image.
+    """
+    if min(count, columns, side) < 1 or not len(dataset):
+        raise ValueError(
+            f"a sheet needs at least one image, column and pixel, got {min(count, len(dataset))} "
+            f"images, {columns} columns and {side} pixels"
+        )
+    chosen = sorted(random.Random(seed).sample(dataset.image_ids, min(count, len(dataset))))
+    columns, line = min(columns, len(chosen)), 20  # pixels of the file's name
+    rows = -(-len(chosen) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * (side + line)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for i, image_id in enumerate(chosen):
+        x, y = i % columns * side, i // columns * (side + line)
+        try:
+            sheet.paste(_annotated(dataset, image_id, side - 4), (x, y + line))
+        except (FileNotFoundError, ValueError) as error:
+            draw.text((x + 4, y + line), textwrap.fill(str(error), side // 8), "black", font)
+        name = f"{dataset.coco.imgs[image_id]['file_name']} (id {image_id})"
+        draw.text((x + 4, y + 2), name[-side // 7 :], "black", font)
+    return sheet
+
+
+def _annotated(dataset: CocoDataset, image_id: int, side: int) -> Image.Image:
+    """An image of a data set with its annotations, its longer side of that many pixels."""
+    image = dataset.load_image(image_id)
+    scale = side / max(image.size)
+    size = [max(1, round(n * scale)) for n in image.size]
+    picture = image.resize(size, Image.Resampling.BILINEAR)
+    boxes, labels, texts = [], [], []
+    for annotation in dataset.coco.imgToAnns[image_id]:
+        x, y, width, height = (n * scale for n in annotation["bbox"])
+        label = dataset.label_of[annotation["category_id"]]
+        crowd = " (crowd)" if annotation["iscrowd"] else ""
+        boxes.append([x, y, x + width, y + height])
+        labels.append(label)
+        texts.append(f"{dataset.categories[label]['name']}{crowd}")
+    draw_boxes(picture, boxes, labels, texts)
     return picture
 
 

@@ -105,8 +105,8 @@ def run(function: Callable, inputs: list[Tensor], grad_output: Tensor) -> list[T
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
 
 
-def check(case: Case) -> None:
-    """Every backend against `reference` in float64; AssertionError naming the case and the tensor.
+def check(case: Case, backends: tuple[str, ...] = ("cpu", "gather"), device: str = "cpu") -> None:
+    """Backends against `reference` in float64; AssertionError naming the case and the tensor.
 
     Allowed: 32 roundings of the result's dtype, in units of the largest number expected.
     """
@@ -116,13 +116,15 @@ def check(case: Case) -> None:
         [x.double() for x in inputs],
         grad_output.double(),
     )
+    inputs, grad_output = [x.to(device) for x in inputs], grad_output.to(device)
     before, small = torch.get_num_threads(), cpu.SMALL
     torch.set_num_threads(case.threads)
     cpu.SMALL = 0  # so that small cases run in several threads, too
     try:
-        for name in ("cpu", "gather"):
+        for name in backends:
             function = lambda v, p, w, name=name: ms_deform_attn(v, case.shapes, p, w, name)  # noqa: E731
-            _compare(name, case, run(function, inputs, grad_output), exact, edge)
+            given = [x.cpu() for x in run(function, inputs, grad_output)]
+            _compare(name, case, given, exact, edge)
     finally:
         cpu.SMALL = small
         torch.set_num_threads(before)

@@ -40,12 +40,10 @@ def test_the_papers_173_gflops():
     assert cost.seconds is None and cost.peak_memory is None and cost.device == "meta"
 
 
-def test_the_single_scale_models_come_near_what_was_published():
-    """78 and, with DC5, 128: at the size that gives 173 we count 1.6 and 1.8 % more."""
-    plain, _ = count(without_data(num_levels=1).eval(), PAPER_SIZE)
-    dilated, _ = count(without_data(num_levels=1, dilation=True).eval(), PAPER_SIZE)
-    assert plain / 1e9 == pytest.approx(78, rel=0.02)
-    assert dilated / 1e9 == pytest.approx(128, rel=0.02)
+def test_single_scale_dc5_comes_near_what_was_published():
+    """128: at the size that gives 173 for the base model we count 1.8 % more."""
+    total, _ = count(without_data(num_levels=1, dilation=True).eval(), PAPER_SIZE)
+    assert total / 1e9 == pytest.approx(128, rel=0.02)
 
 
 class Toy(nn.Module):
@@ -69,18 +67,19 @@ def test_a_multiply_add_counts_as_one():
 
 
 def test_peak_memory_has_parameters_images_and_the_largest_step():
-    class Doubles(nn.Module):
+    class Steps(nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(1000))
 
         def forward(self, batch):
-            return (batch.images + self.weight[0]).sum()
+            x = batch.images + self.weight[0]  # one more of the images' size
+            x = x.view(-1) * 2  # two of them, until the first goes
+            return (x + 1)[:10].clone()  # again two, and ten numbers
 
-    cost = complexity(Doubles(), (50, 40), repeats=1)
-    images = 3 * 50 * 40 * 4
-    least = 1000 * 4 + images + 50 * 40 + images  # weights, images, mask, the sum
-    assert least <= cost.peak_memory < least + 1000
+    cost = complexity(Steps(), (50, 40), repeats=1)
+    image = 3 * 50 * 40 * 4
+    assert cost.peak_memory == 1000 * 4 + image + 50 * 40 + 2 * image + 10 * 4  # 50 * 40: the mask
 
 
 def test_the_operator_costs_five_per_sample_and_channel_on_every_path(monkeypatch):

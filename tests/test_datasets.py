@@ -112,7 +112,7 @@ def test_a_box_of_negative_size_is_fatal(coco):
     edit(coco, lambda c: c["annotations"][2].update(bbox=[9, 9, -3, 5]))
     (fault,) = check_dataset(*find_split(coco, "train"))
     assert (fault.kind, fault.fatal, fault.annotation_id) == ("empty box", True, 1002)
-    assert "as if its corners were swapped: x, y, w, h = [9, 9, -3, 5]" in str(fault)
+    assert "of no size: x, y, w, h = [9, 9, -3, 5]; are its corners swapped?" in str(fault)
 
 
 def test_only_nearly_the_same_box_of_the_same_category_is_a_duplicate(coco):

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from deformable_detr import MSDeformAttn, backends, ms_deform_attn, ops
 from deformable_detr.backend import cpu, reference
@@ -65,10 +66,11 @@ def test_against_loops(backend, name):
     torch.testing.assert_close(given.double(), expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("D", [1, 4])
+@pytest.mark.parametrize("D", [1, 3])
 def test_gradients_against_differences(backend, D):
-    inputs = [x.requires_grad_() for x in make_inputs(B=1, Q=2, M=2, D=D, K=2)]
-    function = lambda v, p, w: ms_deform_attn(v, SHAPES, p, w, backend)  # noqa: E731
+    shapes = [(3, 4), (1, 2)]
+    inputs = [x.requires_grad_() for x in make_inputs(B=1, Q=2, M=2, D=D, K=2, shapes=shapes)]
+    function = lambda v, p, w: ms_deform_attn(v, shapes, p, w, backend)  # noqa: E731
     assert torch.autograd.gradcheck(function, inputs)
 
 
@@ -189,6 +191,7 @@ def test_module_under_autocast(backend, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_opcheck(dtype):
     value, locations, weights = make_inputs(D=4, dtype=torch.float64)
@@ -203,23 +206,27 @@ def test_opcheck(dtype):
     )
 
 
+@pytest.mark.parametrize(
+    "backend", [pytest.param("cpu", marks=needs_compiler), "reference"], indirect=True
+)
 def test_compiles_whole_for_changing_shapes(backend):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    """One graph, with B, Q and the levels' sizes as symbols."""
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
     def compiled(value, shapes, locations, weights):
         return ms_deform_attn(value * 2, shapes, locations, weights, backend).square()
 
-    for B, Q, shapes in ((2, 3, SHAPES), (3, 5, [(4, 3), (6, 2), (5, 8)]), (4, 7, SHAPES)):
-        inputs = make_inputs(B=B, Q=Q, D=4, shapes=shapes, dtype=torch.float32)
+    for B, Q, shapes in ((2, 3, [(5, 7), (3, 4)]), (3, 5, [(4, 3), (6, 2)])):
+        inputs = make_inputs(B=B, Q=Q, D=4, K=2, shapes=shapes, dtype=torch.float32)
         leaves = [x.requires_grad_() for x in inputs]
         output = compiled(leaves[0], shapes, *leaves[1:])
         expected = ms_deform_attn(leaves[0] * 2, shapes, *leaves[1:], backend).square()
         torch.testing.assert_close(output, expected)
         gradients = [torch.autograd.grad(x.sum(), leaves) for x in (output, expected)]
         torch.testing.assert_close(*gradients)
-    assert counter.frame_count <= 2
+    assert counter.frame_count == 1
 
 
 @needs_compiler
