@@ -617,7 +617,8 @@ try:
     assert set(right.sums) == {right.expected}
     print("atomic:", set(right.sums), "each, no report")
     print("plain: ", sorted(set(wrong.sums)), "and this report:\n")
-    print(wrong.report.split("\n\n  Location")[0])
+    accesses = wrong.report.split("\n\n  Location")[0]
+    print(re.sub(r" at 0x\w+| \(pid=\d+\)", "", accesses))
 except threads.NoSanitizerError as error:  # a compiler without it
     print("not on this machine:", str(error)[:60])
 

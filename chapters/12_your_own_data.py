@@ -55,7 +55,7 @@ from deformable_detr.transforms import digits_eval_transform, digits_train_trans
 
 plt.style.use("book.mplstyle")
 torch.manual_seed(0)
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 # %% [markdown]
 # ## 12.1 Boxes in COCO's format

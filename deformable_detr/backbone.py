@@ -30,7 +30,8 @@ class ResNetBackbone(nn.Module):
         super().__init__()
         resnet = torchvision.models.get_model(
             name,
-            weights="DEFAULT" if pretrained else None,
+            # those that detectors are published with; torchvision's later ones score higher
+            weights="IMAGENET1K_V1" if pretrained else None,
             norm_layer=FrozenBatchNorm2d,
             replace_stride_with_dilation=[False, False, dilation],
         )

@@ -1,283 +1,312 @@
-"""The command line: deformable-detr train | evaluate | predict | check."""
+"""The command line: what people may type; `commands` does it."""
 
 import argparse
-import dataclasses
-import json
+import os
 import sys
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from tqdm import tqdm
 
-from deformable_detr import train as training
-from deformable_detr.checkpoint import load_model
-from deformable_detr.datasets import CocoDataset, check_dataset, find_split, open_image
-from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
-from deformable_detr.evaluate import evaluate
-from deformable_detr.postprocess import postprocess
-from deformable_detr.structures import Batch
-from deformable_detr.transforms import (
-    coco_eval_transform,
-    coco_train_transform,
-    digits_eval_transform,
-    digits_train_transform,
-)
-from deformable_detr.visualize import draw_detections
+from deformable_detr import commands
+from deformable_detr.recipes import NAMES, PRECISIONS
+from deformable_detr.train import NonFiniteLossError
+from deformable_detr.tta import MERGES
 
 SHIPPED = Path(__file__).parents[1] / "data" / "checkpoints" / "digits.safetensors"
-SMALL_MODEL = dict(
-    backbone="small",
-    num_levels=3,
-    embed_dim=64,
-    num_heads=4,
-    encoder_layers=2,
-    decoder_layers=2,
-    ffn_dim=256,
-    dropout=0.0,
-    num_queries=30,
-)
-TRANSFORMS = {
-    "paper": (coco_train_transform, coco_eval_transform),
-    "digits": (digits_train_transform, digits_eval_transform),
-}
 DATA_HELP = """\
 DATA is a folder in COCO format: images in DATA/train and boxes in DATA/annotations/train.json,
 likewise val and test; or as COCO itself comes, DATA/train2017 and
 DATA/annotations/instances_train2017.json."""
+WEIGHTS_HELP = """\
+WEIGHTS is a file that train wrote (best.safetensors), an official file (.pth), a folder that
+Hugging Face's save_pretrained wrote, or a name on its hub (SenseTime/deformable-detr)."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = argparse.ArgumentParser(
-        prog="deformable-detr", description="Train, evaluate and use Deformable DETR."
+        prog="deformable-detr",
+        description="Train, evaluate and use Deformable DETR, a detector of objects in images.",
+        epilog="With new data: check, sheet, doctor, train, evaluate, predict, in this order.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands_of = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: object, text: str, example: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
+    def add(name: str, run: Callable, text: str, example: str, *notes: str) -> object:
+        command = commands_of.add_parser(
             name,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
-            epilog=f"{DATA_HELP}\n\nexample:\n  {example}",
+            epilog="\n\n".join([*notes, f"example:\n  deformable-detr {name} {example}"]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
         return command
 
-    command = add(
-        "train",
-        run_train,
-        "train a detector, or continue a training that was stopped",
-        "deformable-detr train data/digits --output runs/first --recipe digits",
-    )
-    command.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
-    command.add_argument("--output", type=Path, required=True, help="folder of this run")
-    command.add_argument(
-        "--recipe",
-        choices=sorted(training.RECIPES),
-        default="paper",
-        help="paper: the published model and schedule, for COCO; digits: a small model for small "
-        "images (default: %(default)s)",
-    )
-    command.add_argument("--epochs", type=int, help="instead of the recipe's")
-    command.add_argument("--batch-size", type=int, help="images per step and process")
-    command.add_argument("--lr", type=float, help="learning rate; the backbone's keeps its ratio")
-    command.add_argument("--workers", type=int, help="processes that load images")
-    command.add_argument("--seed", type=int, help="of weights, data order and augmentation")
-    command.add_argument("--backbone", help="small, or a torchvision ResNet such as resnet50")
-    command.add_argument(
-        "--backbone-weights", type=Path, help="safetensors file with the backbone's weights"
-    )
-    command.add_argument("--levels", type=int, help="feature levels; 1 is single-scale")
-    command.add_argument("--queries", type=int, help="detections that an image can have")
-    command.add_argument("--refine", action="store_true", help="iterative box refinement")
-    command.add_argument("--two-stage", action="store_true", help="two-stage; implies --refine")
-    command.add_argument(
-        "--fresh", action="store_true", help="start anew where --output holds a checkpoint"
-    )
-
-    command = add(
-        "evaluate",
-        run_evaluate,
-        "compute COCO metrics of a detector",
-        "deformable-detr evaluate data/digits --split test",
-    )
-    command.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
-    add_model_option(command)
-    command.add_argument("--split", default="val", help="default: %(default)s")
-    command.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
-    command.add_argument("--json", type=Path, help="also write the metrics to this file")
-
-    command = add(
-        "predict",
-        run_predict,
-        "detect objects in images and save pictures of them",
-        "deformable-detr predict data/samples/000001.png --output found/",
-    )
-    command.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
-    add_model_option(command)
-    command.add_argument(
-        "--threshold", type=float, default=0.3, help="least score shown (default: %(default)s)"
-    )
-    command.add_argument(
-        "--output", type=Path, default=Path("found"), help="folder of the pictures"
-    )
-
-    command = add(
-        "check",
-        run_check,
-        "list every fault of a data set by annotation id",
-        "deformable-detr check data/digits",
-    )
-    command.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
-    command.add_argument("--split", nargs="+", help="default: those of train, val, test it has")
+    for add_command in (
+        add_check,
+        add_sheet,
+        add_doctor,
+        add_train,
+        add_evaluate,
+        add_predict,
+        add_info,
+    ):
+        add_command(add)
     return parser
 
 
-def add_model_option(command: argparse.ArgumentParser) -> None:
+def add_check(add: Callable) -> None:
+    """deformable-detr check"""
+    command = add(
+        "check",
+        commands.check,
+        "list every fault of a data set, by annotation, and count its objects",
+        "data/digits",
+        DATA_HELP,
+        "Exit code 1 if a fault is fatal, that is, would stop or spoil a training.",
+    )
+    command.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
+    command.add_argument("--split", nargs="+", help="default: those of train, val, test it has")
+
+
+def add_sheet(add: Callable) -> None:
+    """deformable-detr sheet"""
+    command = add(
+        "sheet",
+        commands.sheet,
+        "draw random images with their boxes and names on one sheet, to look at",
+        "data/digits --output sheet.png",
+        DATA_HELP,
+    )
+    add_data(command, "train")
+    command.add_argument(
+        "--output", type=Path, default=Path("sheet.png"), help="the picture (default: %(default)s)"
+    )
+    command.add_argument("--count", type=int, default=24, help="images (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="another one draws other images")
+
+
+def add_doctor(add: Callable) -> None:
+    """deformable-detr doctor"""
+    command = add(
+        "doctor",
+        commands.doctor,
+        "test data and model in a minute or two before hours are spent, by learning one batch by "
+        "heart",
+        "data/digits --recipe digits",
+        DATA_HELP,
+        WEIGHTS_HELP,
+        "Exit code 1 if a fault is fatal.",
+    )
+    add_data(command, "train")
+    add_model_options(command)
+    command.add_argument("--steps", type=int, default=150, help="at most (default: %(default)s)")
+    add_device(command)
+
+
+def add_train(add: Callable) -> None:
+    """deformable-detr train"""
+    command = add(
+        "train",
+        commands.train,
+        "train a detector, or continue a training that was stopped",
+        "data/digits --output runs/first --recipe digits",
+        DATA_HELP,
+        WEIGHTS_HELP,
+        "On several GPUs or machines: accelerate launch -m deformable_detr.cli train ...",
+    )
+    command.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
+    command.add_argument(
+        "--output", type=Path, required=True, help="folder of this run: model, log, checkpoint"
+    )
+    add_model_options(command)
+    command.add_argument(
+        "--fresh", action="store_true", help="start anew where --output holds a checkpoint"
+    )
+    options = command.add_argument_group("instead of the recipe's")
+    options.add_argument("--epochs", type=int, help="times that all images are seen")
+    options.add_argument("--batch-size", type=int, help="images that one process holds at once")
+    options.add_argument(
+        "--accumulate", type=int, help="batches to a step, where memory is short of large ones"
+    )
+    options.add_argument("--lr", type=float, help="learning rate; the backbone's keeps its ratio")
+    options.add_argument("--patience", type=int, help="evaluations without a better AP, then stop")
+    options.add_argument("--workers", type=int, help="processes that load images")
+    options.add_argument("--seed", type=int, help="of weights, data order and augmentation")
+    options.add_argument(
+        "--mixed-precision", choices=PRECISIONS, help="bf16 or fp16: faster and smaller on a GPU"
+    )
+    options.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute layers twice instead of keeping them: less memory, more time",
+    )
+
+
+def add_evaluate(add: Callable) -> None:
+    """deformable-detr evaluate"""
+    command = add(
+        "evaluate",
+        commands.evaluate,
+        "compute COCO metrics of a detector, and say what it gets wrong",
+        "data/digits --split val --report report.html",
+        DATA_HELP,
+        WEIGHTS_HELP,
+    )
+    add_data(command, "val")
+    add_model(command)
+    command.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file")
+    command.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a page with curves and pictures (HTML)"
+    )
+    threshold = command.add_mutually_exclusive_group()
+    threshold.add_argument(
+        "--threshold", type=float, help="score from which errors are counted (default: the model's)"
+    )
+    threshold.add_argument(
+        "--keep-threshold",
+        action="store_true",
+        help="find the threshold with the best F1 on this split, and store it in the model's file",
+    )
+    add_views(command)
+    add_device(command)
+
+
+def add_predict(add: Callable) -> None:
+    """deformable-detr predict"""
+    command = add(
+        "predict",
+        commands.predict,
+        "detect objects in images, and save pictures of them",
+        "data/samples/000001.png --pictures found/ --json found.json",
+        WEIGHTS_HELP,
+    )
+    command.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them"
+    )
+    add_model(command)
+    command.add_argument(
+        "--threshold",
+        type=float,
+        help="least score shown, from 0 to 1 (default: the model's own, which evaluate "
+        "--keep-threshold and train store, or 0.5)",
+    )
+    command.add_argument(
+        "--pictures",
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="save pictures here (default: found, unless there is --json)",
+    )
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help="write what is found as COCO results"
+    )
+    command.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+    add_views(command)
+    add_device(command)
+
+
+def add_info(add: Callable) -> None:
+    """deformable-detr info"""
+    command = add(
+        "info",
+        commands.info,
+        "show what a model is and costs: classes, parameters, FLOPs, seconds, memory",
+        "--size 128 128",
+        WEIGHTS_HELP,
+    )
+    add_model(command)
+    command.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(800, 1066),
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the image, in pixels (default: 800 1066)",
+    )
+    command.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
+    command.add_argument(
+        "--repeats", type=int, default=5, help="timed runs; 0 counts only (default: %(default)s)"
+    )
+    add_device(command)
+
+
+def add_data(command: argparse.ArgumentParser, split: str) -> None:
+    """DATA and --split."""
+    command.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
+    command.add_argument("--split", default=split, help="default: %(default)s")
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
     """--model, for the commands that use a trained detector."""
     command.add_argument(
         "--model",
-        type=Path,
-        default=SHIPPED,
-        help="safetensors file that train wrote (default: the repository's detector of digits)",
+        default=str(SHIPPED),
+        metavar="WEIGHTS",
+        help="the trained detector (default: the repository's detector of digits)",
     )
 
 
-def run_train(args: argparse.Namespace) -> int:
-    """deformable-detr train"""
-    faults = []
-    has_val = has_split(args.data, "val")
-    for split in ("train", "val") if has_val else ("train",):
-        found = check_dataset(*find_split(args.data, split))
-        faults += [(split, fault) for fault in found if fault.fatal]
-    if faults:
-        for split, fault in faults[:20]:
-            print(f"{split}: {fault}", file=sys.stderr)
-        raise ValueError(
-            f"{len(faults)} fatal faults in the data; "
-            f"all of them: deformable-detr check {args.data}"
-        )
-    train_transform, eval_transform = TRANSFORMS[args.recipe]
-    train_set = CocoDataset(*find_split(args.data, "train"), train_transform())
-    val_set = CocoDataset(*find_split(args.data, "val"), eval_transform()) if has_val else None
-    recipe = choose_recipe(args)
-    torch.manual_seed(recipe.seed)
-    model = DeformableDETR(choose_model(args, len(train_set.categories)))
-    if args.backbone_weights:
-        load_backbone(model, args.backbone_weights)
-    metrics = training.train(model, train_set, val_set, args.output, recipe, resume=not args.fresh)
-    if metrics:
-        print(metrics)
-    print(f"model: {args.output / ('best' if metrics else 'last')}.safetensors")
-    return 0
-
-
-def choose_recipe(args: argparse.Namespace) -> training.TrainConfig:
-    """The recipe with what the command line changes in it."""
-    recipe = training.RECIPES[args.recipe]
-    given = {
-        "epochs": args.epochs,
-        "batch_size": args.batch_size,
-        "lr": args.lr,
-        "num_workers": args.workers,
-        "seed": args.seed,
-        "backbone_lr": args.lr and args.lr * recipe.backbone_lr / recipe.lr,
-    }
-    return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
-
-
-def choose_model(args: argparse.Namespace, num_classes: int) -> DeformableDETRConfig:
-    """The recipe's model with what the command line changes in it."""
-    base = SMALL_MODEL if args.recipe == "digits" else {}
-    given = {"backbone": args.backbone, "num_levels": args.levels, "num_queries": args.queries}
-    config = DeformableDETRConfig(
-        num_classes=num_classes,
-        refine=args.refine or args.two_stage or args.recipe == "digits",
-        two_stage=args.two_stage or args.recipe == "digits",
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    """The recipe, and what changes the model that it makes."""
+    command.add_argument(
+        "--recipe",
+        default="paper",
+        help=f"one of {', '.join(NAMES)}, or a .toml file of your own. paper: the published model "
+        "and schedule, for COCO; modern: its best variant with a gentler schedule; small-data: "
+        "from COCO's weights to few images of your own; digits: a small model for small images "
+        "(default: %(default)s)",
     )
-    return dataclasses.replace(config, **base | {k: v for k, v in given.items() if v is not None})
+    command.add_argument(
+        "--init",
+        metavar="WEIGHTS",
+        help="start from these, which decide the model; none: start from nothing (default: the "
+        "recipe's)",
+    )
+    model = command.add_argument_group("the model, where no weights decide it")
+    model.add_argument("--backbone", help="small, or a torchvision ResNet such as resnet50")
+    model.add_argument(
+        "--backbone-weights",
+        metavar="FILE",
+        help="safetensors file with the backbone's weights; imagenet: torchvision's, downloaded "
+        "(default for a ResNet); none: a backbone that has learned nothing",
+    )
+    model.add_argument(
+        "--deformable-stages",
+        type=int,
+        help="last stages of the ResNet, to 3, that get deformable convolutions",
+    )
+    model.add_argument("--levels", type=int, help="feature levels; 1 is single-scale")
+    model.add_argument("--queries", type=int, help="detections that an image can have")
+    model.add_argument("--refine", action="store_true", help="iterative box refinement")
+    model.add_argument("--two-stage", action="store_true", help="two-stage; implies --refine")
 
 
-def load_backbone(model: DeformableDETR, path: Path) -> None:
-    """Strictly, from a safetensors file."""
-    try:
-        model.backbone.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not fit the backbone: {reason}") from None
+def add_views(command: argparse.ArgumentParser) -> None:
+    """Test-time augmentation."""
+    views = command.add_argument_group("test-time augmentation: slower, and often better")
+    views.add_argument(
+        "--tta",
+        action="store_true",
+        help="look at each image in several sizes, and mirrored if the training did so",
+    )
+    views.add_argument(
+        "--tta-scales", type=float, nargs="+", default=(0.8, 1.0, 1.25), help="default: 0.8 1 1.25"
+    )
+    views.add_argument(
+        "--merge",
+        choices=sorted(MERGES),
+        default="fusion",
+        help="of what the views show: weighted boxes fusion or non-maximum suppression "
+        "(default: %(default)s)",
+    )
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
-    """deformable-detr evaluate"""
-    model, _ = load_model(args.model)
-    dataset = CocoDataset(*find_split(args.data, args.split), eval_transform_of(model))
-    metrics = evaluate(model, dataset, args.batch_size)
-    print(metrics)
-    if args.json:
-        args.json.write_text(json.dumps(metrics.to_dict(), indent=1) + "\n")
-    return 0
-
-
-def eval_transform_of(model: DeformableDETR) -> object:
-    """Small models see images as they are, the others at COCO's size."""
-    recipe = "digits" if model.config.backbone == "small" else "paper"
-    return TRANSFORMS[recipe][1]()
-
-
-@torch.no_grad()
-def run_predict(args: argparse.Namespace) -> int:
-    """deformable-detr predict"""
-    if not 0 <= args.threshold <= 1:
-        raise ValueError(f"--threshold must be in [0, 1], got {args.threshold}")
-    (stem, count), *_ = Counter(path.stem for path in args.images).most_common(1)
-    if count > 1:
-        raise ValueError(f"{count} images would be saved as {stem}.png; give them in separate runs")
-    model, categories = load_model(args.model)
-    names = [category["name"] for category in categories]
-    transform = eval_transform_of(model)
-    args.output.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(args.images, unit="image", disable=len(args.images) < 5):
-        image = open_image(path)
-        batch = Batch.from_images([transform(image)])
-        (found,) = postprocess(
-            model(batch), [(image.height, image.width)], threshold=args.threshold
-        )
-        saved = args.output / f"{path.stem}.png"
-        draw_detections(image, found, names).save(saved)
-        tqdm.write(f"{path}: {len(found)} found, picture in {saved}")
-        rows = zip(found.scores.tolist(), found.labels.tolist(), found.boxes.tolist(), strict=True)
-        for value, label, box in rows:
-            corners = "  ".join(f"{name} {x:6.1f}" for name, x in zip("xyxy", box, strict=True))
-            tqdm.write(f"  {names[label]:12} {value:.2f}  {corners}")
-    return 0
-
-
-def run_check(args: argparse.Namespace) -> int:
-    """deformable-detr check"""
-    splits = args.split or [s for s in ("train", "val", "test") if has_split(args.data, s)]
-    if not splits:
-        find_split(args.data, "train")  # says what was expected
-    fatal = 0
-    for split in splits:
-        faults = check_dataset(*find_split(args.data, split))
-        for fault in faults:
-            print(f"{split}: {fault}")
-        fatal += sum(fault.fatal for fault in faults)
-        print(f"{split}: {len(faults)} faults, {sum(f.fatal for f in faults)} of them fatal")
-    return 1 if fatal else 0
-
-
-def has_split(data: Path, split: str) -> bool:
-    """Whether a data set has annotations for a split."""
-    try:
-        find_split(data, split)
-    except FileNotFoundError:
-        return False
-    return True
+def add_device(command: argparse.ArgumentParser) -> None:
+    """--device."""
+    command.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -285,7 +314,13 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError, training.NonFiniteLossError) as error:
+    except BrokenPipeError:  # `deformable-detr check DATA | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:

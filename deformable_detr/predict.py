@@ -48,6 +48,27 @@ class Prediction:
     path: Path | None = None
     picture: Image.Image | None = field(default=None, repr=False)  # where there is no file
 
+    @classmethod
+    def of(
+        cls,
+        found: Detections,
+        categories: list[dict],
+        image: Image.Image,
+        path: Path | None = None,
+    ) -> "Prediction":
+        """Detections in an image with the names of their classes; all else as above."""
+        classes = [categories[label] for label in found.labels.tolist()]
+        return cls(
+            found.boxes,
+            found.scores,
+            found.labels,
+            [category["name"] for category in classes],
+            [category["id"] for category in classes],
+            (image.height, image.width),
+            path,
+            None if path else image,
+        )
+
     def __len__(self) -> int:
         return len(self.scores)
 
@@ -262,9 +283,11 @@ def predict_each(
     readable = _read_all(sources, [] if skipped is None else skipped)
     with tqdm(total=len(sources), unit="image", disable=not progress, leave=False) as bar:
         while batch := list(islice(readable, batch_size)):
-            all_found = detect(detector.model, [i for _, i in batch], views, merge, top_k)
+            all_found = detect(
+                detector.model, [i for _, i in batch], views, merge, top_k, threshold
+            )
             for (path, image), found in zip(batch, all_found, strict=True):
-                yield _prediction(detector, found, threshold, path, image)
+                yield Prediction.of(found, detector.categories, image, path)
             bar.update(len(batch))
 
 
@@ -275,8 +298,10 @@ def detect(
     views: list[View],
     merge: str = "fusion",
     top_k: int = 100,
+    threshold: float = 0.0,
 ) -> list[Detections]:
-    """The top_k best detections of each RGB picture, in its pixels and on the CPU."""
+    """The top_k best detections of each RGB picture with scores from the threshold on, in its
+    pixels and on the CPU."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -287,10 +312,14 @@ def detect(
         found = [_on_cpu(each) for each in postprocess(model(batch), sizes, top_k)]
         seen.append([view.back(f, i.width) for f, i in zip(found, images, strict=True)])
     model.train(was_training)
-    if len(views) == 1:
-        return seen[0]
-    merged = [MERGES[merge](list(of_image)) for of_image in zip(*seen, strict=True)]
-    return [Detections(*(x[:top_k] for x in vars(found).values())) for found in merged]
+    merged = seen[0]
+    if len(views) > 1:
+        merged = [MERGES[merge](list(of_image)) for of_image in zip(*seen, strict=True)]
+    counts = [min(top_k, int((found.scores >= threshold).sum())) for found in merged]
+    return [
+        Detections(*(x[:count] for x in vars(found).values()))
+        for found, count in zip(merged, counts, strict=True)
+    ]
 
 
 def _read_all(
@@ -306,28 +335,6 @@ def _read_all(
             skipped.append(str(error))
             continue
         yield source if isinstance(source, Path) else None, image
-
-
-def _prediction(
-    detector: Detector,
-    found: Detections,
-    threshold: float,
-    path: Path | None,
-    image: Image.Image,
-) -> Prediction:
-    keep = found.scores >= threshold
-    labels = found.labels[keep]
-    classes = [detector.categories[label] for label in labels.tolist()]
-    return Prediction(
-        found.boxes[keep],
-        found.scores[keep],
-        labels,
-        [category["name"] for category in classes],
-        [category["id"] for category in classes],
-        (image.height, image.width),
-        path,
-        None if path else image,
-    )
 
 
 def _as_detector(

@@ -30,7 +30,7 @@ except RuntimeError as error:  # the bindings without the library
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "cuda_build.json"
 DTYPES = tuple(cuda.NAMES)
-WIDTHS = (1, 7, 32, 33, 64, 256)  # D: one vector to a head and many, a tail, no vector at all
+WIDTHS = (7, 32, 64)  # D: a channel at a time with a lane to spare, and two of the field's
 POINTS = 16
 FTZ = "-ftz=true"  # CuPy adds it
 
@@ -104,7 +104,7 @@ def test_every_architecture_builds_without_spills(arch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("arch", [min(KNOWN), 90])
 def test_every_dtype_and_mode_builds_without_spills(arch, dtype):
-    for D, deterministic in ((7, False), (64, True), (256, False)):
+    for D, deterministic in ((1, False), (33, True), (256, False)):
         check(cuda.specialise(dtype, D, POINTS, False, deterministic, arch), arch)
 
 

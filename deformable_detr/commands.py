@@ -1,0 +1,377 @@
+"""What the commands of `cli` do. Each takes the parsed arguments and returns an exit code."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from deformable_detr import doctor as diagnosing
+from deformable_detr import train as training
+from deformable_detr.checkpoint import write_atomically
+from deformable_detr.complexity import complexity
+from deformable_detr.datasets import (
+    CocoDataset,
+    check_dataset,
+    check_splits,
+    find_split,
+    label_histogram,
+    read_annotations,
+)
+from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
+from deformable_detr.images import find_images
+from deformable_detr.predict import (
+    Detector,
+    Prediction,
+    detect,
+    load_detector,
+    predict_each,
+    update_card,
+)
+from deformable_detr.pretrained import load_pretrained
+from deformable_detr.recipes import TRANSFORMS, Recipe, load_recipe
+from deformable_detr.report import Report, analyse, analyse_results
+from deformable_detr.tta import View, make_views
+from deformable_detr.visualize import picture_sheet
+
+MODEL_OPTIONS = {  # of the command line: of the config
+    "backbone": "backbone",
+    "levels": "num_levels",
+    "deformable_stages": "deformable_stages",
+    "refine": "refine",
+    "two_stage": "two_stage",
+}
+TRAIN_OPTIONS = {  # of the command line: of the recipe
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "accumulate": "accumulate",
+    "lr": "lr",
+    "patience": "patience",
+    "workers": "num_workers",
+    "seed": "seed",
+    "mixed_precision": "mixed_precision",
+    "gradient_checkpointing": "gradient_checkpointing",
+}
+
+
+def check(args: argparse.Namespace) -> int:
+    """Print all faults of a data set and the number of boxes of each category."""
+    splits = args.split or [s for s in ("train", "val", "test") if has_split(args.data, s)]
+    if not splits:
+        find_split(args.data, "train")  # says what was expected
+    places = {split: find_split(args.data, split) for split in splits}
+    fatal = 0
+    for split, place in places.items():
+        faults = check_dataset(*place)
+        for fault in faults:
+            print(f"{split}: {fault}")
+        fatal += sum(fault.fatal for fault in faults)
+        print(f"{split}: {len(faults)} faults, {sum(f.fatal for f in faults)} of them fatal")
+        counts = label_histogram(read_annotations(place[1]))
+        print(f"{split}: boxes: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    for fault in check_splits(places):
+        print(fault)
+    return 1 if fatal else 0
+
+
+def sheet(args: argparse.Namespace) -> int:
+    """Save a sheet of annotated images."""
+    dataset = CocoDataset(*find_split(args.data, args.split))
+    picture = picture_sheet(dataset, args.count, args.seed)
+    kinds = (".png", ".jpg", ".jpeg", ".webp")
+    if args.output.suffix.lower() not in kinds:
+        raise ValueError(f"--output must end in one of {', '.join(kinds)}, got {args.output}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(args.output)
+    print(
+        f"{min(args.count, len(dataset))} of {len(dataset)} images of {args.split}: {args.output}"
+    )
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Print a diagnosis of data and model."""
+    recipe = load_recipe(args.recipe)
+    dataset = CocoDataset(*find_split(args.data, args.split), recipe.train_transform())
+    model = new_model(args, recipe, dataset).to(choose_device(args.device))
+    diagnosis = diagnosing.doctor(model, dataset, args.steps)
+    print(diagnosis.table())
+    return 0 if diagnosis.healthy else 1
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train, then store the best threshold on val with the models."""
+    has_val = has_split(args.data, "val")
+    refuse_faults(args.data, ("train", "val") if has_val else ("train",))
+    recipe = load_recipe(args.recipe)
+    train_set = CocoDataset(*find_split(args.data, "train"), recipe.train_transform())
+    val_set = None
+    if has_val:
+        val_set = CocoDataset(*find_split(args.data, "val"), recipe.eval_transform())
+        same_categories(train_set, val_set)
+    config = train_config(args, recipe)
+    torch.manual_seed(config.seed)
+    model = new_model(args, recipe, train_set)
+    metrics = training.train(model, train_set, val_set, args.output, config, not args.fresh)
+    if PartialState().is_main_process:
+        if metrics:
+            print(metrics)
+        finish(args.output, recipe.transforms, val_set)
+    return 0
+
+
+def finish(run: Path, transforms: str, val_set: CocoDataset | None) -> None:
+    """Store with the models of a run how they see images, and the best threshold on val."""
+    for path in (run / "last.safetensors", run / "best.safetensors"):
+        if not path.exists():
+            continue
+        update_card(path, transforms=transforms)
+        text = "no val split to choose a threshold on"
+        if val_set:
+            detector = load_detector(path)
+            found = analyse(detector.model.to(choose_device(None)), val_set, threshold=None)
+            update_card(path, threshold=found.threshold)
+            text = f"best threshold on val {found.threshold:.3f}"
+        print(f"model: {path}, {text}")
+
+
+def refuse_faults(data: Path, splits: tuple[str, ...]) -> None:
+    """Print the fatal faults of these splits, and raise ValueError if there are any."""
+    faults = [
+        f"{split}: {fault}"
+        for split in splits
+        for fault in check_dataset(*find_split(data, split))
+        if fault.fatal
+    ]
+    if faults:
+        print(*faults[:20], sep="\n", file=sys.stderr)
+        raise ValueError(
+            f"{len(faults)} fatal faults in the data; all of them: deformable-detr check {data}"
+        )
+
+
+def same_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
+    """ValueError where two splits name their classes differently."""
+    for one, other in ((train_set, val_set), (val_set, train_set)):
+        known = {(c["id"], c["name"]) for c in other.categories}
+        for category in one.categories:
+            if (category["id"], category["name"]) not in known:
+                raise ValueError(
+                    f"category {category['id']}, {category['name']!r}, is in one of train and val "
+                    "only; both must list the same"
+                )
+
+
+def train_config(args: argparse.Namespace, recipe: Recipe) -> training.TrainConfig:
+    """The recipe's settings with what the command line changes in them."""
+    given = {theirs: getattr(args, ours) for ours, theirs in TRAIN_OPTIONS.items()}
+    given = {name: value for name, value in given.items() if value not in (None, False)}
+    if args.lr:
+        given["backbone_lr"] = args.lr * recipe.train.backbone_lr / recipe.train.lr
+    return dataclasses.replace(recipe.train, **given)
+
+
+def new_model(args: argparse.Namespace, recipe: Recipe, dataset: CocoDataset) -> DeformableDETR:
+    """The model that training starts from: published weights, or the recipe's with the command
+    line's changes."""
+    classes = len(dataset.categories)
+    given = {theirs: getattr(args, ours) for ours, theirs in MODEL_OPTIONS.items()}
+    given = {name: value for name, value in given.items() if value not in (None, False)}
+    weights = args.init or recipe.weights
+    if weights and weights != "none":
+        options = list(given) + ["backbone_weights"] * bool(args.backbone_weights)
+        if options:
+            raise ValueError(f"{weights} decides the model: leave out {', '.join(options)}")
+        loaded = load_pretrained(weights, classes, args.queries)
+        print(f"{weights}: kept {len(loaded.report.kept)} tensors", file=sys.stderr)
+        return loaded.model
+    if args.two_stage:
+        given["refine"] = True
+    if args.queries:
+        given["num_queries"] = args.queries
+    return with_backbone(recipe.model_config(classes, **given), args.backbone_weights)
+
+
+def with_backbone(config: DeformableDETRConfig, weights: str | None) -> DeformableDETR:
+    """A new model, its ResNet with weights from a file, "imagenet" (the default) or "none"."""
+    from_torchvision = config.backbone != "small" and weights in (None, "imagenet")
+    try:
+        model = DeformableDETR(config, pretrained_backbone=from_torchvision)
+    except OSError as error:
+        raise ValueError(
+            f"torchvision's ImageNet weights of {config.backbone} did not come ({error}): give "
+            "--backbone-weights FILE, or none for a backbone that has learned nothing"
+        ) from None
+    if weights not in (None, "imagenet", "none"):
+        load_backbone(model, Path(weights))
+    return model
+
+
+def load_backbone(model: DeformableDETR, path: Path) -> None:
+    """Strictly, from a safetensors file; deformable convolutions may keep their first offsets."""
+    try:
+        missing, unexpected = model.backbone.load_state_dict(load_file(path), strict=False)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not fit the backbone: {reason}") from None
+    missing = [name for name in missing if ".conv2.offset." not in name]
+    for problem, names in (("lacks", missing), ("has left over", unexpected)):
+        if names:
+            raise ValueError(
+                f"{path} does not fit the backbone: it {problem} {len(names)} tensors, "
+                f"such as {names[0]}"
+            )
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Print a report, and write it where asked."""
+    if args.keep_threshold and Path(args.model).suffix != ".safetensors":
+        raise ValueError(
+            f"--keep-threshold needs a .safetensors file that train wrote: {args.model}"
+        )
+    detector = load_detector(args.model)
+    transform = TRANSFORMS[detector.transforms][1]()
+    dataset = CocoDataset(*find_split(args.data, args.split), transform)
+    detector = detector.for_categories(dataset.categories)
+    detector.model.to(choose_device(args.device))
+    threshold = detector.threshold if args.threshold is None else args.threshold
+    threshold = None if args.keep_threshold else threshold
+    if args.tta:
+        results = detect_all(detector, dataset, choose_views(args, detector), args)
+        found = analyse_results(results, dataset, threshold)
+    else:
+        found = analyse(detector.model, dataset, args.batch_size, threshold=threshold)
+    print(found.table())
+    write_report(found, args)
+    if args.keep_threshold:
+        update_card(args.model, threshold=found.threshold)
+        print(f"{args.model} now has the threshold {found.threshold:.3f}")
+    return 0
+
+
+def write_report(found: Report, args: argparse.Namespace) -> None:
+    """--json and --report."""
+    if args.json:
+        found.write_json(args.json)
+    if args.report:
+        found.write_html(args.report)
+        print(f"report: {args.report}")
+
+
+def detect_all(
+    detector: Detector, dataset: CocoDataset, views: list[View], args: argparse.Namespace
+) -> list[dict]:
+    """COCO results of a data set, in several views of each image."""
+    results = []
+    ids = iter(tqdm(dataset.image_ids, "evaluate", unit="image", leave=False))
+    while batch := list(islice(ids, args.batch_size)):
+        images = [dataset.load_image(image_id) for image_id in batch]
+        all_found = detect(detector.model, images, views, args.merge)
+        for image_id, image, found in zip(batch, images, all_found, strict=True):
+            results += Prediction.of(found, detector.categories, image).to_coco(image_id)
+    return results
+
+
+def choose_views(args: argparse.Namespace, detector: Detector) -> list[View] | None:
+    """For --tta. What was trained without mirroring, as digits are, is not mirrored."""
+    if not args.tta:
+        return None
+    return make_views(
+        detector.transforms, tuple(args.tta_scales), flip=detector.transforms != "digits"
+    )
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Print what is found, and save pictures and COCO results of it."""
+    pictures = args.pictures or (None if args.json else Path("found"))
+    if pictures:
+        refuse_same_names(args.images)
+    detector = load_detector(args.model)
+    skipped: list[str] = []
+    results = []
+    for found in predict_each(
+        detector,
+        args.images,
+        args.threshold,
+        args.batch_size,
+        choose_device(args.device),
+        views=choose_views(args, detector),
+        merge=args.merge,
+        skipped=skipped,
+        progress=len(args.images) >= 5,
+    ):
+        results += found.to_coco()
+        for line in describe(found, pictures):
+            tqdm.write(line)
+    if args.json:
+        text = json.dumps(results) + "\n"
+        write_atomically(args.json, lambda temporary: Path(temporary).write_text(text, "utf-8"))
+        print(f"{len(results)} detections: {args.json}")
+    for line in skipped:
+        print(f"passed over: {line}", file=sys.stderr)
+    return 0
+
+
+def describe(found: Prediction, pictures: Path | None) -> Iterator[str]:
+    """Lines on one image; its picture is saved."""
+    if pictures:
+        pictures.mkdir(parents=True, exist_ok=True)
+        saved = pictures / f"{found.path.stem}.png"
+        found.draw().save(saved)
+    yield f"{found.path}: {len(found)} found" + (f", picture in {saved}" if pictures else "")
+    for name, score, box in zip(
+        found.names, found.scores.tolist(), found.boxes.tolist(), strict=True
+    ):
+        corners = "  ".join(f"{axis} {x:6.1f}" for axis, x in zip("xyxy", box, strict=True))
+        yield f"  {name:12} {score:.2f}  {corners}"
+
+
+def refuse_same_names(images: list[Path]) -> None:
+    """ValueError where one picture would be saved over another."""
+    stems = Counter(Path(path).stem for path, _ in find_images(images))
+    (stem, count), *_ = stems.most_common(1)
+    if count > 1:
+        raise ValueError(f"{count} images would be saved as {stem}.png; give them in separate runs")
+
+
+def info(args: argparse.Namespace) -> int:
+    """Print a model's classes, options and costs."""
+    detector = load_detector(args.model)
+    names = ", ".join(category["name"] for category in detector.categories)
+    rows = {"model": args.model, "classes": f"{len(detector.categories)}: {names}"}
+    rows |= {"threshold": detector.threshold, "prepares images as": detector.transforms}
+    rows |= dataclasses.asdict(detector.model.config)
+    for name, value in rows.items():
+        print(f"{name:20}{value}")
+    model = detector.model.to(choose_device(args.device))
+    print()
+    print(complexity(model, tuple(args.size), args.batch_size, args.repeats).table())
+    return 0
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or a GPU if there is one; ValueError in one line on another."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def has_split(data: Path, split: str) -> bool:
+    """Whether a data set has annotations for a split."""
+    try:
+        find_split(data, split)
+    except FileNotFoundError:
+        return False
+    return True
