@@ -412,7 +412,7 @@ assert (sectors(channels_last), sectors(channels_first)) == (4, 32)
 # %% [markdown]
 # ## Exercise 6.2  Sectors of a wider load
 #
-# *difficulty ●●○ · 10 minutes · 4 lines*
+# *difficulty ●●○ · 10 minutes · 3 lines*
 #
 # A thread can load 16 bytes at once. Return the byte offset at which each of `count` lanes starts
 # when lanes with `size` bytes each share rows of `row_bytes` bytes, and row r starts at
@@ -661,7 +661,7 @@ for name, given, leaf in zip(("value", "locations", "weights"), gradients, leave
 # %% [markdown]
 # ## Exercise 6.4  The gradient of the attention weights
 #
-# *difficulty ●●● · 25 minutes · 35 lines*
+# *difficulty ●●● · 25 minutes · 26 lines*
 #
 # Return the text of a kernel with one thread for each attention weight. It adds up, over the
 # channels, grad_output times the sample. Start from the naive kernel of section 6.3.

@@ -249,6 +249,8 @@ __global__ void head(ARGUMENTS) {
     }
 }
 """
+
+# %%
 OPTIMISE = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 LAYOUTS = {"channels last": "(token * M + m) * D + d", "channels first": "(m * D + d) * S + token"}
 
@@ -299,7 +301,7 @@ for name, milliseconds in layouts.items():
 # %% [markdown]
 # ## Exercise 7.2  Sectors before seconds
 #
-# *difficulty ●●○ · 15 minutes · 5 lines*
+# *difficulty ●●○ · 15 minutes · 3 lines*
 #
 # A warp of 32 threads reads one corner's channels. Given strides in numbers, how many 32-byte sectors
 # does its request touch? Thread t reads channel t of head `t // D` counted from head 0.
@@ -490,7 +492,7 @@ for entry in results["ratios"]:
 # %% [markdown]
 # ## Exercise 7.3  Reuse
 #
-# *difficulty ●●○ · 20 minutes · 22 lines*
+# *difficulty ●●○ · 20 minutes · 20 lines*
 #
 # Write the middle way: a thread takes one **point** of a head and adds its share to the output, all
 # channels. Coordinates are computed once, but threads of one head now share an output: on a GPU the
@@ -659,7 +661,7 @@ print("the same bits")
 # %% [markdown]
 # ## Exercise 7.4  A scale for fixed point
 #
-# *difficulty ●●● · 20 minutes · 4 lines*
+# *difficulty ●●● · 20 minutes · 2 lines*
 #
 # 64-bit integers hold up to $2^{63} - 1$. Given bounds on the size of one addend and on their number,
 # return the largest power of two as scale such that no sum can reach $2^{62}$.

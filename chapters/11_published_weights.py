@@ -338,7 +338,7 @@ assert len(changed.report.fresh) < 0.1 * len(changed.report.kept)
 # %% [markdown]
 # ## Exercise 11.3  What survives
 #
-# *difficulty ●●○ · 10 minutes · 3 lines*
+# *difficulty ●●○ · 10 minutes · 2 lines*
 #
 # Given two state dicts, return the names whose tensors can be taken over, sorted.
 

@@ -137,7 +137,7 @@ assert check_dataset(*find_split(data, "train")) == []
 #
 # ## Exercise 12.1  Two corners or a size?
 #
-# *difficulty ●●○ · 15 minutes · 5 lines*
+# *difficulty ●●○ · 15 minutes · 4 lines*
 #
 # The commonest fault is a file whose boxes are `[left, top, right, bottom]`. No single box gives it
 # away, the whole file does. Return True where boxes are more likely corners: read as sizes, some
@@ -275,7 +275,7 @@ for name, start in (("fine-tuned", model), ("from nothing", DeformableDETR(confi
         progress=False,
     )
     runs[name] = start, losses
-metrics = {name: evaluate(trained, val_set) for name, (trained, _) in runs.items()}
+metrics = {name: evaluate(trained, val_set, progress=False) for name, (trained, _) in runs.items()}
 
 # %%
 # NBVAL_IGNORE_OUTPUT

@@ -1,19 +1,24 @@
 """The command line as a newcomer meets it."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from deformable_detr import DeformableDETR
-from deformable_detr.checkpoint import save_model
+from deformable_detr.checkpoint import load_model, save_model
 from deformable_detr.cli import main
+from deformable_detr.predict import read_card, update_card
 from tests.conftest import TINY
 
 CATEGORIES = [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}, {"id": 20, "name": "blue"}]
@@ -28,7 +33,9 @@ def model_file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "check"])
+@pytest.mark.parametrize(
+    "command", ["check", "sheet", "doctor", "train", "evaluate", "predict", "info"]
+)
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -41,18 +48,116 @@ def test_train_then_evaluate_then_predict(coco, tmp_path, capsys):
     assert main(["train", str(coco), "--output", str(run), *TRAIN]) == 0
     assert "AP50" in capsys.readouterr().out
     model = str(run / "best.safetensors")
-    report = tmp_path / "metrics.json"
-    options = ["--split", "train", "--model", model, "--json", str(report)]
+    card = read_card(model)
+    assert card["transforms"] == "digits" and 0 <= card["threshold"] <= 1
+    metrics, page = tmp_path / "metrics.json", tmp_path / "report.html"
+    options = ["--split", "train", "--model", model, "--json", str(metrics), "--report", str(page)]
     assert main(["evaluate", str(coco), *options]) == 0
     printed = capsys.readouterr().out
-    assert f"AP   {json.loads(report.read_text())['ap']:27.3f}"[5:].strip() in printed
-    images = sorted(str(path) for path in (coco / "train").iterdir())[:2]
-    options = ["--model", model, "--threshold", "0", "--output", str(tmp_path / "found")]
-    assert main(["predict", *images, *options]) == 0
+    content = json.loads(metrics.read_text())
+    assert f"AP{content['metrics']['ap']:31.3f}"[5:].strip() in printed
+    assert content["threshold"] == pytest.approx(card["threshold"], abs=1e-4)
+    assert page.read_text().count("<h2>") >= 4
+    results = tmp_path / "found.json"
+    options = ["--model", model, "--threshold", "0", "--pictures", str(tmp_path / "found")]
+    images = [str(coco / "train" / "100.png"), str(coco / "train" / "101.png")]
+    assert main(["predict", *images, *options, "--json", str(results)]) == 0
     assert "18 found" in capsys.readouterr().out
     for name in ("100.png", "101.png"):
         with Image.open(tmp_path / "found" / name) as picture:
             assert picture.size >= (64, 48)
+    found = json.loads(results.read_text())
+    assert len(found) == 36 and {result["image_id"] for result in found} == {100, 101}
+    assert {result["category_id"] for result in found} == {3, 7, 20}
+
+
+def test_evaluate_keeps_a_threshold(coco, model_file, capsys):
+    arguments = ["evaluate", str(coco), "--model", str(model_file), "--keep-threshold"]
+    update_card(model_file, threshold=0.9)
+    assert main(arguments) == 0
+    kept = read_card(model_file)["threshold"]
+    assert kept != 0.9 and f"now has the threshold {kept:.3f}" in capsys.readouterr().out
+    assert main(["evaluate", str(coco), "--model", str(model_file), "--threshold", "0.25"]) == 0
+    assert "scores from 0.250 on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("merge", ["fusion", "nms"])
+def test_several_views(coco, model_file, tmp_path, capsys, monkeypatch, merge):
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", str(model_file), "--tta", "--tta-scales", "1", "1.5", "--merge", merge]
+    assert main(["evaluate", str(coco), *options]) == 0
+    assert "AP50" in capsys.readouterr().out
+    results = tmp_path / "found.json"
+    options += ["--json", str(results), "--threshold", "0"]
+    assert main(["predict", str(coco / "val"), *options]) == 0
+    found = json.loads(results.read_text())
+    assert {result["image_id"] for result in found} == {100, 101, 102, 103}
+    assert not Path("found").exists()
+
+
+def test_predict_passes_over_what_a_folder_holds_else(coco, model_file, tmp_path, capsys):
+    (coco / "val" / "999.png").write_bytes(b"no picture")
+    options = ["--model", str(model_file), "--output", str(tmp_path / "found")]
+    assert main(["predict", str(coco / "val"), *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.strip().startswith("passed over: cannot read image")
+    assert len(list((tmp_path / "found").iterdir())) == 4
+
+
+def test_published_weights_see_the_classes_that_the_data_has(coco, tmp_path, capsys):
+    """A model of more classes, in another order and with other ids, as 91 are to COCO's 80."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, num_classes=5)
+    names = ["N/A", "blue", "cow", "red", "green"]
+    path = tmp_path / "five.safetensors"
+    save_model(DeformableDETR(config), path, [{"id": i, "name": n} for i, n in enumerate(names)])
+    assert main(["evaluate", str(coco), "--model", str(path)]) == 0
+    assert "AP of green" in capsys.readouterr().out
+    run = tmp_path / "run"
+    arguments = ["train", str(coco), "--output", str(run), "--init", str(path), *TRAIN]
+    assert main(arguments) == 0
+    model, categories = load_model(run / "last.safetensors")
+    assert [category["id"] for category in categories] == [3, 7, 20]
+    assert model.config == dataclasses.replace(TINY, num_classes=3)
+    capsys.readouterr()
+    assert main([*arguments, "--refine"]) == 2
+    assert "decides the model: leave out refine" in capsys.readouterr().err
+
+
+def test_doctor(coco, capsys):
+    options = ["--recipe", "digits", "--queries", "6", "--steps", "3"]
+    assert main(["doctor", str(coco), *options]) == 0
+    assert "ready to train" in capsys.readouterr().out
+    path = coco / "annotations" / "train.json"
+    content = json.loads(path.read_text())
+    content["annotations"][1]["bbox"] = [300, 2, 5, 5]
+    path.write_text(json.dumps(content))
+    assert main(["doctor", str(coco), *options]) == 1
+    assert "annotation 1001" in capsys.readouterr().out
+
+
+def test_sheet(coco, tmp_path, capsys):
+    (coco / "train" / "103.png").write_bytes(b"no picture")
+    target = tmp_path / "new" / "sheet.png"
+    assert main(["sheet", str(coco), "--output", str(target), "--count", "5", "--seed", "1"]) == 0
+    assert "5 of 6 images of train" in capsys.readouterr().out
+    with Image.open(target) as picture:
+        assert picture.size == (4 * 384, 2 * 404)
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    assert {(0xE6, 0x9F, 0x00), (0x56, 0xB4, 0xE9)} <= colours  # boxes of the first two classes
+    assert main(["sheet", str(coco), "--output", str(tmp_path / "sheet.txt")]) == 2
+    assert "--output must end in one of .png" in capsys.readouterr().err
+    assert main(["sheet", str(coco), "--output", str(target), "--count", "0"]) == 2
+    assert "at least one image" in capsys.readouterr().err
+
+
+def test_info(model_file, capsys):
+    update_card(model_file, threshold=0.35)
+    options = ["--model", str(model_file), "--size", "48", "64", "--repeats", "1"]
+    assert main(["info", *options]) == 0
+    text = capsys.readouterr().out
+    for expected in ("3: red, green, blue", "0.35", "seconds per image", "num_queries         6"):
+        assert expected in text
 
 
 def test_predict_does_not_save_one_picture_over_another(coco, model_file, tmp_path, capsys):
@@ -72,8 +177,9 @@ def test_check_lists_faults_and_train_refuses(coco, tmp_path, capsys):
     path.write_text(json.dumps(content))
     assert main(["check", str(coco)]) == 1
     text = capsys.readouterr().out
+    assert "train: boxes: 1 red, 1 green, 1 blue" in text
     assert "annotation 1001: unknown category 99" in text
-    assert "annotation 1002: box of no size" in text and "2 of them fatal" in text
+    assert "annotation 1002: box of negative size" in text and "2 of them fatal" in text
     assert main(["train", str(coco), "--output", str(tmp_path / "run"), *TRAIN]) == 2
     error = capsys.readouterr().err
     assert "annotation 1001" in error and "2 fatal faults" in error
@@ -91,6 +197,22 @@ def test_errors_are_one_line(coco, model_file, tmp_path, capsys):
         (["evaluate", str(tmp_path), "--model", str(model_file)], "no val annotations"),
         (["check", str(tmp_path)], "no train annotations"),
         (
+            ["predict", str(coco / "annotations"), "--model", str(model_file)],
+            "no image in the folder",
+        ),
+        (["predict", str(image), "--model", "nobody"], "no file or folder nobody"),
+        (["info", "--model", str(model_file), "--device", "abacus"], "no device abacus"),
+        (["info", "--model", str(model_file), "--size", "0", "9"], "must be at least 1"),
+        (["doctor", str(coco), "--recipe", "cake"], "no recipe cake"),
+        (
+            ["evaluate", str(coco), "--keep-threshold", "--model", "some/hub"],
+            "needs a .safetensors",
+        ),
+        (
+            ["evaluate", str(coco), "--model", str(model_file), "--tta", "--tta-scales", "0"],
+            "numbers above 0",
+        ),
+        (
             ["train", str(coco), "--output", str(tmp_path / "run"), "--backbone", "vgg"],
             "backbone must be",
         ),
@@ -106,6 +228,59 @@ def test_errors_are_one_line(coco, model_file, tmp_path, capsys):
         assert main([*arguments]) == 2, arguments
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_imagenet_weights_that_do_not_come(coco, tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.models, "get_model", refuse)
+    arguments = ["train", str(coco), "--output", str(tmp_path / "run"), "--backbone", "resnet18"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert "ImageNet weights of resnet18 did not come" in error and "\n" not in error
+
+
+def test_a_full_disk(coco, model_file, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
+    target = str(tmp_path / "new")
+    for arguments in (
+        ["predict", str(coco / "val"), "--model", str(model_file), "--pictures", target],
+        ["predict", str(coco / "val"), "--model", str(model_file), "--json", target],
+        ["evaluate", str(coco), "--model", str(model_file), "--report", target],
+        ["evaluate", str(coco), "--model", str(model_file), "--keep-threshold"],
+        ["sheet", str(coco), "--output", f"{target}.png"],
+        ["train", str(coco), "--output", target, *TRAIN],
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and "No space left on device" in error
+    assert "threshold" not in read_card(model_file)  # and it is still whole
+
+
+def test_out_of_memory_and_ctrl_c(model_file, capsys, monkeypatch):
+    for error, code, message in (
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), 2, "error: out of memory: CUDA out"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr("deformable_detr.commands.complexity", fail)
+        assert main(["info", "--model", str(model_file)]) == code
+        text = capsys.readouterr().err.strip()
+        assert text.startswith(message) and "\n" not in text
+
+
+def test_a_reader_that_leaves(coco):
+    command = f"{sys.executable} -m deformable_detr.cli check {coco} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes(coco, tmp_path, capsys):

@@ -258,7 +258,8 @@ def test_other_formats_by_supervision(kind, tmp_path):
             str(source / "images"), str(source / "labels"), str(source / "data.yaml")
         )
     else:
-        corners = "<xmin>7</xmin><ymin>11</ymin><xmax>31</xmax><ymax>23</ymax>"
+        # counted from one, the last pixel included
+        corners = "<xmin>7</xmin><ymin>11</ymin><xmax>30</xmax><ymax>22</ymax>"
         for name, boxes in (
             ("a", f"<object><name>dog</name><bndbox>{corners}</bndbox></object>"),
             ("b", ""),
