@@ -313,7 +313,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; errors are one line on stderr and exit code 2, Ctrl-C is 130."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # here, where its errors are caught
+        return code
     except BrokenPipeError:  # `deformable-detr check DATA | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
