@@ -179,7 +179,7 @@ def test_check_lists_faults_and_train_refuses(coco, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "train: boxes: 2 red, 2 green, 1 blue" in text
     assert "annotation 1001: unknown category 99" in text
-    assert "annotation 1002: box of negative size" in text and "2 of them fatal" in text
+    assert "annotation 1002: box of no size" in text and "2 of them fatal" in text
     assert main(["train", str(coco), "--output", str(tmp_path / "run"), *TRAIN]) == 2
     error = capsys.readouterr().err
     assert "annotation 1001" in error and "2 fatal faults" in error

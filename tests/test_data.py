@@ -130,7 +130,8 @@ def test_the_command_makes_the_set_whatever_the_number_of_workers(command, tmp_p
     made = tmp_path / "digits"
     assert command("--workers", "2") == 0
     for split in SPLITS:
-        assert check_dataset(made / split, made / "annotations" / f"{split}.json") == []
+        faults = check_dataset(made / split, made / "annotations" / f"{split}.json")
+        assert {fault.kind for fault in faults} <= {"unused category"}  # three images are few
         assert len(list((made / split).glob("*.png"))) == 3
     first = {path: path.stat().st_mtime_ns for path in made.rglob("*.png")}
     assert command() == 0 and "is there already" in capsys.readouterr().out
