@@ -131,6 +131,9 @@ def add_train(add: Callable) -> None:
         "--accumulate", type=int, help="batches to a step, where memory is short of large ones"
     )
     options.add_argument("--lr", type=float, help="learning rate; the backbone's keeps its ratio")
+    options.add_argument(
+        "--ema-decay", type=float, help="of the average of weights that is kept, such as 0.99"
+    )
     options.add_argument("--patience", type=int, help="evaluations without a better AP, then stop")
     options.add_argument("--workers", type=int, help="processes that load images")
     options.add_argument("--seed", type=int, help="of weights, data order and augmentation")
@@ -157,6 +160,9 @@ def add_evaluate(add: Callable) -> None:
     add_data(command, "val")
     add_model(command)
     command.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+    command.add_argument(
+        "--top-k", type=int, default=100, help="detections of an image (default: %(default)s)"
+    )
     command.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file")
     command.add_argument(
         "--report", type=Path, metavar="FILE", help="write a page with curves and pictures (HTML)"
@@ -279,6 +285,9 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
         help="last stages of the ResNet, to 3, that get deformable convolutions",
     )
     model.add_argument("--levels", type=int, help="feature levels; 1 is single-scale")
+    model.add_argument(
+        "--dilation", action="store_true", help="the backbone's last map at stride 16 (DC5)"
+    )
     model.add_argument("--queries", type=int, help="detections that an image can have")
     model.add_argument("--refine", action="store_true", help="iterative box refinement")
     model.add_argument("--two-stage", action="store_true", help="two-stage; implies --refine")

@@ -46,6 +46,7 @@ from deformable_detr.visualize import picture_sheet
 MODEL_OPTIONS = {  # of the command line: of the config
     "backbone": "backbone",
     "levels": "num_levels",
+    "dilation": "dilation",
     "deformable_stages": "deformable_stages",
     "refine": "refine",
     "two_stage": "two_stage",
@@ -55,6 +56,7 @@ TRAIN_OPTIONS = {  # of the command line: of the recipe
     "batch_size": "batch_size",
     "accumulate": "accumulate",
     "lr": "lr",
+    "ema_decay": "ema_decay",
     "patience": "patience",
     "workers": "num_workers",
     "seed": "seed",
@@ -249,7 +251,9 @@ def evaluate(args: argparse.Namespace) -> int:
         results = detect_all(detector, dataset, choose_views(args, detector), args)
         found = analyse_results(results, dataset, threshold)
     else:
-        found = analyse(detector.model, dataset, args.batch_size, threshold=threshold)
+        found = analyse(
+            detector.model, dataset, args.batch_size, threshold=threshold, top_k=args.top_k
+        )
     print(found.table())
     write_report(found, args)
     if args.keep_threshold:
@@ -275,7 +279,7 @@ def detect_all(
     ids = iter(tqdm(dataset.image_ids, "evaluate", unit="image", leave=False))
     while batch := list(islice(ids, args.batch_size)):
         images = [dataset.load_image(image_id) for image_id in batch]
-        all_found = detect(detector.model, images, views, args.merge)
+        all_found = detect(detector.model, images, views, args.merge, args.top_k)
         for image_id, image, found in zip(batch, images, all_found, strict=True):
             results += Prediction.of(found, detector.categories, image).to_coco(image_id)
     return results

@@ -13,7 +13,13 @@ from deformable_detr.attention import MSDeformAttn
 from deformable_detr.backbone import build_backbone
 from deformable_detr.position import build_position_encoding
 from deformable_detr.structures import Batch, Output
-from deformable_detr.transformer import DeformableDecoder, DeformableEncoder, FirstStage, Tokens
+from deformable_detr.transformer import (
+    DeformableDecoder,
+    DeformableEncoder,
+    FirstStage,
+    Tokens,
+    in_full,
+)
 
 PRIOR = 0.01  # of an object, for every class of every query, before training (Lin et al., 2017)
 
@@ -190,7 +196,7 @@ class DeformableDETR(nn.Module):
             torch.cat(positions, 1),
             torch.cat(masks, 1),
             shapes,
-            torch.stack(ratios, 1).to(last),
+            torch.stack(ratios, 1).to(self.level_embed),  # not to autocast's precision
         )
 
     def queries(
@@ -200,7 +206,7 @@ class DeformableDETR(nn.Module):
         (B, Q, 2 or 4), and in the two-stage model the first stage's output."""
         if not self.config.two_stage:
             position, queries = self.query_embed.weight.chunk(2, dim=-1)
-            references = self.reference_points(position).sigmoid()
+            references = in_full(self.reference_points, position).sigmoid()
             batch = len(memory)
             return (*(x.expand(batch, -1, -1) for x in (queries, position, references)), None)
         if memory.shape[1] < self.config.num_queries:

@@ -79,8 +79,9 @@ def predict_dataset(
     batch_size: int = 8,
     num_workers: int = 0,
     progress: bool = True,
+    top_k: int = 100,
 ) -> list[dict]:
-    """The model's 100 best detections of every image, as COCO results with the data's own ids."""
+    """The best top_k detections of every image, as COCO results with the data's own ids."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -94,7 +95,7 @@ def predict_dataset(
     results = []
     for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress, leave=False):
         sizes = [target.original_size for target in batch.targets]
-        found = postprocess(model(batch.to(device)), sizes)
+        found = postprocess(model(batch.to(device)), sizes, top_k)
         for target, detections in zip(batch.targets, found, strict=True):
             boxes = xyxy_to_cxcywh(detections.boxes)
             boxes[:, :2] -= boxes[:, 2:] / 2  # to COCO's xywh
@@ -122,10 +123,14 @@ def evaluate(
     batch_size: int = 8,
     num_workers: int = 0,
     progress: bool = True,
+    top_k: int = 100,
 ) -> Metrics:
-    """Detect on every image of a data set and compare with its annotations."""
+    """Detect on every image of a data set and compare with its annotations.
+
+    top_k: detections of an image, of which pycocotools then counts the 100 best of each class.
+    """
     check_classes(model, dataset)
-    return score(predict_dataset(model, dataset, batch_size, num_workers, progress), dataset)
+    return score(predict_dataset(model, dataset, batch_size, num_workers, progress, top_k), dataset)
 
 
 def check_classes(model: DeformableDETR, dataset: CocoDataset) -> None:

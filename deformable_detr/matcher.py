@@ -51,6 +51,7 @@ class HungarianMatcher:
     def cost(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
         """(Q, N): what it costs to assign each of Q predictions to each of N objects."""
         class_cost = focal_cost(logits)[:, target.labels]
-        box_cost = torch.cdist(boxes, target.boxes, p=1)
-        giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target.boxes))
+        objects = target.boxes.to(boxes)
+        box_cost = torch.cdist(boxes, objects, p=1)
+        giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(objects))
         return self.class_cost * class_cost + self.box_cost * box_cost - self.giou_cost * giou

@@ -21,6 +21,8 @@ def postprocess(
     B, Q, classes = output.logits.shape
     if len(original_sizes) != B:
         raise ValueError(f"expected {B} original sizes, got {len(original_sizes)}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
     scores, index = output.logits.sigmoid().flatten(1).topk(min(top_k, Q * classes), dim=1)
     query, label = index // classes, index % classes
     detections = []

@@ -172,18 +172,19 @@ def analyse(
     device: torch.device | str | None = None,
     threshold: float | None = 0.5,
     progress: bool = True,
+    top_k: int = 100,
 ) -> Report:
     """Detect on every image of a data set, once, and say what is wrong with what was found.
 
     device: to which the model is moved first; by default it stays. threshold: the least score of a
     detection, in [0, 1], for confusion, error counts and worst images; None takes the one with the
-    best F1 on this data set. ValueError on another number of classes or a threshold out of range.
+    best F1 on this data set. top_k: detections of an image at most. ValueError on another number of classes or a threshold out of range.
     """
     check_classes(model, dataset)
     _check_threshold(threshold)
     if device is not None:
         model.to(device)
-    results = predict_dataset(model, dataset, batch_size, progress=progress)
+    results = predict_dataset(model, dataset, batch_size, progress=progress, top_k=top_k)
     return analyse_results(results, dataset, threshold)
 
 

@@ -330,7 +330,9 @@ class Trainer:
 
     def _evaluate(self, board: SummaryWriter) -> bool:
         """Whether this is the best so far, which is saved then."""
-        self.metrics = evaluate(self.trained, self.val_set, progress=self.progress)
+        self.metrics = evaluate(
+            self.trained, self.val_set, progress=self.progress, top_k=self.config.top_k
+        )
         board.add_scalar("val/AP", self.metrics.ap, self.step)
         self._append({"step": self.step, "val": self.metrics.to_dict()})
         ap = self.metrics.ap if math.isfinite(self.metrics.ap) else 0.0  # a val_set without a box

@@ -118,7 +118,7 @@ def page(chromium, address):
 @pytest.mark.parametrize("name", PAGES)
 def test_page_is_whole(page, address, name):
     page.goto(f"{address}/{name}.html", wait_until="load")
-    page.wait_for_function(ALL_RENDERED, timeout=PATIENCE)
+    page.wait_for_function(ALL_RENDERED, timeout=60_000)
     assert page.locator("mjx-merror, mjx-container [data-mjx-error]").count() == 0
     assert page.locator("mjx-container [mathcolor='red']").count() == 0
     prose = page.evaluate(PROSE)
@@ -133,7 +133,7 @@ def test_page_is_whole(page, address, name):
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_chapter_has_formulae_figures_and_folded_solutions(page, address, name):
     page.goto(f"{address}/chapters/{name}.html", wait_until="load")
-    page.wait_for_function(f"{FORMULAE}.length > 0 && {ALL_RENDERED}", timeout=PATIENCE)
+    page.wait_for_function(f"{FORMULAE}.length > 0 && {ALL_RENDERED}", timeout=60_000)
     assert page.evaluate(IMAGES)
     solution = page.locator("details", has=page.get_by_text("Solution", exact=True)).first
     code = solution.locator("pre").first

@@ -23,6 +23,7 @@ from tests.conftest import TINY
 
 CATEGORIES = [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}, {"id": 20, "name": "blue"}]
 TRAIN = ["--recipe", "digits", "--epochs", "1", "--batch-size", "2", "--queries", "6"]
+SETTINGS = ["--accumulate", "2", "--ema-decay", "0.9", "--patience", "3", "--lr", "2e-3"]
 
 
 @pytest.fixture
@@ -45,7 +46,11 @@ def test_help_has_an_example(command, capsys):
 
 def test_train_then_evaluate_then_predict(coco, tmp_path, capsys):
     run = tmp_path / "run"
-    assert main(["train", str(coco), "--output", str(run), *TRAIN]) == 0
+    assert main(["train", str(coco), "--output", str(run), *TRAIN, *SETTINGS]) == 0
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    recipe = {k.removeprefix("recipe "): v for k, v in checkpoint["identity"].items()}
+    assert (recipe["accumulate"], recipe["ema_decay"]) == (2, 0.9) and "average" in checkpoint
+    assert (recipe["lr"], recipe["backbone_lr"], recipe["clip_norm"]) == (2e-3, 2e-3, 0.5)
     assert "AP50" in capsys.readouterr().out
     model = str(run / "best.safetensors")
     card = read_card(model)

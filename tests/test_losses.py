@@ -144,3 +144,5 @@ def test_postprocess_takes_the_best_over_queries_and_classes():
     assert len(postprocess(Output(p.logit(), boxes), [(100, 200)], threshold=0.75)[0]) == 2
     with pytest.raises(ValueError, match="expected 1 original sizes, got 2"):
         postprocess(Output(p.logit(), boxes), [(1, 1)] * 2)
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+        postprocess(Output(p.logit(), boxes), [(100, 200)], top_k=0)

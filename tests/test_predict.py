@@ -233,7 +233,8 @@ def test_to_supervision(finder, monkeypatch):
 
 
 def test_supervision_itself(finder):
-    supervision = pytest.importorskip("supervision")
+    import supervision
+
     detections = predict(finder, [picture()])[0].to_supervision()
     assert isinstance(detections, supervision.Detections) and len(detections) == 1
     assert detections["class_name"].tolist() == ["green"]
@@ -244,7 +245,8 @@ def test_supervision_itself(finder):
 @pytest.mark.parametrize("kind", ["yolo", "voc"])
 def test_other_formats_by_supervision(kind, tmp_path):
     """The conversion that data/README.md shows: images, boxes and names arrive whole."""
-    supervision = pytest.importorskip("supervision")
+    import supervision
+
     source, target = tmp_path / "theirs", tmp_path / "ours"
     for folder in ("images", "labels"):
         (source / folder).mkdir(parents=True)

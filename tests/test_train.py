@@ -17,10 +17,11 @@ from deformable_detr import DeformableDETR, DeformableDETRConfig
 from deformable_detr import train as training
 from deformable_detr.checkpoint import load_model
 from deformable_detr.datasets import CocoDataset, collate, find_split
-from deformable_detr.evaluate import evaluate
+from deformable_detr.evaluate import evaluate, predict_dataset
 from deformable_detr.losses import SetCriterion
 from deformable_detr.optim import averaged, freeze
 from deformable_detr.recipes import NAMES, load_recipe
+from deformable_detr.structures import Batch
 from deformable_detr.train import TrainConfig, lr_factor, parameter_groups, train
 from deformable_detr.transforms import digits_train_transform
 from tests.conftest import TINY, save_annotations
@@ -414,6 +415,33 @@ def test_bfloat16_keeps_coordinates_weights_and_losses_in_float32(coco, tmp_path
         losses[precision] = losses_of(tmp_path / precision)[:, 1]
     assert not torch.equal(losses["no"], losses["bf16"])
     torch.testing.assert_close(losses["no"], losses["bf16"], rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_bfloat16_keeps_references_and_valid_ratios_in_float32(two_stage):
+    torch.manual_seed(0)
+    model = DeformableDETR(dataclasses.replace(TINY, refine=two_stage, two_stage=two_stage)).eval()
+    batch = Batch.from_images([torch.randn(3, 90, 75), torch.randn(3, 64, 121)])
+    exact, ratios = model(batch), model.tokens(batch).valid_ratios
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(batch)
+        torch.testing.assert_close(model.tokens(batch).valid_ratios, ratios, rtol=0, atol=0)
+    first = [each.auxiliary[0].references for each in (output, exact)]
+    assert first[0].dtype == torch.float32
+    if not two_stage:  # learned: they do not depend on what the layers compute
+        torch.testing.assert_close(*first, rtol=0, atol=0)
+
+
+def test_evaluation_takes_as_many_detections_as_the_recipe_says(coco, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        training, "evaluate", lambda *a, **options: seen.append(options) or evaluate(*a, **options)
+    )
+    run(coco, tmp_path, dataclasses.replace(RECIPE, epochs=1, top_k=7))
+    assert [options["top_k"] for options in seen] == [7]
+    model, _, val_set = make(coco)
+    counts = {k: len(predict_dataset(model, val_set, top_k=k, progress=False)) for k in (7, 9)}
+    assert counts == {7: 7 * len(val_set), 9: 9 * len(val_set)}
 
 
 def test_the_average_of_weights():
