@@ -178,7 +178,8 @@ def analyse(
 
     device: to which the model is moved first; by default it stays. threshold: the least score of a
     detection, in [0, 1], for confusion, error counts and worst images; None takes the one with the
-    best F1 on this data set. top_k: detections of an image at most. ValueError on another number of classes or a threshold out of range.
+    best F1 on this data set. top_k: detections of an image at most. ValueError on another number of
+    classes or a threshold out of range.
     """
     check_classes(model, dataset)
     _check_threshold(threshold)
