@@ -3,9 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <thread>
 #include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #define __device__ static inline
 #define __syncwarp()
@@ -63,14 +67,32 @@ __device__ REAL sum_over_lanes(REAL x) { return x; }
 
 #include "ms_deform_attn.cu"
 
-// Calls work(begin, end) for `threads` equal parts of [0, count), one of them in this thread.
+// Calls work(begin, end) for `threads` equal parts of [0, count), one of them in this thread. With
+// OpenMP (backend/cpu.py decides) torch's own threads do it, which wait for work without sleeping and
+// would take the processors from others.
 template <typename Work>
 static void in_parallel(long long count, int threads, const Work& work) {
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int t = 0; t < threads; t++) work(count * t / threads, count * (t + 1) / threads);
+#else
     std::vector<std::thread> others;
     for (int t = 1; t < threads; t++)
         others.emplace_back(work, count * t / threads, count * (t + 1) / threads);
     work(0, count / threads);
     for (std::thread& other : others) other.join();
+#endif
+}
+
+// Asks for pages of 2 MiB under memory that is about to be written: what was just allocated would
+// else be mapped, and cleared, 4 KiB at a time.
+static void large_pages(void* memory, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t size = 2 << 20;
+    uintptr_t first = ((uintptr_t)memory + size - 1) / size * size;
+    uintptr_t last = ((uintptr_t)memory + bytes) / size * size;
+    if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
 }
 
 // Copies a head's channels between an image's tokens, `stride` elements apart, and a buffer where
@@ -92,6 +114,7 @@ extern "C" void forward(const VALUE* value, const Levels* levels, const REAL* lo
                         const REAL* weights, VALUE* output, long long images, int tokens,
                         int queries, int heads, int threads) {
     bool gathered = worth_gathering(tokens, queries);
+    large_pages(output, sizeof(VALUE) * images * queries * heads * D);
     in_parallel(images * heads * queries, threads, [=](long long begin, long long end) {
         std::vector<Corners> corners(1);  // not on the stack: POINTS may be large
         std::vector<VALUE> buffer(gathered ? (size_t)tokens * D : 0);
@@ -111,12 +134,21 @@ extern "C" void forward(const VALUE* value, const Levels* levels, const REAL* lo
 }
 
 // A worker owns whole heads of an image: no two write to one gradient of value, and the order of its
-// sums, query by query, is the same for any number of workers. grad_value must hold zeros.
+// sums, query by query, is the same for any number of workers. No gradient need hold zeros before.
 extern "C" void backward(const VALUE* value, const Levels* levels, const REAL* locations,
                          const REAL* weights, const VALUE* grad_output, REAL* grad_value,
                          REAL* grad_locations, REAL* grad_weights, long long images, int tokens,
                          int queries, int heads, int threads) {
     bool gathered = worth_gathering(tokens, queries);
+    size_t values = (size_t)images * tokens * heads * D;
+    size_t samples = (size_t)images * queries * heads * POINTS;
+    large_pages(grad_value, sizeof(REAL) * values);
+    large_pages(grad_locations, sizeof(REAL) * samples * 2);
+    large_pages(grad_weights, sizeof(REAL) * samples);
+    if (!gathered)  // else every token's gradient is copied there
+        in_parallel(values, threads, [=](long long begin, long long end) {
+            std::fill(grad_value + begin, grad_value + end, (REAL)0);
+        });
     in_parallel(images * heads, threads, [=](long long begin, long long end) {
         std::vector<Corners> corners(1);
         std::vector<REAL> dots(4 * POINTS);

@@ -65,16 +65,16 @@ def backward(
     value, locations, weights, grad_output = (x.contiguous() for x in inputs)
     B, S, M, D = value.shape
     Q, K = locations.shape[1], locations.shape[4]
-    gradients = torch.zeros_like(value), torch.empty_like(locations), torch.empty_like(weights)
-    table = levels(shapes, K)
-    if value.numel() and weights.numel():
+    make = torch.empty_like if value.numel() else torch.zeros_like
+    gradients, table = [make(x) for x in (value, locations, weights)], levels(shapes, K)
+    if value.numel():
         library = load(value.dtype, D, len(shapes) * K, S * M * D >= 2**31)
         library.backward(
             *pointers(value, table, locations, weights, grad_output, *gradients),
             *sizes(B, S, Q, M),
             _threads(weights.numel() * D),
         )
-    return gradients
+    return tuple(gradients)
 
 
 def levels(shapes: list[tuple[int, int]], K: int) -> Tensor:
@@ -134,13 +134,27 @@ def load(dtype: torch.dtype, D: int, points: int, huge: bool = False) -> ctypes.
     """
     macros = {"VALUE": NAMES[dtype], "REAL": NAMES[dtype], "D": D, "POINTS": points}
     macros["OFFSET"] = "long long" if huge else "int"
-    library = build(macros)
+    library = build(macros, openmp())
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise RuntimeError(
             f"the kernel built before does not load ({error}); remove {library} to build it anew"
         ) from None
+
+
+@cache
+def openmp() -> tuple[str, ...]:
+    """-fopenmp, where that means the library which torch's own threads run on; else nothing.
+
+    With a second one, or threads of its own, the kernel would compete with torch's, which go on
+    spinning for some milliseconds after their last work.
+    """
+    try:
+        ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except (OSError, AttributeError):  # AttributeError: Windows has no RTLD_NOLOAD
+        return ()
+    return ("-fopenmp",) if "Free Software Foundation" in _machine()[0] else ()  # GCC
 
 
 def build(
