@@ -178,6 +178,7 @@ def main() -> None:
     runs = [run(size) for size in SIZES]
     content = provenance() | {"command": "python experiments/memory.py", "threads": 1}
     content.pop("data")  # noise
+    content["seconds"] = "of the processor, one step each, beside other work"
     write_json(RESULTS / "training_sizes.json", content | {"boxes": BOXES, "runs": runs})
 
 
