@@ -52,6 +52,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import FrozenBatchNorm2d
 
 from deformable_detr import DeformableDETR, DeformableDETRConfig, ms_deform_attn
 from deformable_detr.checkpoint import load_model
@@ -156,13 +157,17 @@ plt.show()
 # adds by itself. Sums of gradients are gradients of sums, so nothing is lost, if the loss *is* a sum.
 # Ours is a sum over objects **divided by the number of boxes**. Whose number?
 #
-# Take four images with very different numbers of digits, and a ResNet-18 detector with random weights.
+# Take four images with very different numbers of digits, and the digits' detector with random weights. Its
+# batch norm is replaced by a frozen one, as the paper's ResNet has; why, you will see.
 
 # %%
 digits = CocoDataset(*find_split(Path("../data/digits"), "val"), digits_eval_transform())
 shipped, _ = load_model("../data/checkpoints/digits.safetensors")
-config = dataclasses.replace(shipped.config, backbone="resnet18")
-model = DeformableDETR(config)
+model = DeformableDETR(shipped.config)
+for module in list(model.backbone.modules()):
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, FrozenBatchNorm2d(child.num_features))
 by_boxes = sorted((digits[i] for i in range(60)), key=lambda pair: len(pair[1].labels))
 samples = [by_boxes[i] for i in (0, 1, -2, -1)]
 counts = [len(target.labels) for _, target in samples]
@@ -240,8 +245,8 @@ assert math.isclose(one[1], large.norm().item(), rel_tol=1e-3)
 print("one batch of four and two of two: the same loss and gradient")
 
 # %% [markdown]
-# Why did it have to be a ResNet? Its batch norm is frozen, as in the paper. A batch norm that takes
-# statistics of its batch makes images depend on their neighbours, and no weighing repairs that.
+# Why a frozen batch norm? One that takes statistics of its batch makes images depend on their neighbours,
+# and no weighing repairs that.
 # Dropout differs too, by chance and not by rule.
 #
 # ## Exercise 13.1  The share of a batch
@@ -742,7 +747,7 @@ plt.show()
 # "Tensors" is what a GPU would have to hold; RSS is what the operating system gave to the process, with
 # what the allocator keeps back. In bfloat16 the encoder's part does not halve, since coordinates stay long,
 # and the backbone's even grows: copies in 16 bits stand beside its weights, and its frozen batch norm answers
-# in float32. The seconds of these rows say nothing about GPUs: this CPU has no arithmetic in bfloat16 and
+# in float32. Beside recomputing it saves nothing at all here. The seconds of these rows say nothing about GPUs: this CPU has no arithmetic in bfloat16 and
 # imitates it.
 
 # %%
@@ -756,8 +761,8 @@ assert share["encoder"] < 0.7 and share["backbone"] > 1.5
 #
 # > **Asked: out of memory, what now?** (fundamentalvision/Deformable-DETR #16, #168, #248.) In this order,
 # > from no change of the result to some: `gradient_checkpointing = true`; `batch_size = 1` with
-# > `accumulate` raised by as much; `mixed_precision = "bf16"`; a smaller image, which costs AP on small
-# > objects.
+# > `accumulate` raised by as much; `mixed_precision = "bf16"`, which is there for speed first; a smaller
+# > image, which costs AP on small objects.
 #
 # ## 13.7 Averaged weights, and when to stop
 #
@@ -795,7 +800,7 @@ plt.show()
 #
 # ## Exercise 13.4  Average a model
 #
-# *difficulty ●●○ · 15 minutes · 6 lines*
+# *difficulty ●●○ · 15 minutes · 7 lines*
 #
 # Update an averaged copy in place, parameters **and** buffers. What is no floating-point number, such as
 # a count of batches, is copied.
@@ -950,8 +955,8 @@ for gpus in (16, 8, 4, 2, 1):
 
 # %% [markdown]
 # If the batch itself changes, the usual first guess is a rate in proportion, because half as many
-# images make twice as many steps {cite}`goyal2017onehour`. It is a guess: it was found for SGD, and AdamW
-# often wants less change, in proportion to the root.
+# images make twice as many steps {cite}`goyal2017onehour`. It is a guess: it was found for SGD. With
+# Adam and its kin the square root is often tried instead; measure it.
 
 # %%
 for batch in (8, 16, 32, 64):

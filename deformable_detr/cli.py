@@ -130,6 +130,12 @@ def add_train(add: Callable) -> None:
     options.add_argument(
         "--accumulate", type=int, help="batches to a step, where memory is short of large ones"
     )
+    options.add_argument(
+        "--short-side",
+        type=int,
+        help="of an evaluated image in pixels, 800 on COCO; training's sizes keep their proportion "
+        "to it. Less is faster, and more helps small objects",
+    )
     options.add_argument("--lr", type=float, help="learning rate; the backbone's keeps its ratio")
     options.add_argument(
         "--ema-decay", type=float, help="of the average of weights that is kept, such as 0.99"
@@ -210,6 +216,13 @@ def add_predict(add: Callable) -> None:
         "--json", type=Path, metavar="FILE", help="write what is found as COCO results"
     )
     command.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+    command.add_argument(
+        "--nms",
+        type=float,
+        metavar="OVERLAP",
+        help="of two boxes of a class that overlap more (IoU), show the better one only "
+        "(default: show all; a DETR rarely needs this)",
+    )
     add_views(command)
     add_device(command)
 

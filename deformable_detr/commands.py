@@ -38,7 +38,7 @@ from deformable_detr.predict import (
     update_card,
 )
 from deformable_detr.pretrained import load_pretrained
-from deformable_detr.recipes import TRANSFORMS, Recipe, load_recipe
+from deformable_detr.recipes import Recipe, load_recipe, make_transform
 from deformable_detr.report import Report, analyse, analyse_results
 from deformable_detr.tta import View, make_views
 from deformable_detr.visualize import picture_sheet
@@ -115,6 +115,8 @@ def train(args: argparse.Namespace) -> int:
     has_val = has_split(args.data, "val")
     refuse_faults(args.data, ("train", "val") if has_val else ("train",))
     recipe = load_recipe(args.recipe)
+    if args.short_side is not None:
+        recipe = dataclasses.replace(recipe, short_side=args.short_side)
     train_set = CocoDataset(*find_split(args.data, "train"), recipe.train_transform())
     val_set = None
     if has_val:
@@ -127,16 +129,16 @@ def train(args: argparse.Namespace) -> int:
     if PartialState().is_main_process:
         if metrics:
             print(metrics)
-        finish(args.output, recipe.transforms, val_set)
+        finish(args.output, recipe, val_set)
     return 0
 
 
-def finish(run: Path, transforms: str, val_set: CocoDataset | None) -> None:
+def finish(run: Path, recipe: Recipe, val_set: CocoDataset | None) -> None:
     """Store with the models of a run how they see images, and the best threshold on val."""
     for path in (run / "last.safetensors", run / "best.safetensors"):
         if not path.exists():
             continue
-        update_card(path, transforms=transforms)
+        update_card(path, transforms=recipe.transforms, short_side=recipe.short_side)
         text = "no val split to choose a threshold on"
         if val_set:
             detector = load_detector(path)
@@ -241,7 +243,7 @@ def evaluate(args: argparse.Namespace) -> int:
             f"--keep-threshold needs a .safetensors file that train wrote: {args.model}"
         )
     detector = load_detector(args.model)
-    transform = TRANSFORMS[detector.transforms][1]()
+    transform = make_transform(detector.transforms, detector.short_side)
     dataset = CocoDataset(*find_split(args.data, args.split), transform)
     detector = detector.for_categories(dataset.categories)
     detector.model.to(choose_device(args.device))
@@ -290,7 +292,10 @@ def choose_views(args: argparse.Namespace, detector: Detector) -> list[View] | N
     if not args.tta:
         return None
     return make_views(
-        detector.transforms, tuple(args.tta_scales), flip=detector.transforms != "digits"
+        detector.transforms,
+        tuple(args.tta_scales),
+        flip=detector.transforms != "digits",
+        short_side=detector.short_side,
     )
 
 
@@ -310,6 +315,7 @@ def predict(args: argparse.Namespace) -> int:
         choose_device(args.device),
         views=choose_views(args, detector),
         merge=args.merge,
+        nms=args.nms,
         skipped=skipped,
         progress=len(args.images) >= 5,
     ):
@@ -353,6 +359,7 @@ def info(args: argparse.Namespace) -> int:
     names = ", ".join(category["name"] for category in detector.categories)
     rows = {"model": args.model, "classes": f"{len(detector.categories)}: {names}"}
     rows |= {"threshold": detector.threshold, "prepares images as": detector.transforms}
+    rows |= {"short side": detector.short_side}
     rows |= dataclasses.asdict(detector.model.config)
     for name, value in rows.items():
         print(f"{name:20}{value}")

@@ -23,7 +23,8 @@ from deformable_detr.postprocess import postprocess
 from deformable_detr.pretrained import load_pretrained
 from deformable_detr.recipes import TRANSFORMS
 from deformable_detr.structures import Batch, Detections
-from deformable_detr.tta import MERGES, View, make_views
+from deformable_detr.transforms import SHORT_SIDE
+from deformable_detr.tta import MERGES, View, make_views, suppress
 from deformable_detr.visualize import draw_detections
 
 THRESHOLD = 0.5  # where none was chosen on validation data
@@ -128,13 +129,14 @@ class Detector:
 
     categories: {"id": int, "name": str} of every class, in the order of the labels. threshold: the
     least score of a detection, as chosen on validation data. transforms: how images were prepared
-    in training, a name in `recipes.TRANSFORMS`.
+    in training, a name in `recipes.TRANSFORMS`, and short_side the size, in pixels.
     """
 
     model: DeformableDETR
     categories: list[dict]
     threshold: float = THRESHOLD
     transforms: str = "coco"
+    short_side: int = SHORT_SIDE
 
     def for_categories(self, wanted: list[dict]) -> "Detector":
         """The same detector with just these classes, in their order, found by their names.
@@ -180,7 +182,10 @@ def load_detector(name_or_path: Path | str) -> Detector:
     transforms = card.get("transforms", transforms_of(loaded.model))
     if transforms not in TRANSFORMS:
         raise ValueError(f"{name_or_path}: unknown transforms {transforms!r}")
-    return Detector(loaded.model, loaded.categories, float(threshold), transforms)
+    short = card.get("short_side", SHORT_SIDE)
+    if type(short) is not int or short < 32:
+        raise ValueError(f"{name_or_path}: its short_side must be 32 or more, got {short!r}")
+    return Detector(loaded.model, loaded.categories, float(threshold), transforms, short)
 
 
 def transforms_of(model: DeformableDETR) -> str:
@@ -218,6 +223,7 @@ def predict(
     transform: Callable[[Image.Image], Tensor] | None = None,
     views: list[View] | None = None,
     merge: str = "fusion",
+    nms: float | None = None,
     progress: bool = False,
 ) -> list[Prediction]:
     """Detect objects in images.
@@ -229,7 +235,8 @@ def predict(
     which the model is moved first; by default it stays. top_k: detections of an image at most.
     transform: from a PIL image to a (3, h, w) tensor, where it should not be the detector's. views:
     for test-time augmentation, from `make_views`; merge: how they are merged, a name in
-    `tta.MERGES`.
+    `tta.MERGES`. nms: overlap (IoU, in [0, 1]) from which of two boxes of a class only the better
+    one stays; None, the default, keeps all, as the paper does: queries learn not to repeat others.
     Raises FileNotFoundError and ValueError, in one line, on a file that is not there or no image.
     In a folder, such files are passed over, and one warning at the end names them.
     """
@@ -244,6 +251,7 @@ def predict(
             top_k,
             views or ([View(transform)] if transform else None),
             merge,
+            nms,
             skipped,
             progress,
         )
@@ -262,6 +270,7 @@ def predict_each(
     top_k: int = 100,
     views: list[View] | None = None,
     merge: str = "fusion",
+    nms: float | None = None,
     skipped: list[str] | None = None,
     progress: bool = False,
 ) -> Iterator[Prediction]:
@@ -272,11 +281,13 @@ def predict_each(
     threshold = detector.threshold if threshold is None else threshold
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+    if nms is not None and not 0 <= nms <= 1:
+        raise ValueError(f"nms must be in [0, 1], or None for all boxes, got {nms}")
     if min(batch_size, top_k) < 1:
         raise ValueError(f"batch_size and top_k must be at least 1, got {batch_size}, {top_k}")
     if merge not in MERGES:
         raise ValueError(f"merge must be one of {sorted(MERGES)}, got {merge!r}")
-    views = views or make_views(detector.transforms)
+    views = views or make_views(detector.transforms, short_side=detector.short_side)
     sources = list(find_images(images))
     if device is not None:
         detector.model.to(device)
@@ -284,7 +295,7 @@ def predict_each(
     with tqdm(total=len(sources), unit="image", disable=not progress, leave=False) as bar:
         while batch := list(islice(readable, batch_size)):
             all_found = detect(
-                detector.model, [i for _, i in batch], views, merge, top_k, threshold
+                detector.model, [i for _, i in batch], views, merge, top_k, threshold, nms
             )
             for (path, image), found in zip(batch, all_found, strict=True):
                 yield Prediction.of(found, detector.categories, image, path)
@@ -299,6 +310,7 @@ def detect(
     merge: str = "fusion",
     top_k: int = 100,
     threshold: float = 0.0,
+    nms: float | None = None,
 ) -> list[Detections]:
     """The top_k best detections of each RGB picture with scores from the threshold on, in its
     pixels and on the CPU."""
@@ -315,6 +327,8 @@ def detect(
     merged = seen[0]
     if len(views) > 1:
         merged = [MERGES[merge](list(of_image)) for of_image in zip(*seen, strict=True)]
+    if nms is not None:
+        merged = [suppress([found], nms) for found in merged]
     counts = [min(top_k, int((found.scores >= threshold).sum())) for found in merged]
     return [
         Detections(*(x[:count] for x in vars(found).values()))

@@ -7,29 +7,33 @@ from torchvision.transforms import v2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 
+SHORT_SIDE = 800  # pixels, of an image as the paper's models are evaluated
 TO_TENSOR = v2.Compose(
     [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
 )
 
 
-def coco_train_transform() -> v2.Transform:
+def coco_train_transform(short: int = SHORT_SIDE) -> v2.Transform:
     """The training recipe of DETR and Deformable DETR: mirror, then either a random short side or
-    a random crop between two resizings; no side over 1333."""
-    sides = list(range(480, 801, 32))
+    a random crop between two resizings; no side over 1333.
+
+    These are its sizes at short = 800; all are in proportion to it.
+    """
+
+    def scaled(*sizes: int) -> list[int]:
+        return [round(size * short / SHORT_SIDE) for size in sizes]
+
+    resize = RandomShortSide(scaled(*range(480, 801, 32)), *scaled(1333))
     crop = v2.Compose(
-        [
-            RandomShortSide([400, 500, 600]),
-            RandomSizeCrop(384, 600),
-            RandomShortSide(sides, max_size=1333),
-        ]
+        [RandomShortSide(scaled(400, 500, 600)), RandomSizeCrop(*scaled(384, 600)), resize]
     )
-    resize = RandomShortSide(sides, max_size=1333)
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, crop]), TO_TENSOR])
 
 
-def coco_eval_transform(short: int = 800, max_size: int = 1333) -> v2.Transform:
-    """Resize to a shorter side of `short` pixels, the longer at most `max_size`."""
-    return v2.Compose([RandomShortSide([short], max_size=max_size), TO_TENSOR])
+def coco_eval_transform(short: int = SHORT_SIDE) -> v2.Transform:
+    """Resize to a shorter side of `short` pixels, the longer at most 1333 / 800 times as many."""
+    longest = round(1333 * short / SHORT_SIDE)
+    return v2.Compose([RandomShortSide([short], max_size=longest), TO_TENSOR])
 
 
 def digits_train_transform() -> v2.Transform:

@@ -15,7 +15,7 @@ from torchvision.ops import batched_nms, box_iou
 from torchvision.transforms import v2
 
 from deformable_detr.structures import Detections
-from deformable_detr.transforms import coco_eval_transform, digits_eval_transform
+from deformable_detr.transforms import SHORT_SIDE, coco_eval_transform, digits_eval_transform
 
 OVERLAP = 0.55  # IoU from which two boxes of a class are one object; of Solovyev et al.
 
@@ -40,22 +40,30 @@ class View:
 
 
 def make_views(
-    transforms: str = "coco", scales: tuple[float, ...] = (1.0,), flip: bool = False
+    transforms: str = "coco",
+    scales: tuple[float, ...] = (1.0,),
+    flip: bool = False,
+    short_side: int = SHORT_SIDE,
 ) -> list[View]:
     """A view at each scale, and with flip also mirrored.
 
     transforms: how the model was trained, a name in `recipes.TRANSFORMS`. scales: factors of the
-    size at which it is evaluated, above 0. ValueError where there is none or one is out of range.
+    size at which it is evaluated, above 0; that size is short_side, in pixels. ValueError where
+    there is none or one is out of range.
     """
     if not scales or min(scales) <= 0:
         raise ValueError(f"scales must be one or more numbers above 0, got {tuple(scales)}")
     mirrors = (False, True) if flip else (False,)
-    return [View(_at_scale(transforms, scale), mirror) for scale in scales for mirror in mirrors]
+    return [
+        View(_at_scale(transforms, scale, short_side), mirror)
+        for scale in scales
+        for mirror in mirrors
+    ]
 
 
-def _at_scale(transforms: str, scale: float) -> Callable[[Image.Image], Tensor]:
+def _at_scale(transforms: str, scale: float, short_side: int) -> Callable[[Image.Image], Tensor]:
     if transforms != "digits":
-        return coco_eval_transform(round(800 * scale), round(1333 * scale))
+        return coco_eval_transform(round(short_side * scale))
     if scale == 1:
         return digits_eval_transform()
 

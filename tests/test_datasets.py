@@ -18,6 +18,7 @@ from deformable_detr.datasets import (
     label_histogram,
 )
 from deformable_detr.evaluate import score
+from deformable_detr.recipes import make_transform
 from tests.conftest import save_annotations, write_coco
 
 
@@ -294,6 +295,20 @@ def test_digits_keep_their_size_and_coco_obeys_1333():
         assert max(picture.shape) <= 1333
     picture = transforms.coco_eval_transform()(image)
     assert picture.shape == (3, 533, 1332)
+
+
+def test_a_smaller_short_side_makes_all_of_cocos_sizes_smaller():
+    image = Image.new("RGB", (640, 480))
+    box = tv_tensors.BoundingBoxes([[0.0, 0, 9, 9]], format="XYXY", canvas_size=(480, 640))
+    shorts = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        picture, _, _ = make_transform("coco", 400, train=True)(image, box, torch.tensor([0]))
+        shorts.add(min(picture.shape[1:]))
+        assert max(picture.shape) <= 667
+    assert shorts <= {*range(240, 401, 16)} and len(shorts) > 8
+    assert make_transform("strong", 400)(image).shape == (3, 400, 533)
+    assert make_transform("digits", 400)(image).shape == (3, 480, 640)
 
 
 @pytest.mark.parametrize(

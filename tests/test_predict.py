@@ -124,6 +124,15 @@ def test_threshold_and_top_k(finder):
         predict(finder.model, picture(), categories=CATEGORIES[:1])
 
 
+def test_suppression_on_request(finder):
+    """Two boxes that overlap, each with three classes: suppression leaves one of each class."""
+    for nms, count in ((None, 6), (0.9, 6), (0.0, 3)):
+        found = predict(finder, picture(), threshold=0.0, nms=nms)[0]
+        assert len(found) == count and found.names[0] == "green"
+    with pytest.raises(ValueError, match=r"nms must be in \[0, 1\], or None for all boxes, got 2"):
+        predict(finder, picture(), nms=2)
+
+
 def test_the_file_keeps_threshold_and_transforms(tmp_path):
     path = tmp_path / "model.safetensors"
     model = DeformableDETR(TINY)
@@ -133,13 +142,17 @@ def test_the_file_keeps_threshold_and_transforms(tmp_path):
     assert read_card(path) == {"command": "this one", "threshold": 0.0, "transforms": "coco"}
     detector = load_detector(path)
     assert detector.threshold == 0 and detector.transforms == "coco"
+    assert detector.short_side == 800
+    update_card(path, short_side=96)
+    assert load_detector(path).short_side == 96
     assert detector.categories == CATEGORIES
     for name, tensor in load_model(path)[0].state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
     update_card(path, transforms="digits")
     (found,) = predict(path, picture())
     assert len(found) == 18  # a threshold of 0 keeps all of 6 queries and 3 classes
-    for wrong in ({"threshold": "high"}, {"threshold": 2}, {"transforms": "secret"}):
+    wrongs = {"threshold": "high"}, {"threshold": 2}, {"transforms": "secret"}, {"short_side": 8}
+    for wrong in wrongs:
         save_model(model, path, CATEGORIES, wrong)
         with pytest.raises(ValueError, match=next(iter(wrong))):
             load_detector(path)

@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 
 from deformable_detr.detector import DeformableDETRConfig
 from deformable_detr.transforms import (
+    SHORT_SIDE,
     coco_eval_transform,
     coco_train_transform,
     digits_eval_transform,
@@ -72,11 +73,11 @@ class TrainConfig:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
 
-def strong_train_transform() -> v2.Transform:
+def strong_train_transform(short: int = SHORT_SIDE) -> v2.Transform:
     """COCO's, after other colours and, in three of ten cases, a picture set on a larger black one:
     with few images each must look different every time."""
     zoom_out = v2.RandomZoomOut(side_range=(1.0, 2.0), p=0.3)
-    return v2.Compose([v2.RandomPhotometricDistort(), zoom_out, coco_train_transform()])
+    return v2.Compose([v2.RandomPhotometricDistort(), zoom_out, coco_train_transform(short)])
 
 
 TRANSFORMS = {  # by name, for training and for evaluation
@@ -86,13 +87,23 @@ TRANSFORMS = {  # by name, for training and for evaluation
 }
 
 
+def make_transform(name: str, short_side: int = SHORT_SIDE, train: bool = False) -> v2.Transform:
+    """The transform of that name in TRANSFORMS, for training or for evaluation.
+
+    short_side: in pixels, as `coco_eval_transform` has it; "digits" leaves images as they are.
+    """
+    make = TRANSFORMS[name][0 if train else 1]
+    return make() if name == "digits" else make(short_side)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train which model from where.
 
     train: the loop's settings. model: options of `DeformableDETRConfig` that differ from the
-    paper's. transforms: a key of TRANSFORMS. weights: what `DeformableDETR.from_pretrained` starts
-    from, or None for a new model.
+    paper's. transforms: a key of TRANSFORMS. short_side: of an evaluated image, in pixels, at least
+    32; the sizes of training are in proportion. weights: what `DeformableDETR.from_pretrained`
+    starts from, or None for a new model.
     """
 
     name: str
@@ -100,7 +111,18 @@ class Recipe:
     train: TrainConfig = TrainConfig()
     model: dict[str, object] = field(default_factory=dict)
     transforms: str = "coco"
+    short_side: int = SHORT_SIDE
     weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.transforms not in TRANSFORMS:
+            raise ValueError(
+                f"transforms must be one of {tuple(TRANSFORMS)}, got {self.transforms!r}"
+            )
+        if self.short_side < 32:
+            raise ValueError(f"short_side must be at least 32 pixels, got {self.short_side}")
+        if self.transforms == "digits" and self.short_side != SHORT_SIDE:
+            raise ValueError("transforms 'digits' leave images as they are: no short_side")
 
     def model_config(self, num_classes: int, **changes: object) -> DeformableDETRConfig:
         """The recipe's model for so many classes, with changes to its options."""
@@ -108,11 +130,11 @@ class Recipe:
 
     def train_transform(self) -> v2.Transform:
         """The random transform of training images."""
-        return TRANSFORMS[self.transforms][0]()
+        return make_transform(self.transforms, self.short_side, train=True)
 
     def eval_transform(self) -> v2.Transform:
         """The transform of the images that the model is measured on."""
-        return TRANSFORMS[self.transforms][1]()
+        return make_transform(self.transforms, self.short_side)
 
 
 def load_recipe(name: Path | str) -> Recipe:
@@ -134,14 +156,11 @@ def load_recipe(name: Path | str) -> Recipe:
 
 
 def _recipe(name: str, content: dict) -> Recipe:
-    known = {"about": str, "transforms": str, "weights": str, "train": dict, "model": dict}
+    known = {"about": str, "transforms": str, "short_side": int, "weights": str}
+    known |= {"train": dict, "model": dict}
     _check_types("a recipe", content, known)
     if "about" not in content:
         raise ValueError("a recipe needs a line 'about'")
-    if content.get("transforms", "coco") not in TRANSFORMS:
-        raise ValueError(
-            f"transforms must be one of {tuple(TRANSFORMS)}, got {content['transforms']!r}"
-        )
     train = _values(TrainConfig(), content.pop("train", {}), "train")
     model = _values(DeformableDETRConfig(), content.pop("model", {}), "model")
     DeformableDETRConfig(**model)  # refuses what makes no model
