@@ -46,6 +46,8 @@ bench: .venv/.dev
 
 results: .venv/.book $(DIGITS)
 	$(BIN)/python experiments/digits.py
+	$(BIN)/python experiments/refinement.py
+	$(BIN)/python experiments/memory.py
 	$(BIN)/python book/readme.py
 
 $(DIGITS): | .venv/.book

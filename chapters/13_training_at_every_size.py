@@ -1108,7 +1108,7 @@ assert sent / 10e9 < 0.1 * step_time
 # Little, and it overlaps with the backward pass. Accumulation even divides it.
 #
 # What about another card, or this CPU? Count the work. Forward at the paper's size: 173 G multiply-adds
-# (`deformable-detr complexity`). Backward needs two products for each one: by the inputs and by the weights.
+# (`deformable-detr info`). Backward needs two products for each one: by the inputs and by the weights.
 # Count that too, on tensors without data:
 
 # %%

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
@@ -41,6 +42,7 @@ class ResNetBackbone(nn.Module):
         for stage in STAGES[len(STAGES) - deformable_stages :]:
             for block in getattr(resnet, stage):
                 block.conv2 = ModulatedDeformConv2d.like(block.conv2)
+        fold_norms(resnet)
         strides = dict(zip(STAGES, ("8", "16", "32"), strict=True))
         self.body = IntermediateLayerGetter(resnet, strides)
         width = resnet.fc.in_features
@@ -49,7 +51,46 @@ class ResNetBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images: (B, 3, H, W). Returns three maps (B, channels[i], H_i, W_i), finest first."""
+        if images.device.type == "cpu" and not torch.is_grad_enabled():
+            # convolutions are a fifth faster so, but a backward pass is slower
+            images = images.contiguous(memory_format=torch.channels_last)
         return list(self.body(images).values())
+
+
+def fold_norms(resnet: nn.Module) -> None:
+    """Let each plain convolution apply the frozen batch norm that follows it, in its own weights:
+    the same numbers without two more passes over each map. Names of tensors stay as they are."""
+    for module in list(resnet.modules()):
+        for (name, convolution), (norm_name, norm) in pairwise(list(module.named_children())):
+            if type(convolution) is nn.Conv2d and isinstance(norm, FrozenBatchNorm2d):
+                folded = FoldedNorm(len(norm.weight), norm.eps)
+                folded.load_state_dict(norm.state_dict())
+                setattr(module, norm_name, folded)
+                setattr(module, name, FoldedConv2d(convolution, folded))
+
+
+class FoldedNorm(FrozenBatchNorm2d):
+    """A frozen batch norm that has nothing left to do: the convolution before it has done it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution, and the frozen batch norm after it."""
+
+    def __init__(self, convolution: nn.Conv2d, norm: FoldedNorm) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(convolution))  # its sizes and its very weight
+        self.norm = (norm,)  # in a tuple: the tensors stay registered at its own place only
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H', W')."""
+        (norm,) = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = self.weight * scale[:, None, None, None]
+        return self._conv_forward(x, weight, norm.bias - norm.running_mean * scale)
 
 
 class ModulatedDeformConv2d(DeformConv2d):

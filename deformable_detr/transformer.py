@@ -76,7 +76,7 @@ class EncoderLayer(nn.Module):
 class Stack(nn.Module):
     """Layers one after another. With gradient_checkpointing, training keeps only what goes into
     each and computes the rest again in the backward pass (Chen et al., 2016): the same gradients,
-    about a third more time, and the memory of one layer instead of all."""
+    about a fifth more work, and the memory of one layer instead of all."""
 
     gradient_checkpointing = False
 

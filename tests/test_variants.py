@@ -1,8 +1,12 @@
 """Every variant that a config can ask for learns; deformable stages start as the plain ones."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, Target
 from deformable_detr.backbone import ModulatedDeformConv2d, build_backbone
@@ -64,6 +68,39 @@ def test_deformable_stages_start_as_the_plain_ones(name, stages, dilation):
     with torch.no_grad():
         for one, other in zip(plain(images), deformable(images), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * one.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_folded_norms_are_torchvisions(name):
+    """Same names, same maps with and without gradients, same gradients, also of a copy."""
+    torch.manual_seed(0)
+    plain = torchvision.models.get_model(name, norm_layer=FrozenBatchNorm2d)
+    for module in plain.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            for buffer in module.buffers():
+                buffer.uniform_(0.4, 0.8)
+    state = {k: v for k, v in plain.state_dict().items() if not k.startswith("fc.")}
+    original = build_backbone(name)
+    original.body.load_state_dict(state)
+    assert list(original.body.state_dict()) == list(state)
+    backbone = copy.deepcopy(original)
+    for buffer in original.buffers():
+        buffer.zero_()
+    getter = IntermediateLayerGetter(plain, {f"layer{i}": str(i) for i in (2, 3, 4)})
+    images = torch.randn(2, 3, 97, 65)
+    expected, maps = list(getter(images).values()), backbone(images)
+    with torch.no_grad():
+        without = backbone(images)
+    for wanted, *found in zip(expected, maps, without, strict=True):
+        for each in found:
+            torch.testing.assert_close(each, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    sum(x.square().mean() for x in maps).backward()
+    sum(x.square().mean() for x in expected).backward()
+    names = dict(plain.named_parameters())
+    for key, parameter in backbone.body.named_parameters():
+        if parameter.requires_grad:
+            scale = names[key].grad.abs().max().item()
+            torch.testing.assert_close(parameter.grad, names[key].grad, rtol=0, atol=1e-4 * scale)
 
 
 def test_only_the_last_stages_are_deformable():
