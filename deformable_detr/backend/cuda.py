@@ -122,16 +122,11 @@ def backward(
     value, locations, weights, grad_output = (_aligned(x) for x in inputs)
     B, S, M, D = value.shape
     Q, K = locations.shape[1], locations.shape[4]
-    grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
     fixed = torch.are_deterministic_algorithms_enabled()
-    grad_value = torch.zeros_like(value, dtype=torch.int64 if fixed else weights.dtype)
-    scale = torch.ones((), dtype=torch.float64, device=value.device)
+    grad_value, scale = accumulators(value, weights, grad_output, fixed)
+    make = torch.empty_like if value.numel() else torch.zeros_like
+    grad_locations, grad_weights = make(locations), make(weights)
     if value.numel() and weights.numel():
-        if fixed:  # no sum can exceed this: every pixel at most once a point, by weights below 1
-            limit = grad_output.abs().max().double() * weights.abs().max().double()
-            limit = limit * (Q * weights.shape[3] * K)
-            scale = torch.exp2(61 - limit.clamp(min=1e-280).log2().ceil())
-            scale = torch.where(limit.isfinite(), scale, torch.nan)
         spec = (value.dtype, D, len(shapes) * K, S * M * D >= 2**31, fixed)
         gradients = grad_value, grad_locations, grad_weights, scale
         arrays = locations, weights, grad_output, *gradients
@@ -139,6 +134,20 @@ def backward(
     if fixed:
         grad_value = grad_value.double() / scale
     return grad_value.to(value.dtype), grad_locations, grad_weights
+
+
+def accumulators(
+    value: Tensor, weights: Tensor, grad_output: Tensor, fixed: bool
+) -> tuple[Tensor, Tensor]:
+    """Zeros for the gradient of value, and by what is multiplied what is added there: 1, or in
+    fixed point a power of two with which no sum can leave 62 bits."""
+    scale = torch.ones((), dtype=torch.float64, device=value.device)
+    if fixed and value.numel() and weights.numel():
+        limit = grad_output.abs().max().double() * weights.abs().max().double()
+        limit = limit * weights[0, :, 0].numel()  # Q * L * K points may add to one pixel
+        scale = torch.exp2(61 - limit.clamp(min=1e-280).log2().ceil())
+        scale = torch.where(limit.isfinite(), scale, torch.nan)
+    return torch.zeros_like(value, dtype=torch.int64 if fixed else weights.dtype), scale
 
 
 def _launch(name: str, spec: tuple, shapes: list, first: tuple, arrays: tuple, size: tuple) -> None:

@@ -94,7 +94,7 @@ def backward(
     deterministic: value's gradient is summed in fixed point.
     """
     value, locations, weights, grad_output = map(_copy, (value, locations, weights, grad_output))
-    grad_value, scale = _accumulators(value, weights, grad_output, deterministic)
+    grad_value, scale = cuda.accumulators(value, weights, grad_output, deterministic)
     gradients = grad_value, torch.empty_like(locations), torch.empty_like(weights)
     if value.numel() and weights.numel():
         points = weights.shape[3] * weights.shape[4]
@@ -136,7 +136,7 @@ def trace(
         run, others, named = library.launch_forward, (output,), {"output": output}
     else:
         grad_output = _copy(grad_output)
-        grad_value, scale = _accumulators(value, weights, grad_output, False)
+        grad_value, scale = cuda.accumulators(value, weights, grad_output, False)
         rest = torch.empty_like(locations), torch.empty_like(weights), scale
         run, others = library.launch_backward, (grad_output, grad_value, *rest)
         named = {"grad_output": grad_output, "grad_value": grad_value}
@@ -186,20 +186,6 @@ def load(
 def _copy(x: Tensor) -> Tensor:
     """Contiguous, and at an address from which 16 bytes can be loaded at once."""
     return x.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _accumulators(
-    value: Tensor, weights: Tensor, grad_output: Tensor, deterministic: bool
-) -> tuple[Tensor, Tensor]:
-    """Zeros for the gradient of value, and the scale of fixed point, as the GPU's."""
-    scale = torch.ones((), dtype=torch.float64)
-    if deterministic and value.numel() and weights.numel():
-        limit = grad_output.abs().max().double() * weights.abs().max().double()
-        limit = limit * weights[0, :, 0].numel()  # Q * L * K points may add to one pixel
-        scale = torch.exp2(61 - limit.clamp(min=1e-280).log2().ceil())
-        scale = torch.where(limit.isfinite(), scale, torch.nan)
-    dtype = torch.int64 if deterministic else weights.dtype
-    return torch.zeros_like(value, dtype=dtype), scale
 
 
 def _blocks(weights: Tensor, heads_each: int) -> range:
