@@ -56,11 +56,27 @@ def operator_table() -> str:
     return "\n".join(rows)
 
 
+def detector_table() -> str:
+    """The whole detector against Hugging Face's: seconds, and memory above the weights."""
+    results = json.loads((ROOT / "data" / "results" / "model_cpu.json").read_text())
+    found = {(row["mode"], row["threads"], row["model"]): row for row in results["times"]}
+    rows = ["| | threads | ours | Hugging Face | times | memory |", "|---" * 6 + "|"]
+    for mode, threads in dict.fromkeys((mode, threads) for mode, threads, _ in found):
+        ours, theirs = (found[mode, threads, model] for model in ("ours", "Hugging Face"))
+        seconds = [row["median_ms"] / 1e3 for row in (ours, theirs)]
+        rows.append(
+            f"| {mode} | {threads} | {seconds[0]:.1f} s | {seconds[1]:.1f} s "
+            f"| {seconds[1] / seconds[0]:.1f} x | {ours['extra_mib'] / theirs['extra_mib']:.0%} |"
+        )
+    return "\n".join(rows)
+
+
 def updated(text: str) -> str:
     """The README with its tables made anew between their markers."""
     tables = {
         "chapters": chapters_table(),
         "operator": operator_table(),
+        "detector": detector_table(),
         "results": results_table(),
     }
     for name, table in tables.items():
@@ -81,7 +97,7 @@ def draw_picture(path: Path) -> None:
 
     from deformable_detr import Batch, postprocess
     from deformable_detr.checkpoint import load_model
-    from deformable_detr.datasets import open_image
+    from deformable_detr.images import read_image
     from deformable_detr.transforms import digits_eval_transform
     from deformable_detr.visualize import draw_detections, draw_sampling_points, record_sampling
 
@@ -89,7 +105,7 @@ def draw_picture(path: Path) -> None:
     names = [category["name"] for category in categories]
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.1), layout="constrained")
     for axis, number in zip(axes, (8, 12, 21, 12), strict=True):
-        image = open_image(ROOT / "data" / "samples" / f"{number:06}.png")
+        image = read_image(ROOT / "data" / "samples" / f"{number:06}.png")
         batch = Batch.from_images([digits_eval_transform()(image)])
         with torch.no_grad(), record_sampling(model) as record:
             (found,) = postprocess(model(batch), [(image.height, image.width)], threshold=0.4)

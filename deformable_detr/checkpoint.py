@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -52,11 +53,18 @@ def load_model(path: Path | str) -> tuple[DeformableDETR, list[dict]]:
     if not {"config", "categories"} <= metadata.keys():
         raise ValueError(f"{path} was not written by deformable_detr: it has no configuration")
     try:
-        model = DeformableDETR(DeformableDETRConfig(**json.loads(metadata["config"])))
+        config = DeformableDETRConfig(**json.loads(metadata["config"]))
         categories = json.loads(metadata["categories"])
-    except (TypeError, ValueError) as error:
+        if not all({"id", "name"} <= category.keys() for category in categories):
+            raise ValueError("its categories need an id and a name each")
+        with torch.device("meta"):  # whose sizes cost nothing, whatever they are
+            expected = DeformableDETR(config).state_dict()
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path} holds a configuration that is none of ours: {error}") from None
-    _check(model.state_dict(), tensors, path)
+    _check(expected, tensors, path)
+    if len(categories) != config.num_classes:
+        raise ValueError(f"{path} names {len(categories)} of its {config.num_classes} classes")
+    model = DeformableDETR(config)
     model.load_state_dict(tensors)
     return model.eval(), categories
 

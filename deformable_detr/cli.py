@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from deformable_detr import commands
+from deformable_detr.backend.cpu import BackendError
 from deformable_detr.recipes import NAMES, PRECISIONS
 from deformable_detr.train import NonFiniteLossError
 from deformable_detr.tta import MERGES
@@ -130,12 +131,6 @@ def add_train(add: Callable) -> None:
     options.add_argument(
         "--accumulate", type=int, help="batches to a step, where memory is short of large ones"
     )
-    options.add_argument(
-        "--short-side",
-        type=int,
-        help="of an evaluated image in pixels, 800 on COCO; training's sizes keep their proportion "
-        "to it. Less is faster, and more helps small objects",
-    )
     options.add_argument("--lr", type=float, help="learning rate; the backbone's keeps its ratio")
     options.add_argument(
         "--ema-decay", type=float, help="of the average of weights that is kept, such as 0.99"
@@ -217,6 +212,9 @@ def add_predict(add: Callable) -> None:
     )
     command.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
     command.add_argument(
+        "--top-k", type=int, default=100, help="detections of an image (default: %(default)s)"
+    )
+    command.add_argument(
         "--nms",
         type=float,
         metavar="OVERLAP",
@@ -279,6 +277,12 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     command.add_argument(
+        "--short-side",
+        type=int,
+        help="of an evaluated image in pixels, instead of the recipe's (800 on COCO); training's "
+        "sizes keep their proportion to it. Less is faster, and more helps small objects",
+    )
+    command.add_argument(
         "--init",
         metavar="WEIGHTS",
         help="start from these, which decide the model; none: start from nothing (default: the "
@@ -301,7 +305,7 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--dilation", action="store_true", help="the backbone's last map at stride 16 (DC5)"
     )
-    model.add_argument("--queries", type=int, help="detections that an image can have")
+    model.add_argument("--queries", type=int, help="object queries: boxes that an image can have")
     model.add_argument("--refine", action="store_true", help="iterative box refinement")
     model.add_argument("--two-stage", action="store_true", help="two-stage; implies --refine")
 
@@ -344,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, NonFiniteLossError) as error:
+    except (ValueError, OSError, NonFiniteLossError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:

@@ -102,7 +102,7 @@ def sheet(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     """Print a diagnosis of data and model."""
-    recipe = load_recipe(args.recipe)
+    recipe = chosen_recipe(args)
     dataset = CocoDataset(*find_split(args.data, args.split), recipe.train_transform())
     model = new_model(args, recipe, dataset).to(choose_device(args.device))
     diagnosis = diagnosing.doctor(model, dataset, args.steps)
@@ -114,9 +114,7 @@ def train(args: argparse.Namespace) -> int:
     """Train, then store the best threshold on val with the models."""
     has_val = has_split(args.data, "val")
     refuse_faults(args.data, ("train", "val") if has_val else ("train",))
-    recipe = load_recipe(args.recipe)
-    if args.short_side is not None:
-        recipe = dataclasses.replace(recipe, short_side=args.short_side)
+    recipe = chosen_recipe(args)
     train_set = CocoDataset(*find_split(args.data, "train"), recipe.train_transform())
     val_set = None
     if has_val:
@@ -125,24 +123,35 @@ def train(args: argparse.Namespace) -> int:
     config = train_config(args, recipe)
     torch.manual_seed(config.seed)
     model = new_model(args, recipe, train_set)
-    metrics = training.train(model, train_set, val_set, args.output, config, not args.fresh)
+    card = {"transforms": recipe.transforms, "short_side": recipe.short_side}
+    metrics = training.train(
+        model, train_set, val_set, args.output, config, not args.fresh, card=card
+    )
     if PartialState().is_main_process:
         if metrics:
             print(metrics)
-        finish(args.output, recipe, val_set)
+        finish(args.output, val_set, config)
     return 0
 
 
-def finish(run: Path, recipe: Recipe, val_set: CocoDataset | None) -> None:
-    """Store with the models of a run how they see images, and the best threshold on val."""
+def chosen_recipe(args: argparse.Namespace) -> Recipe:
+    """--recipe, with --short-side."""
+    recipe = load_recipe(args.recipe)
+    if args.short_side is None:
+        return recipe
+    return dataclasses.replace(recipe, short_side=args.short_side)
+
+
+def finish(run: Path, val_set: CocoDataset | None, config: training.TrainConfig) -> None:
+    """Store with the models of a run the best threshold on val."""
     for path in (run / "last.safetensors", run / "best.safetensors"):
         if not path.exists():
             continue
-        update_card(path, transforms=recipe.transforms, short_side=recipe.short_side)
-        text = "no val split to choose a threshold on"
+        text = "no val split to choose the best weights and a threshold on"
         if val_set:
             detector = load_detector(path)
-            found = analyse(detector.model.to(choose_device(None)), val_set, threshold=None)
+            model = detector.model.to(choose_device(None))
+            found = analyse(model, val_set, config.batch_size, threshold=None, top_k=config.top_k)
             update_card(path, threshold=found.threshold)
             text = f"best threshold on val {found.threshold:.3f}"
         print(f"model: {path}, {text}")
@@ -175,11 +184,16 @@ def same_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
                 )
 
 
+def chosen(options: dict) -> dict:
+    """Those that the command line gave: neither left out nor flags that are not set."""
+    return {k: value for k, value in options.items() if value is not None and value is not False}
+
+
 def train_config(args: argparse.Namespace, recipe: Recipe) -> training.TrainConfig:
     """The recipe's settings with what the command line changes in them."""
     given = {theirs: getattr(args, ours) for ours, theirs in TRAIN_OPTIONS.items()}
-    given = {name: value for name, value in given.items() if value not in (None, False)}
-    if args.lr:
+    given = chosen(given)
+    if args.lr is not None:
         given["backbone_lr"] = args.lr * recipe.train.backbone_lr / recipe.train.lr
     return dataclasses.replace(recipe.train, **given)
 
@@ -189,7 +203,7 @@ def new_model(args: argparse.Namespace, recipe: Recipe, dataset: CocoDataset) ->
     line's changes."""
     classes = len(dataset.categories)
     given = {theirs: getattr(args, ours) for ours, theirs in MODEL_OPTIONS.items()}
-    given = {name: value for name, value in given.items() if value not in (None, False)}
+    given = chosen(given)
     weights = args.init or recipe.weights
     if weights and weights != "none":
         options = list(given) + ["backbone_weights"] * bool(args.backbone_weights)
@@ -200,7 +214,7 @@ def new_model(args: argparse.Namespace, recipe: Recipe, dataset: CocoDataset) ->
         return loaded.model
     if args.two_stage:
         given["refine"] = True
-    if args.queries:
+    if args.queries is not None:
         given["num_queries"] = args.queries
     return with_backbone(recipe.model_config(classes, **given), args.backbone_weights)
 
@@ -277,6 +291,8 @@ def detect_all(
     detector: Detector, dataset: CocoDataset, views: list[View], args: argparse.Namespace
 ) -> list[dict]:
     """COCO results of a data set, in several views of each image."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     results = []
     ids = iter(tqdm(dataset.image_ids, "evaluate", unit="image", leave=False))
     while batch := list(islice(ids, args.batch_size)):
@@ -303,7 +319,7 @@ def predict(args: argparse.Namespace) -> int:
     """Print what is found, and save pictures and COCO results of it."""
     pictures = args.pictures or (None if args.json else Path("found"))
     if pictures:
-        refuse_same_names(args.images)
+        refuse_same_names(args.images, pictures)
     detector = load_detector(args.model)
     skipped: list[str] = []
     results = []
@@ -313,6 +329,7 @@ def predict(args: argparse.Namespace) -> int:
         args.threshold,
         args.batch_size,
         choose_device(args.device),
+        top_k=args.top_k,
         views=choose_views(args, detector),
         merge=args.merge,
         nms=args.nms,
@@ -345,9 +362,13 @@ def describe(found: Prediction, pictures: Path | None) -> Iterator[str]:
         yield f"  {name:12} {score:.2f}  {corners}"
 
 
-def refuse_same_names(images: list[Path]) -> None:
-    """ValueError where one picture would be saved over another."""
-    stems = Counter(Path(path).stem for path, _ in find_images(images))
+def refuse_same_names(images: list[Path], pictures: Path) -> None:
+    """ValueError where one picture would be saved over another, or over an image itself."""
+    paths = [Path(path) for path, _ in find_images(images)]
+    for path in paths:
+        if (pictures / f"{path.stem}.png").resolve() == path.resolve():
+            raise ValueError(f"the picture of {path} would replace it: give another --pictures")
+    stems = Counter(path.stem for path in paths)
     (stem, count), *_ = stems.most_common(1)
     if count > 1:
         raise ValueError(f"{count} images would be saved as {stem}.png; give them in separate runs")

@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from deformable_detr.boxes import xyxy_to_cxcywh
+from deformable_detr.images import read_image
 from deformable_detr.structures import Batch, Target
 from deformable_detr.transforms import TO_TENSOR
 
@@ -29,6 +30,13 @@ KEYS = {  # what every entry of an annotation file must have
     "images": ("id", "file_name"),
     "annotations": ("id", "image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
+}
+TYPES = {  # that these may have, where they are
+    "id": (int, str),
+    "image_id": (int, str),
+    "category_id": (int, str),
+    "file_name": (str,),
+    "name": (str,),
 }
 SAME_BOX = 0.95  # overlap (IoU) from which two boxes are taken for one object annotated twice
 
@@ -51,13 +59,15 @@ class CocoDataset(Dataset):
         content = read_annotations(Path(annotation_file))
         _refuse_unreadable(content, annotation_file)
         for annotation in content["annotations"]:  # both are often left out, and COCO metrics ask
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+            annotation["iscrowd"] = int(bool(annotation.get("iscrowd")))
+            if annotation.get("area") is None:
+                annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         self.coco = COCO()
         self.coco.dataset = content
         with redirect_stdout(StringIO()):
             self.coco.createIndex()
-        self.info = content.get("info", {})
+        info = content.get("info")
+        self.info = info if isinstance(info, dict) else {}
         self.categories = sorted(content["categories"], key=lambda category: category["id"])
         self.label_of = {category["id"]: i for i, category in enumerate(self.categories)}
         self.image_ids = sorted(self.coco.imgs)
@@ -84,7 +94,7 @@ class CocoDataset(Dataset):
 
     def load_image(self, image_id: int) -> Image.Image:
         """The picture itself, RGB. ValueError or FileNotFoundError names it where that fails."""
-        return open_image(self.images_dir / self.coco.imgs[image_id]["file_name"])
+        return read_image(self.images_dir / self.coco.imgs[image_id]["file_name"])
 
     def _objects(self, image_id: int) -> tuple[Tensor, Tensor]:
         found = [a for a in self.coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
@@ -97,17 +107,6 @@ def collate(samples: list[tuple[Tensor, Target]]) -> Batch:
     """A padded batch of what `CocoDataset` returns."""
     images, targets = zip(*samples, strict=True)
     return Batch.from_images(list(images), list(targets))
-
-
-def open_image(path: Path | str) -> Image.Image:
-    """An RGB picture from a file; one line of ValueError or FileNotFoundError where that fails."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image at {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {path}: {error}") from None
 
 
 def find_split(data_dir: Path | str, split: str) -> tuple[Path, Path]:
@@ -141,10 +140,17 @@ def read_annotations(path: Path) -> dict:
     if missing:
         raise ValueError(f"{path} is not a COCO annotation file: it has no {', '.join(missing)}")
     for kind, keys in KEYS.items():
+        if not isinstance(content[kind], list):
+            raise ValueError(f"{path}: {kind} must be a list, got {type(content[kind]).__name__}")
         for i, item in enumerate(content[kind]):
             lacking = [key for key in keys if not isinstance(item, dict) or key not in item]
             if lacking:
                 raise ValueError(f"{path}: {kind}[{i}] has no {', '.join(lacking)}")
+            for key, value in item.items():
+                if key in TYPES and type(value) not in TYPES[key]:
+                    raise ValueError(f"{path}: {kind}[{i}] has the {key} {value!r:.80}")
+        if len({type(item["id"]) for item in content[kind]}) > 1:
+            raise ValueError(f"{path}: the ids of {kind} are numbers and strings, mixed")
     return content
 
 
@@ -166,7 +172,7 @@ def check_dataset(images_dir: Path | str, annotation_file: Path | str) -> list[F
     """Every fault of a COCO-format data set, those of its images first; decodes every image."""
     content = read_annotations(Path(annotation_file))
     images = content["images"]
-    faults = list(_duplicate_ids(content))
+    faults = []
 
     def check(image: dict) -> list[Fault]:
         return check_image(Path(images_dir), image)
@@ -186,7 +192,8 @@ def check_annotations(content: dict) -> list[Fault]:
     first those of the file as a whole, then those of single annotations."""
     images = {image["id"]: image for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
-    faults = [*_category_faults(content), *_format_faults(content["annotations"], images)]
+    faults = [*_duplicate_ids(content), *_category_faults(content)]
+    faults += _format_faults(content["annotations"], images)
     for annotation in content["annotations"]:
         faults += _annotation_faults(annotation, images, categories)
     return faults + list(_duplicate_boxes(content["annotations"]))
@@ -255,7 +262,7 @@ def _category_faults(content: dict) -> Iterator[Fault]:
     names = Counter(category["name"] for category in content["categories"])
     for name, count in names.items():
         if count > 1:
-            yield Fault("duplicate name", False, f"{count} categories are called {name!r}")
+            yield Fault("duplicate name", True, f"{count} categories are called {name!r}")
     unused = [name for name, count in label_histogram(content).items() if not count]
     if unused and content["annotations"]:
         some = ", ".join(map(str, unused[:10])) + (", ..." if len(unused) > 10 else "")
@@ -315,7 +322,7 @@ def check_image(images_dir: Path, image: dict) -> list[Fault]:
     """The faults of one entry of "images": its file is missing, unreadable or of another size."""
     path, image_id = images_dir / image["file_name"], image["id"]
     try:
-        size = open_image(path).size
+        size = read_image(path).size
     except FileNotFoundError as error:
         return [Fault("missing image", True, f"image {image_id}: {error}", image_id)]
     except ValueError as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deformable_detr.backend import cpu, cuda, reference
+from deformable_detr.backend.cpu import BackendError
 
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
 KERNELS = {"cuda": cuda, "cpu": cpu}  # by the tensors' device
@@ -44,7 +45,7 @@ def ms_deform_attn(
     three float tensors. These may mix float32, float16 and bfloat16, as autocast makes them:
     coordinates, weights and sums are float32 inside. float64 goes with float64 only.
     Raises ValueError or TypeError where shapes, dtypes or devices do not fit together, and
-    RuntimeError where a backend is asked for that cannot run.
+    BackendError, a RuntimeError, where a backend is asked for that cannot run.
     """
     shapes = check_spatial_shapes(spatial_shapes)
     _check(value, shapes, sampling_locations, attention_weights)
@@ -86,9 +87,9 @@ def _forced(name: str, device: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name in KERNELS and device != name:
-        raise RuntimeError(f"backend {name!r} needs tensors on {name}, got {device}")
+        raise BackendError(f"backend {name!r} needs tensors on {name}, got {device}")
     if name in KERNELS and KERNELS[name].why_not():
-        raise RuntimeError(f"backend {name!r} is not available: {KERNELS[name].why_not()}")
+        raise BackendError(f"backend {name!r} is not available: {KERNELS[name].why_not()}")
     return name
 
 

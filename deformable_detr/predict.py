@@ -144,6 +144,8 @@ class Detector:
         Published weights have 91 classes, 11 of them unused, and COCO has 80. ValueError names
         classes that the detector has not.
         """
+        if wanted == self.categories:
+            return self
         names = [category["name"] for category in self.categories]
         missing = [c["name"] for c in wanted if c["name"] not in names]
         if missing:
@@ -180,7 +182,7 @@ def load_detector(name_or_path: Path | str) -> Detector:
     if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise ValueError(f"{name_or_path}: its threshold must be in [0, 1], got {threshold!r}")
     transforms = card.get("transforms", transforms_of(loaded.model))
-    if transforms not in TRANSFORMS:
+    if not isinstance(transforms, str) or transforms not in TRANSFORMS:
         raise ValueError(f"{name_or_path}: unknown transforms {transforms!r}")
     short = card.get("short_side", SHORT_SIDE)
     if type(short) is not int or short < 32:
@@ -343,7 +345,7 @@ def _read_all(
     for source, in_folder in sources:
         try:
             image = read_image(source)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:  # the latter of a link to nowhere
             if not in_folder:
                 raise
             skipped.append(str(error))

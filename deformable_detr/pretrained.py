@@ -79,8 +79,9 @@ def load_pretrained(
     transformers' or our `save_pretrained`, an official .pth file, or a .safetensors file of ours.
     num_classes, num_queries: where they differ from the file's, every tensor that fits is kept,
     the others start afresh with the prior of training, and the report says so, also as a log
-    message. changes: other fields of the config, such as dropout; dilation and num_heads cannot be
-    seen in an official file that lacks its "args", so give them then.
+    message; of learned queries as many are kept as there are in both. changes: other fields of the
+    config, such as dropout; dilation and num_heads cannot be seen in an official file without its
+    "args", so give them then.
     Raises FileNotFoundError with what to download where there is no such file or no network, and
     ValueError with one line on a file that is damaged, hostile or of another model.
     """
@@ -122,6 +123,10 @@ def resized(
         if config.two_stage and name.startswith(objectness):
             tensor[0] = old[name][0]
             report.fresh[name] = f"made anew but for row 0, the objectness: {sizes}"
+        elif name == "query_embed.weight":
+            rows = min(len(tensor), len(old[name]))
+            tensor[:rows] = old[name][:rows]
+            report.fresh[name] = f"the first {rows} rows kept: {sizes}"
     return new, report
 
 

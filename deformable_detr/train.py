@@ -59,18 +59,20 @@ def train(
     resume: bool = True,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     progress: bool = True,
+    card: dict | None = None,
 ) -> Metrics | None:
-    """Train a detector; returns the last validation metrics, if there is a val_set.
+    """Train a detector; returns the last validation metrics of this call, if there are any.
 
     output_dir receives checkpoint.pt (to resume from), log.jsonl, TensorBoard's files and, as
     `load_model` reads them, last.safetensors and best.safetensors (by AP on val_set); with
     config.ema_decay these two are the averaged weights. With resume, a checkpoint that is there is
     continued, exactly as if it had never stopped: model, optimiser, data order and random state.
-    on_step is called with the step and its losses.
+    on_step is called with the step and its losses. card: what else is stored with the weights,
+    such as how images are prepared; see `predict.load_detector`.
     Raises ValueError where a checkpoint is of another run, NonFiniteLossError with the image ids
     and the module that came first, and Interrupted after Ctrl-C, when the step is saved.
     """
-    trainer = Trainer(model, train_set, val_set, Path(output_dir), config, progress)
+    trainer = Trainer(model, train_set, val_set, Path(output_dir), config, progress, card)
     if resume:
         trainer.load()
     return trainer.run(on_step)
@@ -87,6 +89,7 @@ class Trainer:
         output_dir: Path,
         config: TrainConfig,
         progress: bool,
+        card: dict | None = None,
     ) -> None:
         patient = InitProcessGroupKwargs(timeout=EVALUATION)
         # precision is set in `losses`, so that evaluation stays in float32
@@ -101,7 +104,7 @@ class Trainer:
                 f"the data has {len(train_set.categories)} categories"
             )
         self.train_set, self.val_set, self.config = train_set, val_set, config
-        self.output_dir, self.progress = output_dir, progress
+        self.output_dir, self.progress, self.card = output_dir, progress, card or {}
         self.checkpoint = output_dir / "checkpoint.pt"
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step, self.best_ap = 0, -1.0
@@ -331,7 +334,12 @@ class Trainer:
     def _evaluate(self, board: SummaryWriter) -> bool:
         """Whether this is the best so far, which is saved then."""
         self.metrics = evaluate(
-            self.trained, self.val_set, progress=self.progress, top_k=self.config.top_k
+            self.trained,
+            self.val_set,
+            self.config.batch_size,
+            self.config.num_workers,
+            self.progress,
+            top_k=self.config.top_k,
         )
         board.add_scalar("val/AP", self.metrics.ap, self.step)
         self._append({"step": self.step, "val": self.metrics.to_dict()})
@@ -349,12 +357,13 @@ class Trainer:
 
     def _save_weights(self, name: str) -> None:
         path = self.output_dir / f"{name}.safetensors"
-        save_model(self.trained, path, self.train_set.categories)
+        save_model(self.trained, path, self.train_set.categories, self.card)
 
     def identity(self) -> dict:
         """What must be the same in a run and its resumption."""
         return {
             **described(self.config, self.bare.config),
+            **{f"data {key}": value for key, value in self.card.items()},
             "training images": len(self.train_set),
             "processes": self.accelerator.num_processes,
         }

@@ -40,7 +40,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        inner = self.dropout(self.linear1(x).relu())
+        # relu after dropout: the same numbers, and the backward pass needs one large map, not two
+        inner = self.dropout(self.linear1(x)).relu()
         return self.norm(x + self.dropout(self.linear2(inner)))
 
 

@@ -46,6 +46,12 @@ DAMAGE = {
     ),
     "has no configuration": lambda t, m: m.pop("config"),
     "a configuration that is none of ours": lambda t, m: m.update(config='{"layers": 3}'),
+    "none of ours: its categories need an id": lambda t, m: m.update(categories='[{"id": 1}]'),
+    "none of ours: 'int' object": lambda t, m: m.update(categories="5"),
+    "names 0 of its 3 classes": lambda t, m: None,
+    r"expected \(2, 4194304\)": lambda t, m: m.update(  # 64 TiB, were they allocated
+        config=json.dumps(dataclasses.asdict(TINY) | {"embed_dim": 1 << 22})
+    ),
 }
 
 

@@ -15,10 +15,11 @@ import torch
 import torchvision
 from PIL import Image
 
-from deformable_detr import DeformableDETR
+from deformable_detr import DeformableDETR, commands
 from deformable_detr.checkpoint import load_model, save_model
 from deformable_detr.cli import main
 from deformable_detr.predict import read_card, update_card
+from deformable_detr.recipes import FOLDER as RECIPES
 from tests.conftest import TINY
 
 CATEGORIES = [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}, {"id": 20, "name": "blue"}]
@@ -127,6 +128,49 @@ def test_published_weights_see_the_classes_that_the_data_has(coco, tmp_path, cap
     capsys.readouterr()
     assert main([*arguments, "--refine"]) == 2
     assert "decides the model: leave out refine" in capsys.readouterr().err
+
+
+def test_zeros_on_the_command_line_count(coco, tmp_path, capsys):
+    run = tmp_path / "run"
+    zeros = ["--seed", "0", "--patience", "0", "--ema-decay", "0"]
+    recipe = tmp_path / "mine.toml"
+    text = (RECIPES / "digits.toml").read_text()
+    recipe.write_text(text.replace("[train]", "[train]\nseed = 9\npatience = 2\nema_decay = 0.5"))
+    options = ["--recipe", str(recipe), *TRAIN[2:]]
+    assert main(["train", str(coco), "--output", str(run), *options, *zeros]) == 0
+    identity = torch.load(run / "checkpoint.pt", weights_only=True)["identity"]
+    assert identity["recipe seed"] == identity["recipe ema_decay"] == 0
+    assert main(["train", str(coco), "--output", str(run), *TRAIN, "--epochs", "0"]) == 2
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_says_how_it_sees_images(coco, tmp_path, monkeypatch, capsys):
+    """Its weights are evaluated at the size they were trained at, and resumed at no other."""
+    monkeypatch.setattr(commands, "finish", lambda *_: None)  # as if it had been killed before
+    run = tmp_path / "run"
+    recipe = tmp_path / "mine.toml"
+    text = (RECIPES / "digits.toml").read_text()
+    recipe.write_text(text.replace('transforms = "digits"', 'transforms = "coco"'))
+    arguments = ["train", str(coco), "--output", str(run), "--recipe", str(recipe), *TRAIN[2:]]
+    assert main([*arguments, "--short-side", "64"]) == 0
+    assert read_card(run / "best.safetensors") == {"transforms": "coco", "short_side": 64}
+    assert main([*arguments, "--short-side", "96"]) == 2
+    assert "data short_side was 64, is 96" in capsys.readouterr().err
+
+
+def test_predict_never_replaces_an_image(coco, model_file, capsys):
+    image = coco / "train" / "100.png"
+    before = image.read_bytes()
+    options = ["--model", str(model_file), "--pictures", str(image.parent)]
+    assert main(["predict", str(image), *options]) == 2
+    assert "would replace it" in capsys.readouterr().err and image.read_bytes() == before
+
+
+def test_a_backend_that_is_not_there_is_one_line(model_file, coco, monkeypatch, capsys):
+    monkeypatch.setenv("DEFORMABLE_DETR_BACKEND", "cuda")
+    image = str(coco / "train" / "100.png")
+    assert main(["predict", image, "--model", str(model_file)]) == 2
+    assert capsys.readouterr().err == "error: backend 'cuda' needs tensors on cuda, got cpu\n"
 
 
 def test_doctor(coco, capsys):

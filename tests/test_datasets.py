@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -61,6 +62,49 @@ def test_crowds_are_left_out_and_boxes_cut_or_dropped(coco):
     torch.testing.assert_close(boxes, torch.tensor([[0.0, 5, 10, 21], [60, 40, 64, 48]]))
 
 
+@pytest.mark.parametrize("kind", ["16 bits", "turned"])
+def test_training_reads_pictures_as_prediction_does(tmp_path, kind):
+    pixels = np.array([[0, 300, 40_000, 65_535]] * 3, np.uint16)
+    path = tmp_path / "x.png"
+    if kind == "16 bits":
+        Image.fromarray(pixels).save(path)
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = 3  # upside down
+        Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB").save(path, exif=exif)
+    content = {"images": [{"id": 1, "file_name": "x.png"}], "annotations": [], "categories": []}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    seen = np.asarray(CocoDataset(tmp_path, tmp_path / "x.json").load_image(1))[0, :, 0].tolist()
+    assert seen == [0, 1, 156, 255][:: -1 if kind == "turned" else 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        ("images", None, "images must be a list, got NoneType"),
+        ("images", {"file_name": 3}, r"images\[0\] has the file_name 3"),
+        ("annotations", {"image_id": [1]}, r"annotations\[0\] has the image_id \[1\]"),
+        ("categories", {"id": "x"}, "the ids of categories are numbers and strings, mixed"),
+    ],
+)
+def test_values_of_another_type_are_named(coco, kind, values, message):
+    def change(content):
+        if values is None:
+            content[kind] = None
+        else:
+            content[kind][0].update(values)
+
+    edit(coco, change)
+    with pytest.raises(ValueError, match=message):
+        check_dataset(*find_split(coco, "train"))
+
+
+def test_a_crowd_flag_may_be_null(coco):
+    edit(coco, lambda c: (c["annotations"][0].update(iscrowd=None), c.update(info=None)))
+    dataset = CocoDataset(*find_split(coco, "train"))
+    assert score([], dataset).ap == 0
+
+
 def test_collate_pads(coco):
     dataset = load(coco)
     small = dataset[0][0][:, :30, :40]
@@ -95,7 +139,7 @@ FAULTS = {
     "crowd box": (lambda c: c["annotations"][3].update(iscrowd=1), False, 1003),
     "duplicate box": (lambda c: again(c, c["annotations"][1]["bbox"]), False, 1009),
     "unused category": (lambda c: c["categories"].append({"id": 1, "name": "x"}), False, None),
-    "duplicate name": (lambda c: c["categories"][0].update(name="red"), False, None),
+    "duplicate name": (lambda c: c["categories"][0].update(name="red"), True, None),
     "duplicate id": (lambda c: c["annotations"][1].update(id=1000), True, None),
 }
 

@@ -166,6 +166,10 @@ def test_other_classes_and_queries_keep_what_fits(tmp_path, caplog):
     assert all(torch.equal(state[n], t) for n, t in model.state_dict().items() if n not in fresh)
     torch.testing.assert_close(state["class_heads.0.bias"], torch.full((3,), -math.log(99)))
     assert len(loaded.categories) == 3
+    queries = model.query_embed.weight
+    assert torch.equal(loaded.model.query_embed.weight, queries[:4])
+    more = load_pretrained(tmp_path / "m.pth", num_queries=len(queries) + 3).model
+    assert torch.equal(more.query_embed.weight[:-3], queries) and len(more.query_embed.weight) > 4
 
 
 def test_other_classes_leave_the_first_stage_its_objectness(tmp_path, batch):

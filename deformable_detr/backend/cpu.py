@@ -31,7 +31,11 @@ NAMES = {torch.float32: "float", torch.float64: "double"}
 SMALL = 1 << 18  # channels sampled, below which a second thread costs more than it gives
 
 
-class UnsafeCacheError(RuntimeError):
+class BackendError(RuntimeError):
+    """A backend that was asked for, or found, cannot run."""
+
+
+class UnsafeCacheError(BackendError):
     """The folder for built kernels is one that another user can write to."""
 
 
@@ -129,7 +133,7 @@ def compiler() -> str:
 def load(dtype: torch.dtype, D: int, points: int, huge: bool = False) -> ctypes.CDLL:
     """The library for one dtype, D channels a head, and L * K points; built where it is not yet.
 
-    huge: offsets of 64 bits. Raises RuntimeError where the compiler fails, or what is in the cache
+    huge: offsets of 64 bits. Raises BackendError where the compiler fails, or what is in the cache
     is no library.
     """
     macros = {"VALUE": NAMES[dtype], "REAL": NAMES[dtype], "D": D, "POINTS": points}
@@ -138,14 +142,15 @@ def load(dtype: torch.dtype, D: int, points: int, huge: bool = False) -> ctypes.
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise RuntimeError(
+        raise BackendError(
             f"the kernel built before does not load ({error}); remove {library} to build it anew"
         ) from None
 
 
 @cache
 def openmp() -> tuple[str, ...]:
-    """-fopenmp, where that means the library which torch's own threads run on; else nothing.
+    """-fopenmp, where GCC's OpenMP is loaded already, which torch's own threads then mostly run on;
+    else nothing.
 
     With a second one, or threads of its own, the kernel would compete with torch's, which go on
     spinning for some milliseconds after their last work.
@@ -166,7 +171,7 @@ def build(
     """The shared library for these macros, from the cache or made now and put there whole.
 
     flags: beside, and stronger than, FLAGS. source: the file that includes ms_deform_attn.cu.
-    program: a program instead. Raises RuntimeError where the compiler fails.
+    program: a program instead. Raises BackendError where the compiler fails.
     """
     sources = resources.files("deformable_detr.kernels")
     command = [
@@ -194,7 +199,7 @@ def build(
                 text=True,
             )
             if run.returncode:
-                raise RuntimeError(
+                raise BackendError(
                     f"{command[0]} could not build the kernel:\n{run.stderr[-2000:]}"
                 )
             made.chmod(0o700)  # whatever the umask
