@@ -261,8 +261,9 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model",
         default=str(SHIPPED),
+        required=not SHIPPED.exists(),  # it is of the repository, not of an installed package
         metavar="WEIGHTS",
-        help="the trained detector (default: the repository's detector of digits)",
+        help="the trained detector (default, in the repository: its detector of digits)",
     )
 
 
@@ -319,7 +320,7 @@ def add_views(command: argparse.ArgumentParser) -> None:
         help="look at each image in several sizes, and mirrored if the training did so",
     )
     views.add_argument(
-        "--tta-scales", type=float, nargs="+", default=(0.8, 1.0, 1.25), help="default: 0.8 1 1.25"
+        "--tta-scales", type=float, nargs="+", help="needs --tta; default: 0.8 1 1.25"
     )
     views.add_argument(
         "--merge",

@@ -51,6 +51,7 @@ MODEL_OPTIONS = {  # of the command line: of the config
     "refine": "refine",
     "two_stage": "two_stage",
 }
+TTA_SCALES = (0.8, 1.0, 1.25)
 TRAIN_OPTIONS = {  # of the command line: of the recipe
     "epochs": "epochs",
     "batch_size": "batch_size",
@@ -263,8 +264,9 @@ def evaluate(args: argparse.Namespace) -> int:
     detector.model.to(choose_device(args.device))
     threshold = detector.threshold if args.threshold is None else args.threshold
     threshold = None if args.keep_threshold else threshold
-    if args.tta:
-        results = detect_all(detector, dataset, choose_views(args, detector), args)
+    views = choose_views(args, detector)
+    if views:
+        results = detect_all(detector, dataset, views, args)
         found = analyse_results(results, dataset, threshold)
     else:
         found = analyse(
@@ -306,10 +308,12 @@ def detect_all(
 def choose_views(args: argparse.Namespace, detector: Detector) -> list[View] | None:
     """For --tta. What was trained without mirroring, as digits are, is not mirrored."""
     if not args.tta:
+        if args.tta_scales:
+            raise ValueError("--tta-scales needs --tta")
         return None
     return make_views(
         detector.transforms,
-        tuple(args.tta_scales),
+        tuple(args.tta_scales or TTA_SCALES),
         flip=detector.transforms != "digits",
         short_side=detector.short_side,
     )

@@ -256,6 +256,7 @@ def test_errors_are_one_line(coco, model_file, tmp_path, capsys):
         (["info", "--model", str(model_file), "--device", "abacus"], "no device abacus"),
         (["info", "--model", str(model_file), "--size", "0", "9"], "must be at least 1"),
         (["doctor", str(coco), "--recipe", "cake"], "no recipe cake"),
+        (["evaluate", str(coco), "--model", str(model_file), "--tta-scales", "2"], "needs --tta"),
         (["train", str(coco), "--output", "x", *TRAIN, "--short-side", "64"], "no short_side"),
         (
             ["evaluate", str(coco), "--keep-threshold", "--model", "some/hub"],
