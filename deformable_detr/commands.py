@@ -33,6 +33,7 @@ from deformable_detr.predict import (
     Detector,
     Prediction,
     detect,
+    file_id,
     load_detector,
     predict_each,
     update_card,
@@ -322,8 +323,7 @@ def choose_views(args: argparse.Namespace, detector: Detector) -> list[View] | N
 def predict(args: argparse.Namespace) -> int:
     """Print what is found, and save pictures and COCO results of it."""
     pictures = args.pictures or (None if args.json else Path("found"))
-    if pictures:
-        refuse_same_names(args.images, pictures)
+    refuse_same_names(args.images, pictures, args.json)
     detector = load_detector(args.model)
     skipped: list[str] = []
     results = []
@@ -366,16 +366,20 @@ def describe(found: Prediction, pictures: Path | None) -> Iterator[str]:
         yield f"  {name:12} {score:.2f}  {corners}"
 
 
-def refuse_same_names(images: list[Path], pictures: Path) -> None:
-    """ValueError where one picture would be saved over another, or over an image itself."""
+def refuse_same_names(images: list[Path], pictures: Path | None, results: Path | None) -> None:
+    """ValueError where a picture would be saved over another or over an image, or where the results
+    would have one id for two images."""
     paths = [Path(path) for path, _ in find_images(images)]
-    for path in paths:
+    for path in paths if pictures else ():
         if (pictures / f"{path.stem}.png").resolve() == path.resolve():
             raise ValueError(f"the picture of {path} would replace it: give another --pictures")
-    stems = Counter(path.stem for path in paths)
-    (stem, count), *_ = stems.most_common(1)
-    if count > 1:
-        raise ValueError(f"{count} images would be saved as {stem}.png; give them in separate runs")
+    pictures_of, ids = (f"{path.stem}.png" for path in paths), map(file_id, paths)
+    for where, names in ((pictures, pictures_of), (results, ids)):
+        name, count = Counter(names).most_common(1)[0]
+        if where and count > 1:
+            raise ValueError(
+                f"{count} images would be {name} in {where}; give them in separate runs"
+            )
 
 
 def info(args: argparse.Namespace) -> int:

@@ -81,13 +81,12 @@ class Prediction:
     def to_coco(self, image_id: int | str | None = None) -> list[dict]:
         """COCO results, with the data's own category ids.
 
-        image_id: where it is None, the number that the file is named after (39769 of
-        000000039769.jpg), or else the file's name. ValueError where there is no file either.
+        image_id: where it is None, that of `file_id`. ValueError where there is no file either.
         """
         if image_id is None:
             if self.path is None:
                 raise ValueError("an image that came from no file needs an image_id")
-            image_id = int(self.path.stem) if self.path.stem.isdecimal() else self.path.name
+            image_id = file_id(self.path)
         boxes = xyxy_to_cxcywh(self.boxes)
         boxes[:, :2] -= boxes[:, 2:] / 2  # the corner, as COCO has it
         return [
@@ -121,6 +120,11 @@ class Prediction:
         return draw_detections(
             self.image, found, dict(zip(self.labels.tolist(), self.names, strict=True))
         )
+
+
+def file_id(path: Path) -> int | str:
+    """The number that a file is named after (39769 of 000000039769.jpg), or else its name."""
+    return int(path.stem) if path.stem.isdecimal() else path.name
 
 
 @dataclass

@@ -209,12 +209,13 @@ def test_info(model_file, capsys):
         assert expected in text
 
 
-def test_predict_does_not_save_one_picture_over_another(coco, model_file, tmp_path, capsys):
+def test_predict_refuses_two_images_of_one_name(coco, model_file, tmp_path, capsys):
     images = [str(coco / split / "100.png") for split in ("train", "val")]
-    options = ["--model", str(model_file), "--output", str(tmp_path / "found")]
-    assert main(["predict", *images, *options]) == 2
-    assert "2 images would be saved as 100.png" in capsys.readouterr().err
-    assert not (tmp_path / "found").exists()
+    for option, name in (("--output", "100.png"), ("--json", "100")):
+        options = ["--model", str(model_file), option, str(tmp_path / "found")]
+        assert main(["predict", *images, *options]) == 2
+        assert f"2 images would be {name} in {tmp_path / 'found'}" in capsys.readouterr().err
+        assert not (tmp_path / "found").exists()
 
 
 def test_check_lists_faults_and_train_refuses(coco, tmp_path, capsys):

@@ -6,6 +6,7 @@ import torch
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, Target
 from deformable_detr.losses import SetCriterion
 from deformable_detr.position import LearnedPositionEncoding, SinePositionEncoding
+from deformable_detr.transformer import Dropout
 
 SMALL = dict(
     num_classes=5,
@@ -139,6 +140,21 @@ def test_padding_pixels_do_not_matter():
     inside = ~tokens.padding_mask
     assert not inside.all()
     torch.testing.assert_close(again[inside], memory[inside])
+
+
+def test_dropout_drops_and_scales_and_keeps_bytes():
+    torch.manual_seed(0)
+    x, dropout = torch.rand(100, 200).add_(1).requires_grad_(), Dropout(0.25)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = dropout(x)
+    y.sum().backward()
+    dropped = y == 0
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    torch.testing.assert_close(y, (x / 0.75).masked_fill(dropped, 0))
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1 / 0.75).masked_fill(dropped, 0))
+    assert sum(t.nbytes for t in kept) == x.numel()
+    assert dropout.eval()(x) is x and Dropout(0.0)(x) is x
 
 
 def test_sine_position_by_formula():

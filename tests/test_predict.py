@@ -255,6 +255,22 @@ def test_supervision_itself(finder):
     assert len(empty) == 0 and len(supervision.Detections.merge([detections, empty])) == 1
 
 
+def test_tiles_of_a_large_image_by_supervision(finder):
+    """As the README shows it: the boxes of each tile, moved to the tile's place."""
+    import supervision
+
+    tiles = picture(), picture((2, 3, 12, 40), colour=2)
+    slicer = supervision.InferenceSlicer(
+        lambda tile: predict(finder, tile)[0].to_supervision(), slice_wh=(64, 48), overlap_wh=0
+    )
+    found = slicer(np.concatenate([np.asarray(tile) for tile in tiles], 1))
+    boxes = dict(zip(found["class_name"].tolist(), found.xyxy.tolist(), strict=True))
+    assert boxes == {
+        "green": pytest.approx([6, 10, 30, 22], abs=1e-4),
+        "blue": pytest.approx([64 + 2, 3, 64 + 12, 40], abs=1e-4),
+    }
+
+
 @pytest.mark.parametrize("kind", ["yolo", "voc"])
 def test_other_formats_by_supervision(kind, tmp_path):
     """The conversion that data/README.md shows: images, boxes and names arrive whole."""

@@ -170,24 +170,28 @@ def steady_model():
     return model
 
 
-def boxes_everywhere(coco):
-    """Four images with a box each: the official loss is never divided by less than one box for each
-    process, which counts in a process whose images have none."""
+def one_without_boxes(coco):
+    """Four images, of which the first has no box and the others two. With fewer, two processes
+    would differ from one: the official loss is never divided by less than one box for each."""
     data = CocoDataset(*find_split(coco, "train"))
     data.image_ids = data.image_ids[:4]
+    annotations = data.coco.imgToAnns
+    for image_id in data.image_ids:
+        annotations[image_id] = 2 * annotations[image_id][:1]
+    annotations[data.image_ids[0]] = []
     return data
 
 
 TWO = """
 import os, signal
-from tests.test_train import EQUAL, boxes_everywhere, steady_model, train
+from tests.test_train import EQUAL, one_without_boxes, steady_model, train
 from deformable_detr.train import Interrupted
 
 def on_step(step, losses):
     if step == 4 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGINT)
 
-data = boxes_everywhere("coco")
+data = one_without_boxes("coco")
 train(steady_model(), data, None, "equal", EQUAL, progress=False)
 try:
     train(steady_model(), data, None, "run", EQUAL, on_step=on_step, progress=False)
@@ -203,11 +207,12 @@ def losses_of(folder):
 
 
 def test_two_processes_step_as_one_with_the_double_batch_and_stop_together(coco, tmp_path):
-    """Losses and gradient norms of all steps; then Ctrl-C in one of the two."""
+    """Losses and gradient norms of all steps, also where one process has no box; then Ctrl-C in
+    one of the two."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     printed = run_script(tmp_path, TWO, before=launch)
     double = dataclasses.replace(EQUAL, batch_size=2)
-    data = boxes_everywhere(coco)
+    data = one_without_boxes(coco)
     train(steady_model(), data, None, tmp_path / "one", double, progress=False)
     one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "equal")
     assert one.shape == (6, 10)
