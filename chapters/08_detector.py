@@ -32,7 +32,7 @@
 # | step | out comes | shape |
 # |:--|:--|:--|
 # | batch | images and mask | $(B, 3, H, W)$ and $(B, H, W)$ |
-# | backbone | feature maps at strides 8, 16, 32 | $(B, \cdot, H_l, W_l)$ |
+# | backbone | feature maps at three strides | $(B, \cdot, H_l, W_l)$ |
 # | projection | $L$ levels of one width $C$, flattened | $(B, S, C)$ |
 # | encoder | every token after asking around itself: the *memory* | $(B, S, C)$ |
 # | decoder | $Q$ queries after asking the memory | $(B, Q, C)$ |
@@ -205,7 +205,7 @@ _ = torch.set_grad_enabled(False)  # we look; training comes at the end
 # `model` is here to lend us its parts. We call each part ourselves, and in the end put them
 # together again.
 #
-# **Before you run**: a convolution of stride 2 halves a map and rounds up. Strides of 8, 16 and 32
+# **Before you run**: a convolution of stride 2 halves a map and rounds up. Strides of 4, 8 and 16
 # on 88 × 120 give which sizes?
 
 # %%
@@ -215,8 +215,9 @@ for stride, feature_map in zip(model.backbone.strides, maps, strict=True):
     assert feature_map.shape[2:] == (math.ceil(88 / stride), math.ceil(120 / stride))
 
 # %% [markdown]
-# Three maps of three widths: 64, 96 and 128 channels (512, 1024 and 2048 in a ResNet-50
-# {cite}`he2016resnet`). Attention across levels needs **one** width.
+# Three maps of three widths: 32, 64 and 96 channels. (In a ResNet-50 {cite}`he2016resnet` the
+# strides are 8, 16 and 32, and the widths 512, 1024 and 2048; our digits are small, so our small
+# backbone ends one halving earlier.) Attention across levels needs **one** width.
 #
 # ## 8.3 One width, and one level more
 #
@@ -261,7 +262,7 @@ levels = project(maps, model.input_proj)
 shapes = [tuple(level.shape[-2:]) for level in levels]
 S = sum(height * width for height, width in shapes)
 print(shapes, "S =", S)
-assert shapes == [(11, 15), (6, 8), (3, 4), (2, 2)] and S == 165 + 48 + 12 + 4
+assert shapes == [(22, 30), (11, 15), (6, 8), (3, 4)] and S == 660 + 165 + 48 + 12
 
 # %% [markdown]
 # ## 8.4 The mask on every level
@@ -294,7 +295,7 @@ print("true share of image 0:", round(104 / 120, 3), "of the width")
 print("on the levels:        ", [round(x, 3) for x in ratios[0, :, 0].tolist()])
 assert ratios.shape == (B, L, 2)
 
-# %% mystnb={"image": {"alt": "Four small grids for image 0, from 11 by 15 cells to 2 by 2. The dark right-hand columns are padding: 2 of 15, 1 of 8, none of 4 and none of 2."}}
+# %% mystnb={"image": {"alt": "Four small grids for image 0, from 22 by 30 cells to 3 by 4. The dark right-hand columns are padding: 4 of 30, 2 of 15, 1 of 8 and none of 4."}}
 figure, axes = plt.subplots(1, L, figsize=(7, 2.2), width_ratios=[3, 2.4, 1.8, 1.2])
 for level, axis in enumerate(axes):
     axis.pcolormesh(~masks[level][0].numpy(), cmap="cividis", vmin=0, vmax=1, ec="white", lw=0.6)
@@ -304,11 +305,11 @@ plt.show()
 
 # %% [markdown]
 # *Figure 8.2. What to see: the mask of image 0 on the four levels, padding dark. The same 16 pixels
-# of padding are 2 columns of 15, 1 of 8, and none of the coarse cells: every level rounds for
-# itself.*
+# of padding are 4 columns of 30, 2 of 15, 1 of 8, and none of the coarse cells: every level rounds
+# for itself.*
 
 # %%
-assert [int(m[0, 0].sum()) for m in masks] == [2, 1, 0, 0]
+assert [int(m[0, 0].sum()) for m in masks] == [4, 2, 1, 0]
 
 # %% [markdown]
 # ## 8.5 From maps to tokens
@@ -326,7 +327,8 @@ def flatten(maps):
 features = flatten(levels)
 print(tuple(features.shape))
 assert features.shape == (B, S, C)
-assert torch.equal(features[1, 165 + 2 * 8 + 5], levels[1][1, :, 2, 5])  # level 1, row 2, column 5
+example = 660 + 165 + 2 * 8 + 5  # level 2, row 2, column 5
+assert torch.equal(features[1, example], levels[2][1, :, 2, 5])
 
 # %% [markdown]
 # ## Exercise 8.1  Which place is token $i$?
@@ -421,16 +423,16 @@ for name in ("features", "position", "padding_mask", "valid_ratios"):
 #
 # The encoder's queries are the tokens. A token's reference point is its own centre, found in two
 # steps: relative to the image without padding, then on each level that it asks. For the token in
-# row 2, column 5 of level 1, image 0:
+# row 2, column 5 of level 2, image 0:
 
 # %%
-row, column, level = 2, 5, 1
-height_1, width_1 = shapes[level]
-x = (column + 0.5) / (width_1 * ratios[0, level, 0])  # relative to the image
-y = (row + 0.5) / (height_1 * ratios[0, level, 1])
+row, column, level = 2, 5, 2
+height_2, width_2 = shapes[level]
+x = (column + 0.5) / (width_2 * ratios[0, level, 0])  # relative to the image
+y = (row + 0.5) / (height_2 * ratios[0, level, 1])
 by_hand = torch.stack([x, y]) * ratios[0]  # relative to each padded level
 print([[round(v, 3) for v in point] for point in by_hand.tolist()])
-assert math.isclose(by_hand[level, 0], (column + 0.5) / width_1, rel_tol=1e-6)
+assert math.isclose(by_hand[level, 0], (column + 0.5) / width_2, rel_tol=1e-6)
 
 # %% [markdown]
 # On its own level this is the cell's centre, 5.5 / 8: the ratio cancels. On the other levels it
@@ -443,14 +445,14 @@ from deformable_detr.transformer import token_centres
 centres = token_centres(shapes, ratios)  # (B, S, 2), relative to the image
 references = centres[:, :, None] * ratios[:, None]  # (B, S, L, 2)
 print(tuple(references.shape))
-assert torch.allclose(references[0, 165 + 2 * 8 + 5], by_hand)
+assert torch.allclose(references[0, example], by_hand)
 
 # %% [markdown]
 # Where does a token look? The attention module tells, on request: $M L K = 72$ points each.
 
 # %%
 attention = model.encoder.layers[0].attention
-query, asked = features + position, 4 * 15 + 6  # row 4, column 6 of level 0
+query, asked = features + position, 9 * 30 + 13  # row 9, column 13 of level 0
 _, sampling = attention(query, references, features, shapes, padding, return_sampling=True)
 print("locations", tuple(sampling.locations.shape), "weights", tuple(sampling.weights.shape))
 
@@ -461,7 +463,7 @@ for axis in axes:
     show(axis, 1)
 for level, part in enumerate(references[1].split([h * w for h, w in shapes])):
     points = part[:, level] * size
-    axes[0].plot(*points.T, "o", ms=2 + 2 * level, c=f"C{level}", label=f"level {level}")
+    axes[0].plot(*points.T, "o", ms=1 + 2 * level, c=f"C{level}", label=f"level {level}")
 figure.legend(loc="outside lower center", ncols=4)
 axes[0].set_title("the reference points of all tokens")
 
@@ -1490,7 +1492,7 @@ print("the same in", 1 + len(mine.auxiliary), "layers")
 
 # %%
 way = [("images", batch.images), ("mask", batch.mask)]
-way += [(f"map, stride {s}", m) for s, m in zip((8, 16, 32), maps, strict=True)]
+way += [(f"map, stride {s}", m) for s, m in zip(model.backbone.strides, maps, strict=True)]
 way += [(f"level {i}", m) for i, m in enumerate(levels)]
 way += [("tokens", features), ("encoder references", references), ("memory", memory)]
 way += [("queries", queries), ("decoder references", on_levels)]

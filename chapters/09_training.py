@@ -425,7 +425,8 @@ SMALL = DeformableDETRConfig(
 
 # %% [markdown]
 # The paper's backbone comes from ImageNet. Ours comes from a toy ImageNet: crops of single digits of
-# the training split, to be classified. Its card says how well that went, at each of its strides.
+# the training split, to be classified, at strides 8 and 16 and, by one block more that we leave
+# behind, at 32. Its card says how well that went.
 
 
 # %%
@@ -694,7 +695,7 @@ minutes = card["cpu_seconds"] / 60
 print(f"{card['steps']} steps of {card['recipe']['batch_size']} images, {minutes:.0f} minutes")
 print({name: card["test"][name] for name in ("ap", "ap50", "ap75", "ar")})
 print({name: card["test"][name] for name in ("ap_small", "ap_medium", "ap_large")})
-assert card["test"]["ap"] > 0.75 and card["test"]["ap50"] > 0.94
+assert card["test"]["ap"] > 0.8 and card["test"]["ap50"] > 0.95
 assert card["test"]["ap_small"] < card["test"]["ap_medium"] < card["test"]["ap_large"]
 
 # %% [markdown]
@@ -909,11 +910,11 @@ for axis, chosen in zip(axes, (biggest, smallish), strict=False):
     draw_sampling_points(
         axis, picture, decoder, int(query_of[chosen]), (128, 128), image_index, centre, box, label
     )
-column, row = (((boxes[biggest, :2] + boxes[biggest, 2:]) / 2) // 8).int().tolist()
+column, row = (((boxes[biggest, :2] + boxes[biggest, 2:]) / 2) // 4).int().tolist()
 image_index = int(image_of[biggest])
 picture = test_set.load_image(batch.targets[image_index].image_id)
-centre = (8 * column + 4, 8 * row + 4)  # of the cell of stride 8
-token = row * 16 + column
+centre = (4 * column + 2, 4 * row + 2)  # of the cell of stride 4
+token = row * 32 + column
 draw_sampling_points(
     axes[2], picture, encoder, token, (128, 128), image_index, centre, label="encoder token"
 )
@@ -1002,7 +1003,7 @@ weights = decoder.weights[image_of, query_of]  # (N, M, L, K)
 effective = 1 / weights.flatten(2).square().sum(-1)  # 12 if all weights are equal
 per_level = weights.sum(-1).mean((0, 1))
 print(f"of 12 points a head uses effectively {effective.mean():.1f}")
-print("weight on strides 8, 16, 32:", [round(x, 2) for x in per_level.tolist()])
+print("weight on strides 4, 8, 16:", [round(x, 2) for x in per_level.tolist()])
 assert effective.mean() < 9 and per_level[0] > 0.5
 
 # %% [markdown]
@@ -1012,8 +1013,8 @@ assert effective.mean() < 9 and per_level[0] > 0.5
 # control.
 
 # %%
-y, x = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
-centres = torch.stack([x, y], -1).reshape(-1, 2) * 8 + 4.0  # of the tokens of stride 8
+y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+centres = torch.stack([x, y], -1).reshape(-1, 2) * 4 + 2.0  # of the tokens of stride 4
 asking = []
 for image_index, target in enumerate(batch.targets):
     for box in pixels_of(target.boxes):

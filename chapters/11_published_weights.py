@@ -86,7 +86,7 @@ for name, option in options.items():
     print(f"{name:>10} {count:,}", len(to_official(variant)), "tensors")
     assert count == published[name]
 
-# %% mystnb={"image": {"alt": "Horizontal bars of the number of parameters by part of the model: the backbone has more than half, decoder and encoder follow, then the projections of the backbone's maps; heads and queries are thin lines."}}
+# %% mystnb={"image": {"alt": "Horizontal bars of the number of parameters by part of the model: the backbone has more than half; the decoder, the projections of the backbone's maps and the encoder follow; heads and queries are thin lines."}}
 figure, axis = plt.subplots(figsize=(7, 2.6))
 parts = sizes.most_common(6)[::-1]
 axis.barh([name for name, _ in parts], [size / 1e6 for _, size in parts])
@@ -124,7 +124,8 @@ print("Hugging Face", next(x for x in hub if x.endswith(end)))
 # %% [markdown]
 # The names inside the attention module, `sampling_offsets`, `attention_weights`, `value_proj` and
 # `output_proj`, are the same everywhere, because everybody copied the first code. All the rest is a
-# table of beginnings.
+# table of beginnings, but for the decoder's self-attention: its `in_proj`, one tensor of $3C$ rows, is
+# three tensors in Hugging Face's files.
 #
 # ## Exercise 11.1  Translate
 #
@@ -195,7 +196,7 @@ def randomised(model):
 model = randomised(DeformableDETR(small))
 path = folder / "official.pth"
 save_pretrained(model, path, format="official")
-content = torch.load(path, weights_only=False)
+content = torch.load(path, weights_only=True)
 content["model"]["transformer.encoder.layers.1.linear9.weight"] = torch.zeros(3)
 torch.save(content, folder / "strange.pth")
 try:
@@ -330,8 +331,9 @@ check("11.2", first_difference)
 # %% [markdown]
 # ## 11.5 Other classes
 #
-# COCO's 91 outputs become three. Everything that fits stays; the class heads begin anew at the prior;
-# a report says so, tensor by tensor.
+# The file's five classes become three, its seven queries nine. Everything that fits stays; the class
+# heads begin anew at the prior, and to the seven queries come two new ones. A report says so, tensor by
+# tensor.
 
 # %%
 logging.getLogger("deformable_detr").setLevel(logging.ERROR)  # the report is printed below
@@ -382,8 +384,8 @@ check("11.3", survivors)
 # %% [markdown]
 # ## 11.6 A file that runs code
 #
-# `torch.load` unpickles, and a pickle can call any function while it is read. This one would write a
-# file; another would send your keys away.
+# `torch.load` unpickles, and a pickle can call any function while it is read. This one would make a
+# folder; another would send your keys away.
 
 
 # %%
@@ -432,8 +434,9 @@ temporary.cleanup()
 # ```
 #
 # ```
-# deformable-detr evaluate coco --split val2017 --model SenseTime/deformable-detr
-# accelerate launch -m deformable_detr.cli train coco --recipe paper --output runs/paper
+# deformable-detr evaluate coco --model SenseTime/deformable-detr
+# accelerate launch --num_processes 8 -m deformable_detr.cli train coco --recipe paper \
+#     --accumulate 2 --output runs/paper  # 8 processes x 2 batches x 2 images = 32
 # ```
 #
 # ## Summary

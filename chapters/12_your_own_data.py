@@ -132,8 +132,10 @@ assert len(faults) >= 4
 assert check_dataset(*find_split(data, "train")) == []
 
 # %% [markdown]
-# `deformable-detr check DATA` prints the same. Training refuses to start on fatal faults, and says
-# which; the box drawn twice is the quiet one.
+# `deformable-detr check DATA` prints the same, and `deformable-detr train` refuses to start on fatal
+# faults, and says which. From Python, `CocoDataset` refuses the unknown category, the broken file stops
+# the epoch that reads it, and the box drawn from right to left is dropped without a word: check first.
+# The box drawn twice is quiet in any case.
 #
 # ## Exercise 12.1  Two corners or a size?
 #
@@ -212,15 +214,19 @@ plt.show()
 # ## 12.4 Start from what others learned
 #
 # The shipped detector knows ten digits. Its backbone, encoder and decoder know what ink looks like
-# and where it ends; only the last layer, from a query to ten scores, speaks of other classes. Keep
-# all that fits, make the rest anew:
+# and where it ends; only the class heads speak of other classes. One of them, the first stage's, scores
+# tokens, and its row 0 means "some object" (10.4), whatever the classes are: that row stays. Keep all that
+# fits, make the rest anew:
 
 # %%
 source, _ = load_model("../data/checkpoints/digits.safetensors")
 config = dataclasses.replace(source.config, num_classes=3)
 model = DeformableDETR(config)
-own = model.state_dict()
-fitting = {k: v for k, v in source.state_dict().items() if v.shape == own[k].shape}
+published, own = source.state_dict(), model.state_dict()
+fitting = {k: v for k, v in published.items() if v.shape == own[k].shape}
+for kind in ("weight", "bias"):  # of the first stage's head
+    name = f"class_heads.{config.decoder_layers}.{kind}"
+    own[name][0] = published[name][0]
 model.load_state_dict(own | fitting)
 renewed = sorted(set(own) - set(fitting))
 print(len(fitting), "tensors kept,", len(renewed), "made anew, such as", renewed[0])
@@ -249,7 +255,7 @@ diagnosis = doctor(model, train_set, steps=80, progress=False, seconds=30)
 print(diagnosis.table())
 
 # %%
-assert diagnosis.healthy
+assert diagnosis.healthy and diagnosis.ap > 0.5  # below 100 steps the doctor only warns of AP
 
 # %% [markdown]
 # What it cannot find: labels that have nothing to do with the pictures. A batch can be learned by
@@ -261,7 +267,7 @@ assert diagnosis.healthy
 # see what the start was worth.
 
 # %%
-recipe = dataclasses.replace(DIGITS, epochs=2, lr=5e-4, backbone_lr=5e-5, warmup_steps=10)
+recipe = dataclasses.replace(DIGITS, epochs=2, lr=5e-4, backbone_lr=5e-4, warmup_steps=10)
 runs = {}
 for name, start in (("fine-tuned", model), ("from nothing", DeformableDETR(config))):
     losses = []
@@ -349,16 +355,20 @@ check("12.2", train_heads_only)
 
 # %%
 trained, _ = runs["fine-tuned"]
-report = analyse(trained, val_set, progress=False)
+report = analyse(trained, val_set, threshold=None, progress=False)  # at the score of the best F1
 
 # %%
 # NBVAL_IGNORE_OUTPUT
 print(report.table())
 
+# %%
+assert report.errors.counts["correct"] > 100
+
 # %% [markdown]
 # What each kind calls for: *class*, more images of the confused classes; *place*, longer training, or
-# clearer rules for those who draw boxes; *background*, images without objects; *missed*, more small
-# or covered ones. `deformable-detr evaluate --report report.html` writes all of it with pictures of
+# clearer rules for those who draw boxes; *both*, both; *duplicate*, longer training, in which queries
+# learn to leave an object to one of them; *background*, images without objects; *missed*, more small or
+# covered ones. `deformable-detr evaluate --report report.html` writes all of it with pictures of
 # the worst images into one file.
 
 # %%
@@ -375,7 +385,8 @@ assert "<script src" not in text
 #
 # One detection, all objects of its image. Return "found" at an overlap of at least 0.5 with an object
 # of its class; else "class" at 0.5 with an object of another; else "place" at 0.1 with one of its
-# class; else "background".
+# class; else "background". (Simpler than the report's rules, which ask for place before class, and know
+# duplicates and "both".)
 
 
 # %% tags=["exercise"]
@@ -425,7 +436,7 @@ temporary.cleanup()
 #
 # ```
 # deformable-detr check DATA
-# deformable-detr doctor DATA --recipe digits
+# deformable-detr doctor DATA --recipe small-data --init WEIGHTS
 # deformable-detr train DATA --recipe small-data --init WEIGHTS --output runs/mine
 # deformable-detr evaluate DATA --model runs/mine/best.safetensors --report report.html
 # deformable-detr predict photo.jpg --model runs/mine/best.safetensors --output found/

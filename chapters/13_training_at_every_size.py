@@ -298,8 +298,9 @@ check("13.1", shares)
 #
 # The schedule counts steps, not batches. Who calls `scheduler.step()` after each small batch warms up
 # and cools down too early. Return the factor of the learning rate that holds while batch `number` (from
-# 0) is in work: linear warm-up over `warmup` steps, times half a cosine from 1 to 0 over all steps. As in
-# `lr_factor`, step $s$ has the warm-up $(s+1)/\text{warmup}$. What is left at the end makes no step.
+# 0) is in work: linear warm-up over `warmup` steps, never above 1, times half a cosine,
+# $\frac12(1+\cos(\pi s/S))$ at step $s$ of $S$. As in `lr_factor`, step $s$ has the warm-up
+# $(s+1)/\text{warmup}$. What is left at the end makes no step.
 
 
 # %% tags=["exercise"]
@@ -364,7 +365,7 @@ norms = []
 for batches in islice(trainer.batches(), 24):
     norms.append(trainer.train_step(batches)["gradient_norm"])
     trainer.step += 1
-assert min(norms) > 5 * DIGITS.clip_norm
+assert min(norms) > 5 * DIGITS.clip_norm  # clipped to a fifth at most
 
 # %% mystnb={"image": {"alt": "The gradient's norm in the first 24 steps of a training, on a logarithmic axis: between five and twelve, far above two dashed lines at 0.5 and 0.1."}}
 figure, axis = plt.subplots(figsize=(7, 2.8))
@@ -485,8 +486,9 @@ print({str(d)[6:]: f"{pixels:.2f} pixels" for d, pixels in off.items()})
 assert off[torch.float32] < 0.01 < 2 < off[torch.bfloat16] < 2.7
 
 # %% [markdown]
-# So the library keeps references, locations, attention weights and boxes in float32, whatever the rest
-# runs in. That rest is chosen by **autocast**: within it, matrix products and convolutions take 16 bits;
+# So the library keeps references, locations and boxes in float32, whatever the rest runs in, and the
+# operator sums in float32. Offsets and the logits of attention weights come out of linear layers, rounded:
+# an offset is a few cells long, which costs it about a hundredth of a cell. What is rounded is chosen by **autocast**: within it, matrix products and convolutions take 16 bits;
 # weights stay in float32, and so do the gradients and AdamW's averages.
 
 # %%
@@ -691,8 +693,8 @@ test_recomputed_gradients_are_equal()
 assert results["by hand"][1] < 0.5 * results["keep all"][1]
 
 # %% [markdown]
-# The hook does not see PyTorch's own saved inputs, so look at the peak, which counts every tensor alive.
-# In the library it is a switch, `gradient_checkpointing = true`: each encoder and decoder layer is such a
+# What is left is the eight blocks' inputs. In the backward pass one block after the other is there again,
+# so look at the peak too, which counts every tensor alive. In the library it is a switch, `gradient_checkpointing = true`: each encoder and decoder layer is such a
 # block.
 
 # %%
@@ -1030,10 +1032,10 @@ print(
 assert abs(between / full["between_steps"] - 1) < 0.01
 
 # %% [markdown]
-# The rest should be in proportion to the pixels, since every part of this detector is (chapter 17 will ask
-# how truly). So the peak is a line: draw it through two measured sizes. Where it meets zero pixels, the
-# computed part must be, and the backbone's weights once more: its convolutions keep them multiplied by their
-# batch norms. All of that, or somewhat less, since at the worst moment not all gradients are there.
+# The rest should be nearly in proportion to the pixels: all parts are (chapter 17 will ask how truly), but
+# the decoder's 300 queries, which keep some 0.1 GB an image at any size. So the peak is a line: draw it through two measured sizes. Where it meets zero pixels, the
+# computed part must be, the queries' part, and the backbone's weights once more: its convolutions keep them
+# multiplied by their batch norms. All of that, or somewhat less, since at the worst moment not all gradients are there.
 
 
 # %%
@@ -1053,6 +1055,7 @@ for way in ("keep", "recompute"):
 
 # %% [markdown]
 # The line was drawn through two sizes with one image. Does it know a third size, and two images?
+# (It counts the queries of one image only, so expect 0.1 GB too little for two.)
 
 # %%
 start, slope = lines["keep"]

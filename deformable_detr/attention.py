@@ -106,7 +106,10 @@ class MSDeformAttn(nn.Module):
         on padding, whose values count as zero. Returns (B, Q, C); with return_sampling also the
         Sampling. Raises ValueError on shapes that do not fit.
         """
-        sampling = self.sampling(query, reference_points, spatial_shapes)
+        sampling = MSDeformAttn.sampling(self, query, reference_points, spatial_shapes)
+        if input_flatten.ndim != 3 or input_flatten.shape[-1] != self.embed_dim:
+            given = tuple(input_flatten.shape)
+            raise ValueError(f"input_flatten must be (B, S, C={self.embed_dim}), got {given}")
         B, S, C = input_flatten.shape
         value = self.value_proj(input_flatten)
         if padding_mask is not None:
@@ -143,6 +146,12 @@ class DeformAttn(MSDeformAttn):
 
     def __init__(self, embed_dim: int = 256, num_heads: int = 8, num_points: int = 4) -> None:
         super().__init__(embed_dim, 1, num_heads, num_points)
+
+    def sampling(
+        self, query: Tensor, reference_points: Tensor, spatial_shape: tuple[int, int]
+    ) -> Sampling:
+        """Where these queries look, and with what weights; arguments as in `forward`."""
+        return super().sampling(query, reference_points.unsqueeze(2), [spatial_shape])
 
     def forward(
         self,

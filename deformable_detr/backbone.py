@@ -1,4 +1,4 @@
-"""Convolutional backbones: an image in, feature maps at strides 8, 16 and 32 out."""
+"""Convolutional backbones: an image in, feature maps at three strides out."""
 
 from itertools import pairwise
 
@@ -140,20 +140,20 @@ class ModulatedDeformConv2d(DeformConv2d):
 
 
 class SmallBackbone(nn.Module):
-    """Half a million parameters for small images: a stem and four residual blocks, each halving
-    the map. Batch norm is trained."""
+    """A quarter of a million parameters for small images: a stem and three residual blocks, each
+    halving the map, to strides 4, 8 and 16. Batch norm is trained."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
         )
-        widths = [16, 32, 64, 96, 128]
+        widths = [16, 32, 64, 96]
         self.blocks = nn.ModuleList(
             ResidualBlock(before, after) for before, after in pairwise(widths)
         )
-        self.channels = widths[2:]
-        self.strides = [8, 16, 32]
+        self.channels = widths[1:]
+        self.strides = [4, 8, 16]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images: (B, 3, H, W). Returns three maps (B, channels[i], H_i, W_i), finest first."""
@@ -162,7 +162,7 @@ class SmallBackbone(nn.Module):
         for block in self.blocks:
             x = block(x)
             maps.append(x)
-        return maps[1:]
+        return maps
 
 
 class ResidualBlock(nn.Module):

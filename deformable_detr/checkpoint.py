@@ -90,7 +90,7 @@ def write_atomically(path: Path | str, write: Callable[[str], object]) -> None:
     os.close(handle)
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows syncs no file that is open to read
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)

@@ -325,9 +325,8 @@ def add_views(command: argparse.ArgumentParser) -> None:
     views.add_argument(
         "--merge",
         choices=sorted(MERGES),
-        default="fusion",
         help="of what the views show: weighted boxes fusion or non-maximum suppression "
-        "(default: %(default)s)",
+        "(default: fusion)",
     )
 
 
@@ -346,11 +345,16 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `deformable-detr check DATA | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
     except (ValueError, OSError, NonFiniteLossError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).partition("\n")[0]
+        # torch's own OutOfMemoryError is of devices; on a CPU it raises a RuntimeError
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "can't allocate memory" not in text:
+            raise
+        print(f"error: out of memory: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)

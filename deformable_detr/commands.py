@@ -300,7 +300,7 @@ def detect_all(
     ids = iter(tqdm(dataset.image_ids, "evaluate", unit="image", leave=False))
     while batch := list(islice(ids, args.batch_size)):
         images = [dataset.load_image(image_id) for image_id in batch]
-        all_found = detect(detector.model, images, views, args.merge, args.top_k)
+        all_found = detect(detector.model, images, views, args.merge or "fusion", args.top_k)
         for image_id, image, found in zip(batch, images, all_found, strict=True):
             results += Prediction.of(found, detector.categories, image).to_coco(image_id)
     return results
@@ -309,8 +309,9 @@ def detect_all(
 def choose_views(args: argparse.Namespace, detector: Detector) -> list[View] | None:
     """For --tta. What was trained without mirroring, as digits are, is not mirrored."""
     if not args.tta:
-        if args.tta_scales:
-            raise ValueError("--tta-scales needs --tta")
+        for option in ("tta_scales", "merge"):
+            if getattr(args, option):
+                raise ValueError(f"--{option.replace('_', '-')} needs --tta")
         return None
     return make_views(
         detector.transforms,
@@ -335,7 +336,7 @@ def predict(args: argparse.Namespace) -> int:
         choose_device(args.device),
         top_k=args.top_k,
         views=choose_views(args, detector),
-        merge=args.merge,
+        merge=args.merge or "fusion",
         nms=args.nms,
         skipped=skipped,
         progress=len(args.images) >= 5,

@@ -131,7 +131,7 @@ def find_split(data_dir: Path | str, split: str) -> tuple[Path, Path]:
 def read_annotations(path: Path) -> dict:
     """The content of a COCO annotation file; ValueError in one line where it is no such file."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no annotation file at {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -330,6 +330,9 @@ def check_image(images_dir: Path, image: dict) -> list[Fault]:
     stated = image.get("width"), image.get("height")
     if stated == size:
         return []
+    if None in stated:
+        text = f"image {image_id}: its width and height are not stated"
+        return [Fault("image size", False, text, image_id)]
     text = f"image {image_id}: {path} is {size[0]} x {size[1]}, not {stated[0]} x {stated[1]}"
     if stated == size[::-1]:
         text += "; was it turned when it was annotated?"

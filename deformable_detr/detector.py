@@ -209,11 +209,6 @@ class DeformableDETR(nn.Module):
             references = in_full(self.reference_points, position).sigmoid()
             batch = len(memory)
             return (*(x.expand(batch, -1, -1) for x in (queries, position, references)), None)
-        if memory.shape[1] < self.config.num_queries:
-            raise ValueError(
-                f"images too small: {memory.shape[1]} tokens cannot propose "
-                f"{self.config.num_queries} queries"
-            )
         logits, boxes = self.first_stage.propose(
             memory, tokens, self.class_heads[-1], self.box_heads[-1]
         )

@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from deformable_detr.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from deformable_detr.boxes import cxcywh_to_xyxy, xyxy_to_xywh
 from deformable_detr.datasets import CocoDataset, check_annotations, check_image, collate
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.evaluate import score
@@ -305,12 +305,10 @@ def batch_ap(model: DeformableDETR, dataset: CocoDataset, batch: Batch) -> float
             (truth, target.labels, torch.ones(len(truth)), annotations),
             (found.boxes, found.labels, found.scores, results),
         ):
-            boxes = xyxy_to_cxcywh(boxes)
-            boxes[:, :2] -= boxes[:, 2:] / 2  # to COCO's xywh
             into += [
                 {"image_id": image, "category_id": ids[label], "bbox": box, "score": value}
                 for box, label, value in zip(
-                    boxes.tolist(), labels.tolist(), scores.tolist(), strict=True
+                    xyxy_to_xywh(boxes).tolist(), labels.tolist(), scores.tolist(), strict=True
                 )
             ]
     for key, annotation in enumerate(annotations, 1):

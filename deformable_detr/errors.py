@@ -149,7 +149,7 @@ def overlap_of(boxes: list, others: list, crowds: bool = False) -> np.ndarray:
 def _same_class(detections: list[dict], objects: list[dict]) -> np.ndarray:
     """(D, G), True where the categories agree."""
     columns = ([x["category_id"] for x in each] for each in (detections, objects))
-    return np.equal.outer(*(np.array(column, dtype=int) for column in columns))
+    return np.equal.outer(*(np.array(column, dtype=object) for column in columns)).astype(bool)
 
 
 def _judged(kind: str, box: dict, about: dict | None, label_of: dict[int, int]) -> Judged:

@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from deformable_detr.boxes import xyxy_to_cxcywh
+from deformable_detr.boxes import xyxy_to_xywh
 from deformable_detr.datasets import CocoDataset, collate
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.postprocess import postprocess
@@ -97,8 +97,6 @@ def predict_dataset(
         sizes = [target.original_size for target in batch.targets]
         found = postprocess(model(batch.to(device)), sizes, top_k)
         for target, detections in zip(batch.targets, found, strict=True):
-            boxes = xyxy_to_cxcywh(detections.boxes)
-            boxes[:, :2] -= boxes[:, 2:] / 2  # to COCO's xywh
             results += [
                 {
                     "image_id": target.image_id,
@@ -107,7 +105,7 @@ def predict_dataset(
                     "score": score,
                 }
                 for box, label, score in zip(
-                    boxes.tolist(),
+                    xyxy_to_xywh(detections.boxes).tolist(),
                     detections.labels.tolist(),
                     detections.scores.tolist(),
                     strict=True,
@@ -150,10 +148,15 @@ def score(results: list[dict], dataset: CocoDataset) -> Metrics:
 def coco_evaluation(results: list[dict], dataset: CocoDataset) -> COCOeval:
     """pycocotools' own evaluation of COCO results, accumulated, with the data's area thresholds."""
     small, medium = dataset.info.get("area_thresholds", COCO_THRESHOLDS)
+    truth, content = COCO(), dataset.coco.dataset
+    # ids of any kind become 1, 2, ...: to COCOeval 0 is no annotation
+    annotations = [a | {"id": i} for i, a in enumerate(content["annotations"], 1)]
+    truth.dataset = content | {"annotations": annotations}
     with redirect_stdout(StringIO()):
-        found = dataset.coco.loadRes(results) if results else COCO()
+        truth.createIndex()
+        found = truth.loadRes(results) if results else COCO()
         found.dataset.setdefault("annotations", [])  # asked for where there are no images
-        evaluation = COCOeval(dataset.coco, found, "bbox")
+        evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.imgIds = dataset.image_ids
         evaluation.params.areaRng = [(0, 1e10), (0, small), (small, medium), (medium, 1e10)]
         evaluation.evaluate()

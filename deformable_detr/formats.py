@@ -149,6 +149,8 @@ def to_official(model: DeformableDETR) -> State:
     The tensors are the model's own, not copies. ValueError where the official code has no such
     model: another backbone than a plain ResNet, other anchors.
     """
+    if model.config.num_levels == 2:
+        raise ValueError("a model of 2 levels cannot be exported: the official code has none")
     return _to_foreign(model, OFFICIAL)
 
 
@@ -165,7 +167,7 @@ def to_huggingface(
         "backbone": config.backbone,
         "features_only": True,
         "use_pretrained_backbone": False,
-        "out_indices": [4] if config.num_levels == 1 else [2, 3, 4],
+        "out_indices": list(range(max(2, 5 - config.num_levels), 5)),  # the last maps
         **({"output_stride": 16} if config.dilation else {}),
     }
     content = {

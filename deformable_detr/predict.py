@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from deformable_detr.boxes import xyxy_to_cxcywh
+from deformable_detr.boxes import xyxy_to_xywh
 from deformable_detr.checkpoint import load_model, save_model
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.formats import plain_categories
@@ -87,12 +87,13 @@ class Prediction:
             if self.path is None:
                 raise ValueError("an image that came from no file needs an image_id")
             image_id = file_id(self.path)
-        boxes = xyxy_to_cxcywh(self.boxes)
-        boxes[:, :2] -= boxes[:, 2:] / 2  # the corner, as COCO has it
         return [
             {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
             for category_id, box, score in zip(
-                self.category_ids, boxes.tolist(), self.scores.tolist(), strict=True
+                self.category_ids,
+                xyxy_to_xywh(self.boxes).tolist(),
+                self.scores.tolist(),
+                strict=True,
             )
         ]
 

@@ -180,7 +180,7 @@ def _read_huggingface(folder: Path, changes: dict) -> tuple[DeformableDETR, list
     if file is None:
         raise FileNotFoundError(f"{folder} has config.json, but none of {', '.join(WEIGHTS)}")
     try:
-        content = json.loads((folder / "config.json").read_text())
+        content = json.loads((folder / "config.json").read_text("utf-8"))
         config = dataclasses.replace(huggingface_config(content), **changes)
         labels = content.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
         categories = [{"id": i, "name": str(labels[str(i)])} for i in range(len(labels))]
@@ -208,7 +208,7 @@ def _read_official(path: Path, changes: dict) -> tuple[DeformableDETR, list[dict
         config = dataclasses.replace(official_config(state, arguments), **changes)
     except KeyError as error:
         raise ValueError(f"{path} is no Deformable DETR: it lacks {error}") from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not one we can use: {_first_line(error)}") from None
     return _build(config, state, OFFICIAL, path), plain_categories(config.num_classes)
 

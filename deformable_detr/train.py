@@ -22,7 +22,7 @@ from tqdm import tqdm
 from deformable_detr.checkpoint import save_model, write_atomically
 from deformable_detr.datasets import CocoDataset, collate
 from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
-from deformable_detr.evaluate import Metrics, evaluate
+from deformable_detr.evaluate import Metrics, check_classes, evaluate
 from deformable_detr.finite import first_not_finite, tensors
 from deformable_detr.losses import SetCriterion, count_boxes
 from deformable_detr.optim import averaged, freeze, lr_factor, parameter_groups
@@ -98,11 +98,7 @@ class Trainer:
         self.steps_per_epoch = len(train_set) // batch  # the last, smaller batch is dropped
         if not self.steps_per_epoch:
             raise ValueError(f"{len(train_set)} training images are less than a batch of {batch}")
-        if len(train_set.categories) != model.config.num_classes:
-            raise ValueError(
-                f"the model has {model.config.num_classes} classes, "
-                f"the data has {len(train_set.categories)} categories"
-            )
+        check_classes(model, train_set)
         self.train_set, self.val_set, self.config = train_set, val_set, config
         self.output_dir, self.progress, self.card = output_dir, progress, card or {}
         self.checkpoint = output_dir / "checkpoint.pt"
@@ -318,7 +314,7 @@ class Trainer:
             with suppress(json.JSONDecodeError):  # a line that was being written at a crash
                 if json.loads(line)["step"] <= self.step:
                     kept.append(line + "\n")
-        path.write_text("".join(kept))
+        write_atomically(path, lambda temporary: Path(temporary).write_text("".join(kept)))
 
     def _end_epoch(self, board: SummaryWriter) -> None:
         epoch = self.step // self.steps_per_epoch
@@ -365,6 +361,7 @@ class Trainer:
             **described(self.config, self.bare.config),
             **{f"data {key}": value for key, value in self.card.items()},
             "training images": len(self.train_set),
+            "categories": [[c["id"], c["name"]] for c in self.train_set.categories],
             "processes": self.accelerator.num_processes,
         }
 
@@ -374,8 +371,11 @@ class Trainer:
             name: self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()
             for name, state in self._random_states().items()
         }
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            self._write_checkpoint(states)
+        self.accelerator.wait_for_everyone()  # who ended first would have the others stopped
+
+    def _write_checkpoint(self, states: dict[str, Tensor]) -> None:
         state = {
             "identity": self.identity(),
             "step": self.step,
@@ -392,12 +392,22 @@ class Trainer:
 
     def load(self) -> None:
         """Continue from the checkpoint, if there is one."""
-        if not self.checkpoint.exists():
-            return
+        if self.checkpoint.exists():
+            self._read_checkpoint()
+        step = torch.tensor([self.step], device=self.accelerator.device)
+        steps = self.accelerator.gather(step).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"processes would continue from steps {steps}: "
+                f"{self.output_dir} must be one folder that all machines share"
+            )
+
+    def _read_checkpoint(self) -> None:
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             # an option that is newer than the checkpoint had its default's effect
-            before = described(TrainConfig(), DeformableDETRConfig()) | state["identity"]
+            before = described(TrainConfig(), DeformableDETRConfig())
+            before |= {"categories": self.identity()["categories"]} | state["identity"]
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{self.checkpoint} is no checkpoint of ours: {reason}") from None

@@ -275,9 +275,10 @@ class FirstStage(nn.Module):
     def select(self, logits: Tensor, boxes: Tensor, num_queries: int) -> tuple[Tensor, ...]:
         """The boxes with the highest logit of class 0, and queries made from them.
 
+        Q is num_queries, or the number of tokens where a small image has fewer.
         Returns queries and their position, (B, Q, C) each, and the boxes, (B, Q, 4), detached.
         """
-        best = logits[..., 0].topk(num_queries, dim=1).indices
+        best = logits[..., 0].topk(min(num_queries, logits.shape[1]), dim=1).indices
         references = boxes.detach().gather(1, best.unsqueeze(-1).expand(-1, -1, 4))
         waves = sine_embedding(references * 2 * math.pi, self.embed_dim // 2)  # (B, Q, 2 * C)
         position, queries = self.query_norm(self.query(waves)).chunk(2, dim=-1)

@@ -73,7 +73,7 @@ class RandomShortSide(v2.Transform):
         short, long = sorted((height, width))
         side = self.sides[draw(0, len(self.sides) - 1)]
         if self.max_size is not None and long / short * side > self.max_size:
-            side = round(self.max_size * short / long)
+            side = max(1, round(self.max_size * short / long))
         other = int(side * long / short)
         return {"size": [other, side] if width < height else [side, other]}
 

@@ -22,7 +22,8 @@ from deformable_detr.structures import Batch, Detections
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
 PALETTE = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000"]
-SHORTEST_SIDE = 384  # smaller pictures are enlarged, so that their labels can be read
+SHORTEST_SIDE = 384  # smaller pictures are enlarged, so that their labels can be read,
+LONGEST_SIDE = 4096  # but not beyond this
 ITEMS = ("x", "y", "w", "h", "score")
 
 
@@ -74,7 +75,8 @@ def draw_detections(
 
     detections: boxes in pixels of the image. names: of the classes, by label.
     """
-    scale = max(1, round(SHORTEST_SIDE / min(image.size)))
+    scale = min(round(SHORTEST_SIDE / min(image.size)), LONGEST_SIDE // max(image.size))
+    scale = max(1, scale)
     size = (image.width * scale, image.height * scale)
     picture = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
     labels = detections.labels.tolist()

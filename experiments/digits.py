@@ -3,7 +3,7 @@
     python experiments/digits.py            # what `make results` runs; resumes where it stopped
 
 Writes data/checkpoints/digits_backbone.safetensors, data/checkpoints/digits.safetensors (seed 0),
-their cards beside them, and data/results/digits_training.json. About two hours of one core; the
+their cards beside them, and data/results/digits_training.json. About three hours of one core; the
 two seeds run side by side.
 """
 
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from deformable_detr.backbone import build_backbone
+from deformable_detr.backbone import ResidualBlock, build_backbone
 from deformable_detr.checkpoint import load_model, save_model, write_atomically
 from deformable_detr.datasets import CocoDataset, find_split
 from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
@@ -56,16 +56,19 @@ CROPS, PRETRAIN_STEPS = 12_000, 1_200
 
 
 class CropClassifier(nn.Module):
-    """The backbone with a linear classifier on each of its three maps, pooled by their maximum."""
+    """The backbone and one block more, with linear classifiers on the maps of strides 8, 16 and 32,
+    pooled by their maximum. Stride 32 sees whole crops: the layers before it learn shapes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.backbone = build_backbone("small")
-        self.heads = nn.ModuleList(nn.Linear(channels, 10) for channels in self.backbone.channels)
+        self.last = ResidualBlock(96, 128)
+        self.heads = nn.ModuleList(nn.Linear(channels, 10) for channels in (64, 96, 128))
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """(B, 3, 48, 48) to three times (B, 10)."""
-        maps = self.backbone(images)
+        _, fine, coarse = self.backbone(images)
+        maps = fine, coarse, self.last(coarse)
         return [head(x.amax((2, 3))) for head, x in zip(self.heads, maps, strict=True)]
 
 
@@ -240,7 +243,7 @@ def main() -> None:
     args = parser.parse_args()
     if not DATA.exists():
         raise SystemExit("no digits: run `python data/make_digits.py` first")
-    print("pretraining 2 minutes, then two seeds of about 40 minutes, each on a core of its own")
+    print("pretraining 2 minutes, then two seeds of about 90 minutes, each on a core of its own")
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     pretrain_backbone()

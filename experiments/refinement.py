@@ -1,6 +1,6 @@
 """Refinement and two stages on the digits, several seeds: what chapter 10 shows.
 
-    python experiments/refinement.py        # about 6 minutes on two cores; resumes
+    python experiments/refinement.py        # about 9 minutes on two cores; resumes
 
 Three detectors that differ in nothing else, 300 steps each. Writes data/results/refinement.json.
 """
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="trainings side by side")
     args = parser.parse_args()
     jobs = [(variant, seed) for seed in SEEDS for variant in VARIANTS]
-    print(f"{len(jobs)} trainings of {STEPS_EACH} steps, about 70 seconds of a core each")
+    print(f"{len(jobs)} trainings of {STEPS_EACH} steps, about 100 seconds of a core each")
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         runs = pool.starmap(run, jobs, chunksize=1)
     content = provenance() | {"command": "python experiments/refinement.py", "steps": STEPS_EACH}

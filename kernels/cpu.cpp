@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <utility>
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -56,14 +57,39 @@ __device__ void add(Vector& sum, Vector one, Vector other) { sum += one * other;
 __device__ void accumulate(REAL* pointer, REAL factor, Vector vector, const double*) {
     store(pointer, load(pointer) + factor * vector);
 }
-__device__ REAL total(Vector vector) {
-    REAL part[VECTOR];
-    memcpy(part, &vector, sizeof(vector));
-    for (int half = VECTOR / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a < b){__VA_ARGS__})
+#endif
+
+// Writes sums[c][p], the sum of vector c over its channels; I = 0 ... VECTOR - 1. Vectors are mixed by
+// twos, so that one addition serves both: of every four channels {a0, b0, a1, b1} + {a2, b2, a3, b3},
+// and likewise what came of a and b with what came of c and d.
+template <int... I>
+static inline void sum_each(const Vector (&x)[4], REAL (*sums)[POINTS], int p,
+                            std::integer_sequence<int, I...>) {
+    if constexpr (sizeof...(I) < 4) {
+        for (int c = 0; c < 4; c++) sums[c][p] = (x[c][I] + ...);
+    } else {
+        Vector ab = SHUFFLE(x[0], x[1], (I / 4 * 4 + I % 4 / 2 + I % 2 * VECTOR)...) +
+                    SHUFFLE(x[0], x[1], (I / 4 * 4 + I % 4 / 2 + I % 2 * VECTOR + 2)...);
+        Vector cd = SHUFFLE(x[2], x[3], (I / 4 * 4 + I % 4 / 2 + I % 2 * VECTOR)...) +
+                    SHUFFLE(x[2], x[3], (I / 4 * 4 + I % 4 / 2 + I % 2 * VECTOR + 2)...);
+        Vector all = SHUFFLE(ab, cd, (I / 4 * 4 + I % 2 + I % 4 / 2 * VECTOR)...) +
+                     SHUFFLE(ab, cd, (I / 4 * 4 + I % 2 + I % 4 / 2 * VECTOR + 2)...);
+        for (int c = 0; c < 4; c++) {
+            REAL sum = all[c];
+            for (int i = c + 4; i < VECTOR; i += 4) sum += all[i];
+            sums[c][p] = sum;
+        }
+    }
 }
-__device__ REAL sum_over_lanes(REAL x) { return x; }
+__device__ void put_sum(const Vector&, REAL&, int) {}
+__device__ void put_sums(const Vector (&products)[4], REAL (*sums)[POINTS], int p) {
+    sum_each(products, sums, p, std::make_integer_sequence<int, VECTOR>());
+}
 
 #include "ms_deform_attn.cu"
 

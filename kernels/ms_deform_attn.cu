@@ -156,6 +156,14 @@ __device__ REAL sum_over_lanes(REAL x) {
     for (int step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(WHOLE_WARP, x, step, LANES);
     return x;
 }
+
+// Writes the sum of a corner's products over channels and lanes. For cpu.cpp that is too early: it
+// sums the vectors of four corners at once.
+__device__ void put_sum(const Vector& products, REAL& sum, int lane) {
+    REAL all = sum_over_lanes(total(products));
+    if (lane == 0) sum = all;
+}
+__device__ void put_sums(const Vector (&)[4], REAL (*)[POINTS], int) {}
 #endif
 
 // ---- The first phase: a lane a point ----
@@ -269,20 +277,21 @@ __device__ void backward_head(const VALUE* value, const Levels& levels, const RE
     find_corners(levels, locations, weights, stride, lane, corners);
     __syncwarp();
     for (int p = 0; p < POINTS; p++) {
+        Vector products[4];
         UNROLL
         for (int c = 0; c < 4; c++) {
             OFFSET offset = corners.offset[c][p] + lane * VECTOR;
             REAL weight = corners.weight[c][p];
-            Vector products = zeros();
+            products[c] = zeros();
             UNROLL
             for (int i = 0; i < COUNT; i++) {
                 if (!EXISTS(lane * VECTOR + i * STEP)) continue;
-                add(products, gradient[i], load(value + offset + i * STEP));
+                add(products[c], gradient[i], load(value + offset + i * STEP));
                 accumulate(grad_value + offset + i * STEP, weight, gradient[i], scale);
             }
-            REAL dot = sum_over_lanes(total(products));
-            if (lane == 0) dots[c][p] = dot;
+            put_sum(products[c], dots[c][p], lane);
         }
+        put_sums(products, dots, p);
     }
     __syncwarp();
     for (int p = lane; p < POINTS; p += LANES) {

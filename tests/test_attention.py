@@ -217,6 +217,8 @@ def test_single_scale_is_one_level():
         single(query, references, feature, (3, 5)),
         many(query, references.unsqueeze(2), feature, [(3, 5)]),
     )
+    _, told = single(query, references, feature, (3, 5), return_sampling=True)
+    assert torch.equal(single.sampling(query, references, (3, 5)).locations, told.locations)
 
 
 @torch.no_grad()
@@ -251,6 +253,7 @@ BAD_MODULE_INPUTS = {
     "references without levels": ({"references": torch.ones(1, 5, 2)}, "reference_points must be"),
     "another width": ({"query": torch.ones(1, 5, 9)}, r"C=8\), got \(1, 5, 9\)"),
     "another number of levels": ({"shapes": [(3, 4)]}, "expected 2 levels"),
+    "features of another width": ({"features": torch.ones(1, 14, 9)}, r"C=8\), got \(1, 14, 9\)"),
     "mask of another size": ({"mask": torch.zeros(1, 13).bool()}, "padding_mask must be"),
 }
 
@@ -262,12 +265,12 @@ def test_module_refuses(name):
     given = {
         "query": torch.ones(1, 5, 8),
         "references": torch.rand(1, 5, 2, 2),
+        "features": torch.ones(1, 14, 8),
         "shapes": [(3, 4), (1, 2)],
         "mask": None,
     } | changed
-    features = torch.ones(1, 14, 8)
     with pytest.raises(ValueError, match=message) as caught:
-        module(given["query"], given["references"], features, given["shapes"], given["mask"])
+        module(*given.values())
     assert "\n" not in str(caught.value)
 
 

@@ -166,6 +166,18 @@ def test_predict_never_replaces_an_image(coco, model_file, capsys):
     assert "would replace it" in capsys.readouterr().err and image.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[...] DefaultCPUAllocator: can't allocate memory: 9\n")]
+)
+def test_memory_that_runs_out_is_one_line(coco, model_file, monkeypatch, capsys, error):
+    monkeypatch.setattr(
+        "deformable_detr.predict.postprocess", lambda *_: (_ for _ in ()).throw(error)
+    )
+    assert main(["predict", str(coco / "val"), "--model", str(model_file)]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: out of memory")
+
+
 def test_a_backend_that_is_not_there_is_one_line(model_file, coco, monkeypatch, capsys):
     monkeypatch.setenv("DEFORMABLE_DETR_BACKEND", "cuda")
     image = str(coco / "train" / "100.png")
@@ -258,6 +270,7 @@ def test_errors_are_one_line(coco, model_file, tmp_path, capsys):
         (["info", "--model", str(model_file), "--size", "0", "9"], "must be at least 1"),
         (["doctor", str(coco), "--recipe", "cake"], "no recipe cake"),
         (["evaluate", str(coco), "--model", str(model_file), "--tta-scales", "2"], "needs --tta"),
+        (["evaluate", str(coco), "--model", str(model_file), "--merge", "nms"], "--merge needs"),
         (["train", str(coco), "--output", "x", *TRAIN, "--short-side", "64"], "no short_side"),
         (
             ["evaluate", str(coco), "--keep-threshold", "--model", "some/hub"],

@@ -201,6 +201,20 @@ def test_a_picture_turned_after_annotation_is_said_so(coco):
     assert fault.image_id == 105 and str(fault).endswith("was it turned when it was annotated?")
 
 
+def test_sizes_need_not_be_stated(coco):
+    edit(coco, lambda c: [c["images"][0].pop(key) for key in ("width", "height")])
+    (fault,) = check_dataset(*find_split(coco, "train"))
+    assert not fault.fatal and str(fault).endswith("image 100: its width and height are not stated")
+
+
+def test_a_byte_order_mark_and_names_in_utf8(coco):
+    path = coco / "annotations" / "train.json"
+    text = path.read_text().replace('"red"', '"r\u00f6d"')
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    dataset = CocoDataset(*find_split(coco, "train"))
+    assert dataset.categories[0]["name"] == "r\u00f6d"
+
+
 def test_a_size_that_is_not_stated_hides_no_other_fault(coco):
     def change(content):
         content["images"][0].update(width=None, height=None)
@@ -363,6 +377,7 @@ def test_a_smaller_short_side_makes_all_of_cocos_sizes_smaller():
         ((480, 480), 800, None, (800, 800)),
         ((400, 600), 400, None, (400, 600)),  # as it is
         ((200, 500), 800, 1333, (533, 1332)),  # the longer side decides: 533.2, 533 * 500 / 200
+        ((1, 3000), 800, 1333, (1, 3000)),  # a side is a pixel at least
         ((333, 500), 512, 1333, (512, 768)),
     ],
 )

@@ -1,6 +1,7 @@
 """COCO metrics where the right answer is known."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -39,6 +40,19 @@ def test_a_shifted_box_counts_up_to_its_iou(dataset):
         result["bbox"][0] += 4
     metrics = score(results, dataset)
     assert metrics.ap == pytest.approx(0.4) and metrics.ap50 == 1 and metrics.ap75 == 0
+
+
+@pytest.mark.parametrize("change", [lambda i: i - 1000, lambda i: f"a{i}"], ids=["0", "text"])
+def test_annotations_may_have_any_ids(coco, change):
+    """0 as well, which to COCOeval is no annotation."""
+    path = coco / "annotations" / "train.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation["id"] = change(annotation["id"])
+    save_annotations(coco, content)
+    dataset = CocoDataset(*find_split(coco, "train"))
+    metrics = score(truth(dataset), dataset)
+    assert metrics.ap == metrics.ar == 1
 
 
 def test_wrong_classes_and_nothing_have_ap_0(dataset):

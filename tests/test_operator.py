@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from deformable_detr import MSDeformAttn, backends, ms_deform_attn, ops
-from deformable_detr.backend import cpu, reference
+from deformable_detr.backend import cpu, cuda, reference
 from tests.test_attention import SHAPES, attention_by_loops, make_inputs
 
 FUNCTIONS = {
@@ -324,6 +324,32 @@ def test_without_compiler_forcing_the_kernel_is_an_error(no_compiler):
     with pytest.raises(RuntimeError, match=r"'cpu' is not available: no C\+\+ compiler.*install"):
         ms_deform_attn(value, SHAPES, locations, weights, backend="cpu")
     assert "install g++" in backends()["cpu"]
+
+
+def test_where_kernels_cannot_be_kept_safely_the_reference_runs(monkeypatch, tmp_path):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)
+    monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(folder))
+    caches = cpu.cache_folder, cpu.why_not, ops._say_once
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        value, locations, weights = make_inputs(D=4)
+        with pytest.warns(UserWarning, match="plain PyTorch, .* other users can write to"):
+            output = ms_deform_attn(value, SHAPES, locations, weights)
+        torch.testing.assert_close(output, attention_by_loops(value, SHAPES, locations, weights))
+        assert "chmod go-w" in backends()["cpu"]
+    finally:
+        monkeypatch.undo()
+        for cache in caches:
+            cache.cache_clear()
+
+
+def test_a_gpu_of_another_maker_is_no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert cuda.why_not.__wrapped__() == "torch is built for another maker's GPUs, not for CUDA"
 
 
 def test_a_compiler_that_is_asked_for_and_not_there_is_named(no_compiler, monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -269,6 +270,9 @@ def test_truncated_and_empty_files(official, tmp_path):
     refuse(path, "must hold a dict of tensors, got list")
     torch.save({"model": 3}, path)
     refuse(path, "'model' and 'args' must be dicts")
+    content = torch.load(io.BytesIO(whole), weights_only=True)
+    torch.save(content | {"args": {"nheads": 0}}, path)
+    refuse(path, "is not one we can use")
 
 
 CONFIGS = {
@@ -309,8 +313,18 @@ def test_what_cannot_be_exported_is_said():
         model = DeformableDETR(dataclasses.replace(config, **change))
         with pytest.raises(ValueError, match=f"{name} must be {default} .* got {value}"):
             to_official(model)
+    with pytest.raises(ValueError, match="a model of 2 levels cannot be exported"):
+        to_official(DeformableDETR(dataclasses.replace(SMALL, num_levels=2)))
     with pytest.raises(ValueError, match="format must be one of ours, huggingface, official"):
         save_pretrained(DeformableDETR(TINY), "x", format="onnx")
+
+
+def test_two_levels_agree_with_hugging_face(tmp_path, batch):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    model = random_model(dataclasses.replace(SMALL, num_levels=2))
+    model.save_pretrained(tmp_path, format="huggingface")
+    theirs = transformers.DeformableDetrForObjectDetection.from_pretrained(tmp_path)
+    assert_same_outputs(model, theirs.eval(), batch)
 
 
 # The hub

@@ -314,6 +314,19 @@ def test_the_page_stands_alone_and_says_what_it_shows(dataset, tmp_path):
     )
 
 
+def test_categories_may_have_names_for_ids(coco):
+    path = coco / "annotations" / "train.json"
+    content = json.loads(path.read_text())
+    for entry in content["categories"]:
+        entry["id"] = f"c{entry['id']}"
+    for annotation in content["annotations"]:
+        annotation["category_id"] = f"c{annotation['category_id']}"
+    save_annotations(coco, content)
+    dataset = CocoDataset(*find_split(coco, "train"))
+    report = analyse_results(truth(dataset), dataset)
+    assert report.metrics.ap == 1 and report.errors.counts["correct"] == 5
+
+
 def test_json_and_table(dataset, tmp_path):
     report = analyse_results(truth(dataset)[1:] + truth(dataset, dx=10)[:1], dataset)
     report.write_json(tmp_path / "report.json")

@@ -197,6 +197,10 @@ try:
     train(steady_model(), data, None, "run", EQUAL, on_step=on_step, progress=False)
 except Interrupted as stop:
     print(f"process {os.environ['RANK']}: {stop}", flush=True)
+try:  # a folder that only one of two machines sees
+    train(steady_model(), data, None, ("run", "other")[int(os.environ["RANK"])], EQUAL)
+except ValueError as error:
+    print(f"process {os.environ['RANK']}: {error}", flush=True)
 """
 EQUAL = TrainConfig(epochs=3, batch_size=1, lr=1e-3, backbone_lr=1e-3)
 
@@ -219,6 +223,7 @@ def test_two_processes_step_as_one_with_the_double_batch_and_stop_together(coco,
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
     for process in (0, 1):
         assert f"process {process}: stopped at step 4 of 6" in printed
+        assert f"process {process}: processes would continue from steps [4, 0]" in printed
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 4 and state["identity"]["processes"] == 2
     assert len(state["random_states"]) == 2
@@ -283,6 +288,10 @@ def test_another_run_is_not_continued(coco, tmp_path):
     with pytest.raises(ValueError, match=r"another run: recipe epochs was 1, is 4$"):
         run(coco, tmp_path / "run")
     run(coco, tmp_path / "run", resume=False)
+    path = coco / "annotations" / "train.json"
+    path.write_text(path.read_text().replace('"red"', '"rot"'))
+    with pytest.raises(ValueError, match=r"another run: categories was \[\[3, 'red'\].* 'rot'\]"):
+        run(coco, tmp_path / "run")
 
 
 def test_a_broken_checkpoint_is_said_so(coco, tmp_path):

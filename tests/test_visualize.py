@@ -84,7 +84,7 @@ def test_recording_leaves_no_hooks_and_sees_every_layer():
         expected = model(batch)
     assert len(record.encoder) == 1 and len(record.decoder) == 2
     assert record.decoder[0].locations.shape == (2, 6, 2, 2, 2, 2)
-    assert record.encoder[0].locations.shape[1] == 3 * 5 + 2 * 3
+    assert record.encoder[0].locations.shape[1] == 6 * 9 + 3 * 5
     assert torch.equal(model(batch).boxes, expected.boxes) and len(record.decoder) == 2
     with pytest.raises(RuntimeError), record_sampling(model):
         raise RuntimeError
@@ -94,7 +94,7 @@ def test_recording_leaves_no_hooks_and_sees_every_layer():
 def test_encoder_tokens_look_around_their_own_place():
     """At initialisation the star's mean is its centre, which is the token's own cell."""
     model = DeformableDETR(TINY).eval()
-    batch = Batch.from_images([torch.rand(3, 48, 96)])
+    batch = Batch.from_images([torch.rand(3, 24, 48)])
     with record_sampling(model) as record:
         model(batch)
     sampling = record.encoder[0]
@@ -140,6 +140,12 @@ def test_detections_are_drawn_where_they_are():
         assert picture.getpixel((x, y)) == colour
     assert picture.getpixel((200, 300)) == (128, 128, 128)
     assert image.getpixel((10, 30)) == (128, 128, 128)
+
+
+def test_a_thin_picture_is_not_enlarged_without_end():
+    found = Detections(torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 4), torch.zeros(0))
+    assert draw_detections(Image.new("RGB", (1, 2000)), found, []).size == (2, 4000)
+    assert draw_detections(Image.new("RGB", (9, 5000)), found, []).size == (9, 5000)
 
 
 def test_gradient_pictures_have_the_items_names():

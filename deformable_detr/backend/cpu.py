@@ -105,12 +105,13 @@ def _threads(work: int) -> ctypes.c_int:
 @cache
 def why_not() -> str | None:
     """Why this backend cannot run here, or None where it can."""
-    try:
-        compiler()
-    except FileNotFoundError as error:
-        return str(error)
     if os.name != "posix":
         return "needs Linux or macOS"
+    try:
+        compiler()
+        cache_folder()
+    except (FileNotFoundError, BackendError) as error:
+        return str(error)
     return None
 
 

@@ -72,6 +72,8 @@ def why_not() -> str | None:
     """Why this backend cannot run here, or None where it can."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
+    if torch.version.cuda is None:
+        return "torch is built for another maker's GPUs, not for CUDA"
     if importlib.util.find_spec("cupy") is None:
         major = torch.version.cuda.split(".")[0]
         return f"CuPy is not installed: pip install cupy-cuda{major}x"
