@@ -600,7 +600,7 @@ print(len(library_losses), "losses, equal to those of our loop")
 # bring more. Before you run: which digits will it find first, small ones or large ones?
 
 # %%
-STEPS, BATCH = 480, 4
+STEPS, BATCH = 240, 4
 few.image_ids = train_set.image_ids[: STEPS * BATCH]
 recipe = dataclasses.replace(recipe, batch_size=BATCH, warmup_steps=30)
 part = copy.copy(val_set)
@@ -879,7 +879,7 @@ assert min(errors[index] for index in worst) > np.mean(errors)
 # while the model runs. As in the paper's Fig. 6 all levels and heads go into one picture.
 
 # %%
-batch = collate([test_set[index] for index in range(32)])
+batch = collate([test_set[index] for index in range(20)])
 with record_sampling(shipped) as record, torch.no_grad():
     output = shipped(batch)
 found = postprocess(output, [(128, 128)] * len(batch), threshold=0.5)
@@ -1113,14 +1113,14 @@ torch.testing.assert_close(norms["x"], own, atol=1e-2 * own.max().item(), rtol=1
 
 # %% [markdown]
 # Once more: is it so in general? Images of a batch do not touch in evaluation, so one backward pass
-# gives the gradients for all of them. We take the best detection of each of 20 images, and measure in
+# gives the gradients for all of them. We take the best detection of each of 12 images, and measure in
 # units of its box: $|u| = 1$ is its left or right edge, $|v| = 1$ its top or bottom.
 
 # %%
-pixels = batch.images[:20].clone().requires_grad_(True)
+pixels = batch.images[:12].clone().requires_grad_(True)
 with FollowReferences():
-    everything = shipped(Batch(pixels, batch.mask[:20], batch.sizes[:20]))
-usable = [i for i, answer in enumerate(found[:20]) if len(answer)]
+    everything = shipped(Batch(pixels, batch.mask[:12], batch.sizes[:12]))
+usable = [i for i, answer in enumerate(found[:12]) if len(answer)]
 top = [(i, int(found[i].queries[0]), int(found[i].labels[0])) for i in usable]
 images, queries, labels = (torch.tensor(column) for column in zip(*top, strict=True))
 x, y, w, h = everything.boxes[images, queries].unbind(-1)

@@ -727,9 +727,9 @@ for r in runs:
 full, saved = runs[:2]
 ratio = saved["peak_tensors"] / full["peak_tensors"]
 print(f"recomputing needs {100 * ratio:.0f} % of the memory")
-assert ratio < 0.5 and saved["gradients"] == full["gradients"]  # bit by bit, dropout included
+assert ratio < 0.6 and saved["gradients"] == full["gradients"]  # bit by bit, dropout included
 
-# %% mystnb={"image": {"alt": "Four stacked horizontal bars of memory kept by the forward pass, for each pixel. In 32 bits the encoder has by far the largest part, and recomputing removes nearly all of it. In 16 bits the backbone's part is half as large and the encoder's a little more than half; recomputing again leaves little but the backbone."}}
+# %% mystnb={"image": {"alt": "Four stacked horizontal bars of memory kept by the forward pass, for each pixel. In 32 bits the encoder has by far the largest part, and recomputing removes nearly all of it. In 16 bits the backbone's part is half as large and the encoder's two thirds; recomputing again leaves little but the backbone."}}
 figure, axis = plt.subplots(figsize=(7, 2.8))
 rows = [r for r in runs if (r["height"], r["batch_size"]) == (400, 1)]
 labels = [f"{r['bits']} bits, {r['way']}" for r in rows]
@@ -747,8 +747,8 @@ plt.show()
 # *Figure 13.4. What the forward pass leaves behind, by part, for an image of 400 x 533; measured.*
 #
 # "Tensors" is what a GPU would have to hold; RSS is what the operating system gave to the process, with
-# what the allocator keeps back. In bfloat16 the backbone's part halves; the encoder's does not quite, since
-# coordinates stay long. (The backbone's frozen batch norms are part of the convolutions before them. As
+# what the allocator keeps back. In bfloat16 the backbone's part halves; the encoder's falls by a third, since
+# coordinates stay long and dropout's masks are bytes in either. (The backbone's frozen batch norms are part of the convolutions before them. As
 # layers of their own they would answer in float32.) The seconds of these rows say nothing about GPUs: this
 # CPU has no arithmetic in bfloat16 and imitates it.
 
@@ -757,7 +757,7 @@ parts = {(r["bits"], r["way"]): r["kept_by_forward"] for r in rows}
 before, short_numbers = parts[32, "keep"], parts[16, "keep"]
 share = {part: round(short_numbers[part] / before[part], 1) for part in before}
 print("16 bits to 32:", share)
-assert share["backbone"] == 0.5 < share["encoder"] < 0.7
+assert share["backbone"] == 0.5 < share["encoder"] < 0.8
 
 # %% [markdown]
 #
@@ -1171,7 +1171,7 @@ temporary.cleanup()
 # - Images per step and rate belong together; GPUs, batches and accumulation only share them out.
 # - Divide by the boxes of the whole step, over batches and over processes; a mean of means is wrong.
 # - bfloat16 for products, float32 for coordinates; float16 needs a scale, and unscaling before clipping.
-# - Recomputing more than halves the memory for a fifth more work, and changes no gradient.
+# - Recomputing nearly halves the memory for a fifth more work, and changes no gradient.
 # - Memory: 16 bytes a weight, and so many a pixel. Time: images over throughput.
 #
 # > **Differs from the paper.** It says Adam and does not mention clipping; accumulation, mixed precision,

@@ -193,5 +193,5 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="small backbone has neither"):
         build_backbone("small", deformable_stages=1)
     config = DeformableDETRConfig(**SMALL, num_heads=2, position="learned", position_size=8)
-    with pytest.raises(ValueError, match=r"map of 9 x 17; use position_size=17 or more"):
+    with pytest.raises(ValueError, match=r"map of 18 x 33; use position_size=33 or more"):
         DeformableDETR(config)(make_batch())
