@@ -229,7 +229,7 @@ print(tuple(result.shape), "equal")
 # could see it. On ours:
 
 # %%
-sampling = library.sampling(query, references.unsqueeze(2), [(height, width)])
+sampling = library.sampling(query, references, (height, width))
 offsets = (sampling.locations - references[:, :, None, None, None]) * torch.tensor([width, height])
 swapped = references[:, :, None, None, None] + offsets / torch.tensor([height, width])
 shift = (swapped - sampling.locations).abs().amax() * width
@@ -370,7 +370,7 @@ start = DeformAttn(embed_dim=12, num_heads=3, num_points=4)
 shares = []
 for side in (4, 16, 64):
     size = (side, side + 2)
-    sampling = start.sampling(query, references.unsqueeze(2), [size])
+    sampling = start.sampling(query, references, size)
     shares.append((size[0] * size[1], 1 / (size[0] * size[1]), sampling.weights.mean().item()))
     print(f"{shares[-1][0]:5} pixels: dense {shares[-1][1]:.4f}, deformable {shares[-1][2]:.2f}")
 assert all(math.isclose(share[2], 1 / 4, rel_tol=1e-5) for share in shares)
@@ -494,8 +494,8 @@ assert all(end < 0.1 * losses[0] for end, (_, losses) in zip(ends, trained, stri
 
 def mean_offset(module):
     """The weighted mean offset in pixels for each of the four directions, (4, 2)."""
-    query, centre = torch.eye(4)[None], torch.full((1, 4, 1, 2), 0.5)
-    sampling = module.sampling(query, centre, [(20, 26)])
+    query, centre = torch.eye(4)[None], torch.full((1, 4, 2), 0.5)
+    sampling = module.sampling(query, centre, (20, 26))
     offsets = (sampling.locations - 0.5)[0, :, 0, 0] * torch.tensor([26, 20])
     return (offsets * sampling.weights[0, :, 0, 0, :, None]).sum(1).detach()
 
@@ -510,7 +510,7 @@ curves = torch.tensor([losses for _, losses in trained]).unfold(1, 10, 1).mean(-
 left_axis.plot(curves.mean(0))
 left_axis.fill_between(range(curves.shape[1]), curves.amin(0), curves.amax(0), alpha=0.25)
 left_axis.set(xlabel="step", ylabel="squared error", ylim=(0, None))
-sampling = trained[0][0].sampling(torch.eye(4)[None], torch.full((1, 4, 1, 2), 0.5), [(20, 26)])
+sampling = trained[0][0].sampling(torch.eye(4)[None], torch.full((1, 4, 2), 0.5), (20, 26))
 offsets = (sampling.locations[0, :, 0, 0].detach() - 0.5) * torch.tensor([26, 20])
 for number, name in enumerate(("up", "down", "left", "right")):
     size = 150 * sampling.weights[0, number, 0, 0].detach()

@@ -466,8 +466,8 @@ with torch.no_grad():
     twice = model(Batch.from_images([image, torch.rand(3, 128, 192)])).boxes[0]
     odd = model(Batch.from_images([image, torch.rand(3, 73, 111)])).boxes[0]
 changes = [(boxes - alone).abs().max().item() for boxes in (twice, odd)]
-print("boxes move by less than 3 % of the image:", max(changes) < 0.03)
-assert min(changes) > 1e-4 and max(changes) < 0.03
+print("boxes move by less than 5 % of the image:", max(changes) < 0.05)
+assert min(changes) > 1e-4 and max(changes) < 0.05
 
 # %% [markdown]
 # They move a little in either case: nearly, but not exactly, invariant.

@@ -625,10 +625,12 @@ check("6.3", lanes_of_a_head)
 #
 # Everything follows from four inner products over channels. The channels of a head lie in different
 # lanes. Lanes of a warp can read each other's registers: a **shuffle**. Three of them sum eight
-# lanes:
+# lanes. (`put_sums`, after them, is empty here: it is where the build for a CPU sums four corners at
+# once.)
 
 # %%
 show("backward_head")
+show("put_sum")
 print(SOURCE[SOURCE.index("__device__ REAL sum_over_lanes") :].split("\n}")[0] + "\n}")
 
 # %% [markdown]

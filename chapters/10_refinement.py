@@ -341,7 +341,7 @@ level_of = torch.tensor([level for level, (h, w) in enumerate(shapes) for _ in r
 print("of 30 proposals, by level:", *torch.bincount(level_of[best], minlength=3).tolist())
 assert torch.equal(cxcywh_to_xyxy(first.boxes[0, best]), boxes_of_layers(outputs[shown])[0])
 
-# %% mystnb={"image": {"alt": "Left, a sample image with thirty proposal boxes in three colours for the three levels, small boxes on small digits and large ones on large digits. Right, the score of all tokens of the finest level as a heat map, bright where digits are."}}
+# %% mystnb={"image": {"alt": "Left, a sample image with thirty proposal boxes in three colours for the three levels, small boxes on small digits and large ones on large digits. Right, the score of all tokens of the finest level as a heat map, bright at small digits only."}}
 figure, axes = plt.subplots(1, 2, figsize=(7, 3.4))
 axes[0].imshow(picture)
 for index in best.tolist():
@@ -355,7 +355,7 @@ plt.show()
 
 # %% [markdown]
 # *Figure 10.2. Left: the thirty proposals, in the colour of their level. Right: the finest level's
-# scores, high where digits lie.*
+# scores, high where small digits lie: large ones are left to the coarser levels.*
 #
 # ## Exercise 10.3  How many objects are proposed?
 #
