@@ -140,7 +140,7 @@ class ModulatedDeformConv2d(DeformConv2d):
 
 
 class SmallBackbone(nn.Module):
-    """A quarter of a million parameters for small images: a stem and three residual blocks, each
+    """0.2 million parameters for small images: a stem and three residual blocks, each
     halving the map, to strides 4, 8 and 16. Batch norm is trained."""
 
     def __init__(self) -> None:
