@@ -171,14 +171,14 @@ def part(names: list[str]) -> str:
     return f"{outer}: operator" if any(name in OPERATORS for name in names) else outer
 
 
-def channels_last(backbone: nn.Module, images: Tensor, rounds: int) -> list[dict]:
-    """The backbone alone, forward and forward + backward: images (and weights) as they are, and
-    with the channels last in memory, the conversion of the images included."""
-    converted = copy.deepcopy(backbone).to(memory_format=torch.channels_last)
+def channels_last(body: nn.Module, images: Tensor, rounds: int) -> list[dict]:
+    """A backbone's convolutions, forward and forward + backward: images (and weights) as they are,
+    and with the channels last in memory, the conversion of the images included."""
+    converted = copy.deepcopy(body).to(memory_format=torch.channels_last)
     last = torch.channels_last
     variants = {
-        "as it is": lambda: backbone(images),
-        "images": lambda: backbone(images.contiguous(memory_format=last)),
+        "as it is": lambda: body(images),
+        "images": lambda: body(images.contiguous(memory_format=last)),
         "images and weights": lambda: converted(images.contiguous(memory_format=last)),
     }
 
@@ -187,7 +187,7 @@ def channels_last(backbone: nn.Module, images: Tensor, rounds: int) -> list[dict
             run()
 
     def both(run: timing.Call) -> None:
-        sum(x.square().mean() for x in run()).backward()
+        sum(x.square().mean() for x in run().values()).backward()
 
     rows = []
     for mode, function in {"forward": forward, "forward + backward": both}.items():
@@ -249,7 +249,7 @@ def main() -> None:
             for mode, both in calls.items():
                 save("times", measure_times(mode, both, threads, arguments.rounds))
         if "channels_last" in arguments.part:
-            rows = channels_last(models[OURS].backbone, image[None], arguments.rounds)
+            rows = channels_last(models[OURS].backbone.body, image[None], arguments.rounds)
             save("channels_last", [{"threads": threads, **row} for row in rows])
         if "breakdown" in arguments.part:
             for (mode, both), name in itertools.product(calls.items(), models):

@@ -135,7 +135,7 @@ assert thread.tolist() == [0, 1, 2, 3] * 2 + [0, 1]
 
 # %% [markdown]
 # Three blocks make twelve threads. Two find `i >= n` and return: the **tail guard**. Without it they
-# would write behind the array's end. Operators that demand a batch divisible by something lack it.
+# would write behind the array's end.
 
 # %% [markdown]
 # ## Exercise 6.1  A kernel of your own
@@ -323,7 +323,8 @@ for name, number in steps[:22]:
 
 # %% [markdown]
 # Channel 4 of head 1, and it belongs to item 16, which is query 0 of image 1 and so on: `item` counts
-# (b · Q + q) · M + m. Then come the first point and its corners. A watch is a test as well:
+# (b · Q + q) · M + m. Then comes the first point, at x = −1.066: more than a pixel outside, so it is
+# skipped. The second, p = 193, lies inside, and its corners follow. A watch is a test as well:
 
 # %%
 first = dict(reversed(steps))  # the first value that each name had
@@ -334,7 +335,7 @@ assert sum(n for name, n in steps if name == "attention") > 0.999  # all L * K p
 # %% [markdown]
 # ## 6.5 Who reads which address
 #
-# A GPU runs 32 threads in lockstep, a **warp**. When they read, their 32 addresses go out as one
+# A GPU runs 32 threads together, a **warp**. When they read, their 32 addresses go out as one
 # request, and memory answers in **sectors** of 32 bytes. Threads that read neighbours share sectors;
 # threads that read far apart need one each. So what matters is who reads what *at the same time*.
 #
@@ -344,7 +345,7 @@ assert sum(n for name, n in steps if name == "attention") > 0.999  # all L * K p
 
 # %%
 def requests(library, warp=0):
-    """The reads of a warp, (requests, 32) addresses; rows where not all of it reads are left out."""
+    """The reads of a warp, (requests, 32) addresses; all of its threads must read in one order."""
     count = ctypes.c_int.in_dll(library, "reads").value
     trace = np.ctypeslib.as_array((ctypes.c_longlong * (2 << 16)).in_dll(library, "trace"))
     thread, address = trace[: 2 * count].reshape(-1, 2).T
@@ -354,8 +355,8 @@ def requests(library, warp=0):
 
 
 # %% [markdown]
-# A head of 32 channels, as in the paper's detector: a warp is one head, a thread a channel. All
-# points lie inside, so that all threads do the same.
+# A head of 32 channels, as in the paper's detector: a warp is one head, a thread a channel, and all do
+# the same. All points lie inside, so that each has four corners to read.
 
 # %%
 shapes, B, Q, M, D, K = [(6, 8), (3, 4)], 1, 2, 4, 32, 2
@@ -406,41 +407,41 @@ print("channels first", sectors(channels_first), "sectors")
 assert (sectors(channels_last), sectors(channels_first)) == (4, 32)
 
 # %% [markdown]
-# Eight times the traffic for the same 128 bytes. Chapter 7 times both. The right picture is the
-# other waste: 32 threads each compute the same x, y, corners and weights, 31 times too often.
+# Eight times the traffic for the same 128 bytes. Chapter 7 times both. It is the right picture that
+# shows a waste: 32 threads each compute the same x, y, corners and weights, 31 times too often.
 
 # %% [markdown]
-# ## Exercise 6.2  Sectors of a wider load
+# ## Exercise 6.2  Where wide loads start
 #
 # *difficulty ●●○ · 10 minutes · 3 lines*
 #
-# A thread can load 16 bytes at once. Return the byte offset at which each of `count` lanes starts
-# when lanes with `size` bytes each share rows of `row_bytes` bytes, and row r starts at
-# `row_offsets[r]`: lane 0 begins row 0, and a row that is full hands over to the next.
+# A thread can load 16 bytes at once. Return the byte offset at which each of `count` threads starts
+# when threads that load `size` bytes each share rows of `row_bytes` bytes, and row r starts at
+# `row_offsets[r]`: thread 0 begins row 0, and a row that is full hands over to the next.
 
 
 # %% tags=["exercise"]
-def lane_offsets(count, size, row_bytes, row_offsets):
+def thread_offsets(count, size, row_bytes, row_offsets):
     """Returns (count,) integers, a numpy array."""
     # BEGIN SOLUTION
-    lane = np.arange(count)
-    lanes_per_row = row_bytes // size
-    return np.asarray(row_offsets)[lane // lanes_per_row] + lane % lanes_per_row * size
+    thread = np.arange(count)
+    per_row = row_bytes // size
+    return np.asarray(row_offsets)[thread // per_row] + thread % per_row * size
     # END SOLUTION
 
 
-check("6.2", lane_offsets)
+check("6.2", thread_offsets)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `row_bytes // size` lanes share a row. With 128 bytes and 16 a lane, lanes 0 to 7 read row 0.
+# `row_bytes // size` threads share a row. With 128 bytes and 16 a thread, threads 0 to 7 read row 0.
 #
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# Which row: `lane // lanes_per_row`. Where in it: `lane % lanes_per_row`, times the size.
+# Which row: `thread // per_row`. Where in it: `thread % per_row`, times the size.
 #
 # </details>
 #
@@ -456,10 +457,16 @@ check("6.2", lane_offsets)
 # ## 6.6 The real kernel: a lane a point, then a lane a vector
 #
 # The library's kernel is one file of about 270 lines, and the only one: the GPU, the fast CPU build
-# and this chapter compile the same text. It cures both wastes. The threads of a head are called
-# **lanes**. First, each lane takes some of the head's points and computes corners and weights, once.
+# and this chapter compile the same text. It computes what is common once, and loads 16 bytes at a
+# time instead of 4. The threads of a head are called **lanes**. First, each lane takes some of the head's points and computes corners and weights, once.
 # Then each lane takes 16 bytes of channels and walks over all points. The results of the first phase
 # lie in **shared memory**, a few kilobytes that all threads of a block can reach.
+#
+# Words in capitals are set by the build. `VALUE` is the number type of value, `REAL` that of weights
+# and sums, `OFFSET` that of indices, `GRADIENT` that in which value's gradient is summed. A lane loads
+# `VECTOR` channels at once, and all lanes of a head together a `STEP`; with `VECTORS` such vectors each
+# they make one `PASS` over the channels. `EXISTS` is the tail guard for channels. `UNROLL` and
+# `KEEP_LOOP` tell the compiler what to do with a loop.
 
 
 # %%
@@ -477,7 +484,7 @@ show("find_corners")
 
 # %% [markdown]
 # `neighbours` does for one axis what chapter 1 did by hand. Outside pixels get weight zero and the
-# address of the nearest pixel inside: no branch in the hot loop, and every address can be read.
+# address of some pixel inside: no branch in the hot loop, and every address can be read.
 
 # %%
 show("neighbours")
@@ -533,8 +540,8 @@ torch.testing.assert_close(result, ms_deform_attn(value, shapes, locations, weig
 print(B * Q * M, "heads, each by", macros["LANES"], "threads: equal")
 
 # %% [markdown]
-# And it writes a trace: who touched what. One block, the array `value` only. A request of the warp
-# is now 32 lanes of 16 bytes: four whole rows, one of each head.
+# And it writes a trace: who touched what. One block has 64 lanes; each loads from `value` 16 times and
+# stores once. A request of the warp is now 32 lanes of 16 bytes: four whole rows, one of each head.
 
 # %%
 trace = threads.trace(value, shapes, locations, weights, block=0)
@@ -557,8 +564,8 @@ axes[0].set(ylabel="row of value, 128 bytes each")
 plt.show()
 
 # %% [markdown]
-# *Figure 6.2. The same addresses by row. Left: a warp of the naive kernel is busy with one head's
-# row. Right: eight lanes share a row, so a warp fetches the rows of four heads in one request.*
+# *Figure 6.2. Two requests of a warp, one a colour. Left, the naive kernel: one row of head 0 each.
+# Right: the same row for lanes 0 to 7, and rows of heads 1 to 3 for the others.*
 #
 # Both move every byte once, with all sectors full. The right one needs a quarter of the requests,
 # and a quarter of the instructions that compute addresses:
@@ -723,8 +730,8 @@ check("6.4", grad_weights)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# A point outside the map has gradient zero, and still has to write it. Test for "inside" in the form
-# that is false for NaN.
+# A point outside the map has gradient zero, and still has to write it; a corner outside must not be
+# read. Test for "inside" in the form that is false for NaN.
 #
 # </details>
 #
@@ -748,9 +755,10 @@ check("6.4", grad_weights)
 #   stream on which PyTorch computes, or it may read values that are not there yet.
 # - It must go to the GPU **where the tensors lie**. The official operator's lack of such a guard fits
 #   the crashes that users of a second GPU report.
-# - 32 threads of a warp really run together, so a barrier inside a warp costs next to nothing.
-# - Threads hide waiting: while one warp waits for memory, the next one computes. What limits how many
-#   fit are registers and shared memory, which the compiler reports (chapter 7).
+# - The 32 threads of a warp mostly run together. They may part at a branch, hence `__syncwarp()`, which
+#   costs next to nothing.
+# - Threads hide waiting: while one warp waits for memory, the next one computes. How many fit is
+#   limited by registers and shared memory, which the compiler reports; chapter 7 works it out.
 
 # %%
 available = cuda.why_not() is None
@@ -765,7 +773,7 @@ if available:
 #
 # ## Summary
 #
-# - A kernel is a function with its own number; grid and block are two loops that the GPU unrolls.
+# - A kernel is a function with its own number; grid and block are two loops that a GPU runs side by side.
 # - A warp's reads go out together: neighbours share sectors, strangers do not.
 # - Two phases, a lane a point and a lane a vector, compute every coordinate once.
 # - Lanes wait at barriers, talk through shared memory and shuffles, and add atomically.
@@ -774,7 +782,7 @@ if available:
 # > **Differs from the paper.** It has no kernel in its text. **Differs from the official code.** There
 # > one thread owns a channel, index arithmetic is repeated in each, six kernels serve backward by
 # > size of D, the batch must be divisible by `im2col_step`, half precision is missing. Here: lanes
-# > with 16 bytes, one backward, any size, tail guards, float32 sums.
+# > with 16 bytes, one backward, any size, any batch, float32 sums.
 #
 # ## Further reading
 #

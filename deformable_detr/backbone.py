@@ -9,10 +9,12 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import DeformConv2d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from deformable_detr.transformer import Stack
+
 STAGES = ("layer2", "layer3", "layer4")  # torchvision's names for C3, C4 and C5
 
 
-class ResNetBackbone(nn.Module):
+class ResNetBackbone(Stack):
     """The stages C3 to C5 of a torchvision ResNet, with batch norm frozen as in DETR.
 
     The stem and the first stage are frozen too. With dilation (DC5) the last stage keeps stride 16.
@@ -54,7 +56,12 @@ class ResNetBackbone(nn.Module):
         if images.device.type == "cpu" and not torch.is_grad_enabled():
             # convolutions are a fifth faster so, but a backward pass is slower
             images = images.contiguous(memory_format=torch.channels_last)
-        return list(self.body(images).values())
+        x, maps = images, []
+        for name, stage in self.body.items():
+            x = self.run(stage, x) if name in STAGES else stage(x)
+            if name in STAGES:
+                maps.append(x)
+        return maps
 
 
 def fold_norms(resnet: nn.Module) -> None:

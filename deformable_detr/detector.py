@@ -17,6 +17,7 @@ from deformable_detr.transformer import (
     DeformableDecoder,
     DeformableEncoder,
     FirstStage,
+    Stack,
     Tokens,
     in_full,
 )
@@ -122,6 +123,13 @@ class DeformableDETR(nn.Module):
         from deformable_detr.pretrained import save_pretrained
 
         save_pretrained(self, path, categories, format)
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Whether training computes the stages of a ResNet and the layers of encoder and decoder
+        again in the backward pass, instead of keeping what is inside them."""
+        for module in self.modules():
+            if isinstance(module, Stack):
+                module.gradient_checkpointing = on
 
     def reset_parameters(self) -> None:
         """The official initialisation; the backbone's own is left alone."""

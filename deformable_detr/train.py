@@ -109,8 +109,7 @@ class Trainer:
         torch.manual_seed(config.seed + self.accelerator.process_index)
         if config.frozen is not None:
             freeze(model.backbone, config.frozen)
-        for stack in (model.encoder, model.decoder):
-            stack.gradient_checkpointing = config.gradient_checkpointing
+        model.set_gradient_checkpointing(config.gradient_checkpointing)
         self.bare = model  # as it is without what distributes it
         self.model = self.accelerator.prepare(model)
         self.optimizer = torch.optim.AdamW(

@@ -87,7 +87,7 @@ class EncoderLayer(nn.Module):
 class Stack(nn.Module):
     """Layers one after another. With gradient_checkpointing, training keeps only what goes into
     each and computes the rest again in the backward pass (Chen et al., 2016): the same gradients,
-    about a fifth more work, and the memory of one layer instead of all."""
+    about a third more work, and the memory of one layer instead of all."""
 
     gradient_checkpointing = False
 

@@ -76,8 +76,7 @@ class Step:
     def __init__(self, size: Size) -> None:
         torch.manual_seed(0)
         self.model = DeformableDETR(DeformableDETRConfig()).train()
-        for stack in (self.model.encoder, self.model.decoder):
-            stack.gradient_checkpointing = size.gradient_checkpointing
+        self.model.set_gradient_checkpointing(size.gradient_checkpointing)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, PAPER))
         self.criterion, self.batch = SetCriterion(), random_batch(size)
         self.dtype = PRECISION[size.mixed_precision]

@@ -32,8 +32,8 @@ class TrainConfig:
     None leaves that to the model. ema_decay: of the average of weights that is evaluated and
     saved, in [0, 1); 0 is none. evaluate_every: in epochs. top_k: detections of an image in an
     evaluation. patience: evaluations without a better AP after which training stops; 0 is never.
-    mixed_precision: "no", "bf16" or "fp16". gradient_checkpointing: encoder and decoder layers are
-    computed again in the backward pass, rather than kept.
+    mixed_precision: "no", "bf16" or "fp16". gradient_checkpointing: a ResNet's stages and the
+    layers of encoder and decoder are computed again in the backward pass, rather than kept.
     """
 
     epochs: int = 50

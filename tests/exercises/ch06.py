@@ -25,17 +25,17 @@ def check_weighted_rows(weighted_rows):
 
 
 @checks("6.2")
-def check_lane_offsets(lane_offsets):
+def check_thread_offsets(thread_offsets):
     yield "one row"
-    expect(lane_offsets(8, 16, 128, [0]), np.arange(8) * 16, "lanes lie side by side")
+    expect(thread_offsets(8, 16, 128, [0]), np.arange(8) * 16, "threads lie side by side")
     yield "several rows"
     expect(
-        lane_offsets(8, 16, 64, [1024, 0]),
+        thread_offsets(8, 16, 64, [1024, 0]),
         np.concatenate([1024 + np.arange(4) * 16, np.arange(4) * 16]),
         "each row starts at its own offset",
     )
     yield "one lane a row"
-    expect(lane_offsets(3, 16, 16, [96, 32, 64]), np.array([96, 32, 64]), "lane // lanes_per_row")
+    expect(thread_offsets(3, 16, 16, [96, 32, 64]), np.array([96, 32, 64]), "thread // per_row")
 
 
 @checks("6.3")
@@ -61,7 +61,7 @@ def check_grad_weights(grad_weights):
     def compare(locations, hint):
         weights = torch.rand(B, Q, M, L, K, requires_grad=True)
         ms_deform_attn(value, shapes, locations, weights).backward(grad)
-        given = torch.zeros(B, Q, M, L, K)
+        given = torch.full((B, Q, M, L, K), torch.nan)
         blocks = -(-given.numel() // 32)
         run(blocks, 32, value, shapes, locations, grad, given, B, S, Q, M, D, L, K)
         expect(given, weights.grad, hint)
@@ -83,13 +83,40 @@ __global__ void weighted_rows(const float* x, const float* weight, float* y, int
 """
 
 
+OUTSIDE = "if (!inside) { result[p] = 0; return; }"
+SKIP = "if (u < 0 || u >= W || v < 0 || v >= H) continue;"
+REPEAT = "u = u < 0 ? 0 : u < W ? u : W - 1, v = v < 0 ? 0 : v < H ? v : H - 1;"
+GRAD_WEIGHTS = """
+__global__ void grad_weights(const float* value, const int* shapes, const float* locations,
+                             const float* grad_output, float* result, int B, int S, int Q,
+                             int M, int D, int L, int K) {
+    int p = blockIdx.x * blockDim.x + threadIdx.x;
+    if (p >= B * Q * M * L * K) return;
+    int l = p / K %% L, item = p / K / L, start = 0;
+    for (int i = 0; i < l; i++) start += shapes[2 * i] * shapes[2 * i + 1];
+    int H = shapes[2 * l], W = shapes[2 * l + 1];
+    float x = locations[2 * p] * W - 0.5f, y = locations[2 * p + 1] * H - 0.5f, sum = 0;
+    bool inside = x > -1 && x < W && y > -1 && y < H;
+    %s
+    for (int c = 0; c < 4; c++) {
+        int u = floorf(x) + c %% 2, v = floorf(y) + c / 2;
+        %s
+        const float* row = value + ((item / M / Q * S + start + v * W + u) * M + item %% M) * D;
+        float bilinear = (1 - fabsf(x - u)) * (1 - fabsf(y - v));
+        for (int d = 0; d < D; d++) sum += bilinear * row[d] * grad_output[item * D + d];
+    }
+    result[p] = sum;
+}
+"""
+
+
 def _offsets(by_row):
-    def lane_offsets(count, size, row_bytes, row_offsets):
+    def thread_offsets(count, size, row_bytes, row_offsets):
         lane = np.arange(count)
         rows = np.asarray(row_offsets)[lane // (row_bytes // size)] if by_row else row_offsets[0]
         return rows + lane * size
 
-    return lane_offsets
+    return thread_offsets
 
 
 WRONG = {
@@ -110,18 +137,8 @@ WRONG = {
         ("no power of two", lambda D, size: (D * size // 16, 0)),
     ],
     "6.4": [
-        (
-            "zeros",
-            lambda: (
-                """
-__global__ void grad_weights(const float* value, const int* shapes, const float* locations,
-                             const float* grad_output, float* result, int B, int S, int Q,
-                             int M, int D, int L, int K) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < B * Q * M * L * K) result[i] = 0;
-}
-"""
-            ),
-        )
+        ("zeros", lambda: GRAD_WEIGHTS % ("inside = false;" + OUTSIDE, "")),
+        ("nothing written outside", lambda: GRAD_WEIGHTS % ("if (!inside) return;", SKIP)),
+        ("the border repeated", lambda: GRAD_WEIGHTS % (OUTSIDE, REPEAT)),
     ],
 }
