@@ -44,7 +44,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from deformable_detr import Batch, ms_deform_attn
+from deformable_detr import Batch, attention, ms_deform_attn
 from deformable_detr.backend import threads
 from deformable_detr.backend.cpu import compiler
 from deformable_detr.checkpoint import load_model
@@ -73,7 +73,7 @@ print(f"{Q} queries, {Q * M * L * K / 1e6:.2f} million points, {compulsory / 1e6
 
 # %% [markdown]
 # But each point reads four rows of D channels, and value is read over and over. Before you run: how
-# many times is each of its bytes read?
+# many times is each of its bytes read, on average?
 
 # %%
 points = Q * M * L * K
@@ -84,9 +84,9 @@ print(f"{flops / 1e9:.2f} GFLOP, {flops / gathered:.1f} per byte gathered")
 assert gathered / value_bytes == 4 * L * K
 
 # %% [markdown]
-# Half an operation for each byte. A processor does ten or more operations in the time in which its
-# nearest cache delivers a byte from afar: this kernel is a matter of **moving**, not of computing. And
-# whether the 1.17 GB come from memory or from a cache decides everything.
+# Half an operation for each byte that is read. The next section measures how many your processor could
+# do in that time: several. So this kernel is a matter of **moving**, not of computing, and it matters
+# where the 1.17 GB come from.
 
 # %% [markdown]
 # ## 7.2 Your machine's roofline
@@ -105,17 +105,17 @@ def best_time(function, repeats=7):
     return min(times)
 
 
-def copy_rate(megabytes):
+def copy_rate(megabytes, repeats):
     """GB/s read and written by copying an array."""
     source = torch.rand(megabytes * 2**18)
     target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / best_time(lambda: target.copy_(source)) / 1e9
+    return 2 * source.numel() * 4 / best_time(lambda: target.copy_(source), repeats) / 1e9
 
 
 a, b = torch.rand(768, 768), torch.rand(768, 768)
 machine = {
-    "memory": copy_rate(128),
-    "cache": copy_rate(1),
+    "memory": copy_rate(128, repeats=7),
+    "cache": copy_rate(1, repeats=300),
     "GFLOP/s": 2 * 768**3 / best_time(lambda: a @ b) / 1e9,
 }
 
@@ -127,16 +127,26 @@ for name in ("cache", "memory"):
         f"the encoder's forward, if gathers come from {name}: {gathered / machine[name] / 1e6:.0f} ms"
     )
 
-# %% mystnb={"image": {"alt": "A roofline on logarithmic axes: two rising lines for cache and memory bandwidth meet a flat ceiling of arithmetic. A vertical line at half an operation a byte stands far left of the ridge, where the slopes limit."}}
+# %% mystnb={"image": {"alt": "A roofline on logarithmic axes: two rising lines for cache and memory bandwidth meet a flat ceiling of arithmetic. Three vertical lines: deformable attention with every read counted, at half an operation a byte, left of both ridges; with each byte counted once, at nine; and a product of matrices, each byte once, far to the right."}}
+kinds = {
+    "every read": (flops / gathered, "C2"),
+    "each byte once": (flops / compulsory, "C2"),
+    "product of matrices": (768 / 6, "C3"),
+}
 figure, axis = plt.subplots()
 intensity = np.logspace(-2, 3, 100)
 for name, style in (("cache", "-"), ("memory", "--")):
     roof = np.minimum(intensity * machine[name], machine["GFLOP/s"])
     axis.loglog(intensity, roof, style, label=name)
-axis.axvline(flops / gathered, color="C2")
-axis.annotate("deformable attention", (flops / gathered, machine["GFLOP/s"] / 300), rotation=90)
-axis.axvline(768 / 6, color="C1", linewidth=1)
-axis.annotate("product of 768 x 768", (768 / 6, machine["GFLOP/s"] / 300), rotation=90)
+for name, (place, colour) in kinds.items():
+    axis.axvline(place, color=colour, linewidth=1)
+    axis.annotate(
+        name,
+        (place, machine["GFLOP/s"] / 500),
+        xytext=(4, 0),
+        textcoords="offset points",
+        rotation=90,
+    )
 axis.set(xlabel="operations a byte", ylabel="GFLOP/s", title="roofline, one thread")
 axis.legend()
 plt.show()
@@ -144,10 +154,11 @@ plt.show()
 # %% [markdown]
 # *Figure 7.1. The roofline {cite}`williams2009roofline` of the machine that ran this page. What can be
 # computed in a second is limited by the slope, bytes, or by the ceiling, arithmetic. Deformable
-# attention lies far to the left: the slope is its limit, and which slope is a matter of locality.*
+# attention in green: counted by its reads it lies on the slope of whatever serves them; counted by the bytes that must
+# come from memory, to the right of that. (In violet a product of 768 x 768 matrices, each byte once.) So reuse, which is locality, decides which limit holds.*
 
 # %%
-assert flops / gathered < 1 < 768 / 6  # one on either side
+assert flops / gathered < 1 < flops / compulsory < 768 / 6
 
 # %% [markdown]
 # ## Exercise 7.1  Bytes of half precision
@@ -198,7 +209,7 @@ check("7.1", least_bytes)
 # Value can lie as (B, S, M, D), a head's channels side by side, or as (B, M, D, S), a channel's
 # pixels side by side. Chapter 6 counted sectors for a GPU's warp: 4 against 32. A CPU fetches lines
 # of 64 bytes; one thread that sums a head's channels for one corner touches D · 4 / 64 = 2 lines in
-# the first layout and 32 in the second. So the first one should win, everywhere.
+# the first layout and 32 in the second. So the first one should win.
 #
 # A smaller image, to keep times short, and locations as an encoder has them: near the query.
 
@@ -251,7 +262,9 @@ __global__ void head(ARGUMENTS) {
 """
 
 # %%
-OPTIMISE = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+X86 = platform.machine() in ("x86_64", "AMD64")
+NATIVE = "-march=native" if X86 else "-mcpu=native"
+OPTIMISE = ("-O3", NATIVE, "-fno-math-errno", "-fno-trapping-math")
 LAYOUTS = {"channels last": "(token * M + m) * D + d", "channels first": "(m * D + d) * S + token"}
 
 
@@ -299,12 +312,15 @@ for name, milliseconds in layouts.items():
     print(f"{name:>15}: {milliseconds:6.1f} ms")
 
 # %% [markdown]
+# The count says who wins, not by how much: a line that a neighbour has fetched is still in the cache.
+
+# %% [markdown]
 # ## Exercise 7.2  Sectors before seconds
 #
 # *difficulty ●●○ · 15 minutes · 3 lines*
 #
-# A warp of 32 threads reads one corner's channels. Given strides in numbers, how many 32-byte sectors
-# does its request touch? Thread t reads channel t of head `t // D` counted from head 0.
+# A warp of 32 threads reads one corner's channels. Given strides counted in numbers, not bytes, how many
+# 32-byte sectors does its request touch? Thread t reads channel t of head `t // D` counted from head 0.
 
 
 # %% tags=["exercise"]
@@ -387,7 +403,7 @@ print("operations a point:", D * (30 + 8), "and", 30 + D * 8)
 
 # %%
 TWO_PHASES = """
-typedef float Vector __attribute__((vector_size(32)));  // eight floats
+typedef float Vector __attribute__((vector_size(32), aligned(4), may_alias));  // eight floats
 __global__ void head(ARGUMENTS) {
     int item = blockIdx.x * blockDim.x + threadIdx.x;
     if (item >= QUERIES * M) return;
@@ -421,7 +437,7 @@ __global__ void head(ARGUMENTS) {
         }
     for (int j = 0; j < D / 8; j++) *((Vector*)(output + item * D) + j) = sum[j];
 }
-""".replace("vector_size(32)", "vector_size(32), aligned(4), may_alias")
+"""
 
 # %% [markdown]
 # The constants go in as text, which is what NVRTC's `-DD=32` does.
@@ -452,13 +468,19 @@ print(len(steps), "ways, one result")
 # NBVAL_IGNORE_OUTPUT
 with torch.no_grad():
     ladder = race({name: (lambda s=step: s(value)) for name, step in steps.items()})
+read = 4 * Q * M * L * K * 4 * D  # bytes, counting every read
 for name, milliseconds in ladder.items():
-    print(f"{name:>22}: {milliseconds:7.2f} ms, {ladder['PyTorch'] / milliseconds:5.1f} x PyTorch")
+    times, rate = ladder["PyTorch"] / milliseconds, read / milliseconds / 1e6
+    print(f"{name:>22}: {milliseconds:7.2f} ms, {times:5.1f} x PyTorch, {rate:5.1f} GB/s read")
 
 # %% mystnb={"image": {"alt": "Horizontal bars of milliseconds for six versions of one operation on a logarithmic axis, from one thread a channel, the slowest kernel, step by step down to the library's, with PyTorch's grid_sample form beside them."}}
 figure, axis = plt.subplots(figsize=(7, 2.8))
-axis.barh(list(ladder), list(ladder.values()), color=["C0"] * 5 + ["C1"])
-axis.set(xscale="log", xlabel="milliseconds, one thread")
+bars = axis.barh(list(ladder), list(ladder.values()), color=["C0"] * 5 + ["C1"])
+axis.bar_label(bars, fmt="%.1f", padding=3)
+right = 2 * max(ladder.values())
+axis.set(xscale="log", xlim=(1, right), xlabel="milliseconds, one thread (logarithmic)")
+axis.xaxis.set_major_formatter("{x:g}")
+axis.xaxis.set_minor_formatter("")
 axis.invert_yaxis()
 plt.show()
 
@@ -466,8 +488,12 @@ plt.show()
 # *Figure 7.2. The ladder on the machine that made this page, with PyTorch's form in the other colour.
 # Look which step gained most; on another processor it may be another.*
 #
-# **Step 4: locality.** The library's build adds one thing: before a head's queries begin, it copies
-# the head's channels of all tokens into one gapless piece. In (B, S, M, D) a head's rows lie M · D
+# The printed rates place each version under the roofline: the limit is the cache's slope, and the first
+# steps are far below it, because they compute more than they move. Step 1 may gain more than the count of 4:
+# the compiler can then also turn the loop over channels into vectors.
+#
+# **Step 4: locality.** The library's build adds two things that only help together: it goes through the
+# queries head by head, and first copies the head's channels of all tokens into one gapless piece. In (B, S, M, D) a head's rows lie M · D
 # floats apart, and a cache that maps addresses to a few places finds room for few of them at once.
 
 # %%
@@ -478,16 +504,25 @@ print(f"rows {stride} bytes apart use {used} of 64 sets; rows without gaps use a
 assert used == 8
 
 # %% [markdown]
-# Measured against others at the paper's shapes, by `make bench`, one process, shuffled order
-# (`data/results/operator_cpu.json`):
+# Measured against others by `make bench`, in one process and shuffled order
+# (`data/results/operator_cpu.json`): how many times as long as the library they take, with one thread, at the
+# paper's encoder and decoder, and at the size of a small training. Much of PyTorch's time goes into fetching fresh memory, so
+# it is measured twice, the second time with an allocator that keeps what it has.
 
 # %%
 results = json.loads(Path("../data/results/operator_cpu.json").read_text())
-row = "{:>8}  {:<19}{:<30}{:>8}"
-print(row.format("shape", "mode", "peer, one thread", "times"))
-for entry in results["ratios"]:
-    if entry["threads"] == 1 and entry["allocator"] == "default":
-        print(row.format(*(entry[k] for k in ("shape", "mode", "peer", "times"))))
+ratios = {
+    (r["shape"], r["mode"], r["peer"], r["allocator"]): r["times"]
+    for r in results["ratios"]
+    if r["threads"] == 1
+}
+pytorch, package = "official, pure PyTorch", "torch-ms-deform-attn"
+print(f"{'':29}{'PyTorch':>8}{'kept':>8}  {package}")
+for shape in ("encoder", "decoder", "training"):
+    for mode in ("forward", "forward + backward"):
+        slow = [ratios[shape, mode, pytorch, allocator] for allocator in ("default", "kept")]
+        other = ratios[shape, mode, package, "default"]
+        print(f"{shape:>8}  {mode:<19}{slow[0]:>8.1f}{slow[1]:>8.1f}{other:>8.1f}")
 
 # %% [markdown]
 # ## Exercise 7.3  Reuse
@@ -609,7 +644,7 @@ assert plain < atomic == 8000
 # Additions are lost whenever two threads read the same old number. **ThreadSanitizer**
 # {cite}`serebryany2009tsan` finds such places without luck: it watches every access and reports two
 # that nothing orders. Our kernel, every CUDA thread an operating-system thread, passes it; with the
-# atomic addition replaced by `+=` it does not:
+# atomic addition replaced by a read and a write it does not:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -664,7 +699,7 @@ print("the same bits")
 # *difficulty ●●● · 20 minutes · 2 lines*
 #
 # 64-bit integers hold up to $2^{63} - 1$. Given bounds on the size of one addend and on their number,
-# return the largest power of two as scale such that no sum can reach $2^{62}$.
+# return the largest power of two as scale such that no sum can exceed $2^{62}$.
 
 
 # %% tags=["exercise"]
@@ -703,36 +738,47 @@ check("7.4", fixed_point_scale)
 # %% [markdown]
 # ## 7.6 What the compiler made of it
 #
-# NVRTC needs no GPU to compile. The tests build every specialisation for every architecture that it
-# knows, and read the result: registers a thread, spills to memory (there must be none), and the
-# instructions for sm_90. From their record:
+# NVRTC needs no GPU to compile. The tests build the kernels of four types and three sizes of head for every
+# architecture that it knows, and read what the compiler reports: registers a thread, memory shared by a
+# block, and **spills**, numbers that did not fit into registers and go to memory (there must be none). For the
+# H100's generation, sm_90, they also read the instructions. From their record:
 
 # %%
 built = json.loads(Path("../data/results/cuda_build.json").read_text())
-row = "{:>9} {:>9} {:>10} {:>7} bytes shared"
-print(row.format("value", "kernel", "registers", "block"))
+row = "{:>9} {:>9} {:>10} {:>7} {:>9}"
+print(row.format("value", "kernel", "registers", "shared", "resident"))
 for entry in built["kernels"]:
     if (entry["architecture"], entry["D"], entry["deterministic"]) == (90, 32, False):
-        print(row.format(*(entry[k] for k in ("dtype", "kernel", "registers", "shared"))))
+        t = entry["threads"]  # of a block; an sm_90 multiprocessor holds, of each:
+        by_registers = 65536 // (t * entry["registers"])
+        by_memory = 228 * 1024 // (entry["shared"] + 1024)  # 1 KiB of a block is the system's
+        resident = t * min(2048 // t, by_registers, by_memory) / 2048
+        values = (entry[k] for k in ("dtype", "kernel", "registers", "shared"))
+        print(row.format(*values, f"{resident:.0%}"))
 assert not any(entry["spilled"] for entry in built["kernels"])
 
 # %% [markdown]
-# On the CPU you can look yourself. A multiply-add whose operand comes straight from memory is the
-# whole inner loop: fetch eight channels, multiply, add, in one instruction.
+# The last column is *computed*: which part of the 2048 threads that a multiprocessor can hold finds room.
+# In half precision a head has fewer lanes, a block more heads, and so more shared memory; there it is that which limits.
+
+# %% [markdown]
+# On the CPU you can look yourself. On x86 a multiply-add can take an operand straight from memory, and
+# that is the whole inner loop: fetch eight channels, multiply, add, in one instruction. (Others load first.)
 
 # %%
 # NBVAL_IGNORE_OUTPUT
 flags = ["-std=c++17", *OPTIMISE, "-S", "-o", "-", "-x", "c++", "-"]
 text = WORDS + constant(TWO_PHASES).replace("ARGUMENTS", ARGUMENTS)
 listing = subprocess.run([compiler(), *flags], input=text, capture_output=True, text=True).stdout
-fused = [line.strip() for line in listing.splitlines() if re.search(r"fmadd.*\(", line)]
+fused = [line.strip() for line in listing.splitlines() if re.search(r"fmadd.*\(%r[^i].*ymm", line)]
 print(len(fused), "multiply-adds from memory", *fused[:4], sep="\n")
 
 # %% [markdown]
 # ## 7.7 Where the time goes in a whole detector
 #
 # The digits' detector of chapter 9, a batch of eight, once with PyTorch's form and once with the
-# kernel. How much of forward and backward is the operator?
+# kernel. How much of forward and backward is the operator? To know, write down its calls, and repeat
+# them alone.
 
 # %%
 model, _ = load_model("../data/checkpoints/digits.safetensors")
@@ -745,35 +791,72 @@ def step():
     (output.logits.square().mean() + output.boxes.mean()).backward()
 
 
+calls = []
+
+
+def recorded(value, shapes, *inputs):
+    """The operator, which writes down what it is given."""
+    calls.append((value, shapes, *inputs))
+    return ms_deform_attn(value, shapes, *inputs)
+
+
+attention.ms_deform_attn = recorded
+step()
+attention.ms_deform_attn = ms_deform_attn
+calls = [[x.detach().requires_grad_() if torch.is_tensor(x) else x for x in c] for c in calls]
+print(len(calls), "calls of the operator in a step")
+
+
+def operators():
+    """The same calls, forward and backward, and nothing else."""
+    for call in calls:
+        ms_deform_attn(*call).sum().backward()
+
+
 # %%
 # NBVAL_IGNORE_OUTPUT
-def with_backend(name):
-    """Milliseconds of a step with this backend forced."""
-    os.environ["DEFORMABLE_DETR_BACKEND"] = name
-    milliseconds = race({name: step}, rounds=3)[name]
-    del os.environ["DEFORMABLE_DETR_BACKEND"]
-    return milliseconds
+def forced(name, function):
+    """A call of the function with this backend."""
+
+    def run():
+        os.environ["DEFORMABLE_DETR_BACKEND"] = name
+        function()
+        del os.environ["DEFORMABLE_DETR_BACKEND"]
+
+    return run
 
 
-slow, fast = with_backend("reference"), with_backend("cpu")
-print(f"a step: {slow:.0f} ms with grid_sample, {fast:.0f} ms with the kernel")
+parts = race(
+    {
+        (name, f.__name__): forced(name, f)
+        for name in ("reference", "cpu")
+        for f in (step, operators)
+    },
+    rounds=3,
+)
+for name in ("reference", "cpu"):
+    whole, part = parts[name, "step"], parts[name, "operators"]
+    print(
+        f"{name:>9}: a step {whole:4.0f} ms, of which the operator {part:4.0f}: {part / whole:.0%}"
+    )
 
 # %% [markdown]
 # A faster operator makes the rest visible: convolutions, linear layers, normalisation. This is
-# Amdahl's law, and the reason to stop: when the operator is a tenth of a step, making it twice as
+# Amdahl's law, and the reason to stop: where the operator is a tenth of a step, making it twice as
 # fast gains a twentieth.
 #
 # ## 7.8 Your kernel in the library's tests
 #
-# Write a kernel with the arguments of `HEAD` into a file, in any way that you like. One command puts
-# it through what the library's own operator has to pass: odd sizes, borders, coordinates that are not
-# numbers, empty queries, several images.
+# Write `__global__ void head(...)`, with the arguments of `HEAD`, into a file. It gets one thread a head
+# (Q · M, and some too many), one image at a time, and an output of zeros. One command, in the
+# repository's folder, compares it with the plain loops that the library's operator is compared with: odd sizes, borders,
+# coordinates that are not numbers, no queries, several images.
 #
 # ```
 # python -m pytest tests/test_own_kernel.py --kernel my_kernel.cu
 # ```
 #
-# Here with the kernel of two phases for sizes that are not constant:
+# Here with `HEAD` itself, channels last:
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -788,7 +871,7 @@ print(re.search(r"\d+ passed", result.stdout)[0])
 # %% [markdown]
 # ## Summary
 #
-# - The operation moves bytes: 64 reads of each value byte, half an operation for each byte read.
+# - The operation moves bytes: 64 reads of a value byte on average, half an operation for each byte read.
 # - Count lines and sectors; the layout with fewer wins before anyone takes the time.
 # - Compute coordinates once, say what is constant, leave no branch in the hot loop, keep neighbours
 #   near: each step shows on the ladder.

@@ -1035,8 +1035,9 @@ assert abs(between / full["between_steps"] - 1) < 0.01
 # %% [markdown]
 # The rest should be nearly in proportion to the pixels: all parts are (chapter 17 will ask how truly), but
 # the decoder's 300 queries, which keep some 0.1 GB an image at any size. So the peak is a line: draw it through two measured sizes. Where it meets zero pixels, the
-# computed part must be, the queries' part, and the backbone's weights once more: its convolutions keep them
-# multiplied by their batch norms. All of that, or somewhat less, since at the worst moment not all gradients are there.
+# computed part must be, the queries' part, and, unless its stages are recomputed, the backbone's weights once more: its
+# convolutions keep them multiplied by their batch norms. All of that, or somewhat less, since at the worst
+# moment not all gradients are there.
 
 
 # %%
@@ -1047,11 +1048,11 @@ def peak(way, height):
 
 
 lines, folded = {}, 4 * sum(p.numel() for p in base.backbone.parameters())
-most = sum(budget.values()) + folded
 for way in ("keep", "recompute"):
     slope = (peak(way, 800) - peak(way, 400)) / (800 * 1066 - 400 * 533)
     lines[way] = peak(way, 800) - slope * 800 * 1066, slope
     print(f"{way:9} {lines[way][0] / 1e6:.0f} MB and {slope:.0f} bytes a pixel")
+    most = sum(budget.values()) + folded * (way == "keep")
     assert most - budget["gradients"] <= lines[way][0] <= most
 
 # %% [markdown]
