@@ -29,6 +29,7 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 from benchmarks import timing
 from benchmarks.peers import HUGGING_FACE, OURS, report
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, MSDeformAttn
+from deformable_detr.checkpoint import write_json
 from deformable_detr.formats import file_name, to_huggingface
 
 COMMAND = "python benchmarks/model.py"
@@ -187,7 +188,7 @@ def channels_last(body: nn.Module, images: Tensor, rounds: int) -> list[dict]:
             run()
 
     def both(run: timing.Call) -> None:
-        sum(x.square().mean() for x in run().values()).backward()
+        run().square().mean().backward()
 
     rows = []
     for mode, function in {"forward": forward, "forward + backward": both}.items():
@@ -231,7 +232,7 @@ def main() -> None:
 
     def save(table: str, rows: list[dict]) -> None:
         replace(result, table, rows)
-        timing.write_json(path, result | summarise(result))  # safe if the rest is stopped
+        write_json(path, result | summarise(result))  # safe if the rest is stopped
 
     models = detectors(DeformableDETRConfig())
     image = torch.randn(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -249,7 +250,8 @@ def main() -> None:
             for mode, both in calls.items():
                 save("times", measure_times(mode, both, threads, arguments.rounds))
         if "channels_last" in arguments.part:
-            rows = channels_last(models[OURS].backbone.body, image[None], arguments.rounds)
+            body = nn.Sequential(*models[OURS].backbone.body.values())
+            rows = channels_last(body, image[None], arguments.rounds)
             save("channels_last", [{"threads": threads, **row} for row in rows])
         if "breakdown" in arguments.part:
             for (mode, both), name in itertools.product(calls.items(), models):

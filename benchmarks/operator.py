@@ -48,6 +48,7 @@ from benchmarks.peers import (
     peers,
     report,
 )
+from deformable_detr.checkpoint import write_json
 
 COMMAND = "python benchmarks/operator.py"
 PARTS = {
@@ -309,10 +310,10 @@ def main() -> None:
     for part, shape in itertools.product(arguments.part, arguments.shapes):
         new = about | measure_apart(part, shape, sys.argv[1:])
         old = json.loads(path.read_text()) if path.exists() else {}
-        timing.write_json(path, merge(old, new))  # what is measured is safe if the rest is stopped
+        write_json(path, merge(old, new))  # what is measured is safe if the rest is stopped
     plot(json.loads(path.read_text()), timing.RESULTS / "operator.png")
     if torch.cuda.is_available():
-        timing.write_json(timing.RESULTS / "operator_cuda.json", measure_cuda())
+        write_json(timing.RESULTS / "operator_cuda.json", measure_cuda())
 
 
 if __name__ == "__main__":

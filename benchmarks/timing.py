@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import importlib.metadata
-import json
 import os
 import platform
 import random
@@ -13,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-from deformable_detr.checkpoint import write_atomically
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results"
@@ -158,10 +155,3 @@ def _processor() -> str:
         return platform.processor()
     names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
-
-
-def write_json(path: Path, content: object) -> None:
-    """Readable and atomic."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text))

@@ -54,7 +54,8 @@ from torchvision.ops import box_iou
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, postprocess
 from deformable_detr.boxes import cxcywh_to_xyxy
 from deformable_detr.checkpoint import load_model
-from deformable_detr.datasets import CocoDataset, check_dataset, collate, find_split
+from deformable_detr.checks import check_dataset
+from deformable_detr.datasets import CocoDataset, collate, find_split
 from deformable_detr.evaluate import evaluate, predict_dataset, score
 from deformable_detr.exercises import check
 from deformable_detr.losses import SetCriterion

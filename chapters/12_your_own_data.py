@@ -44,7 +44,8 @@ import numpy as np
 import torch
 
 from deformable_detr.checkpoint import load_model
-from deformable_detr.datasets import CocoDataset, check_dataset, find_split
+from deformable_detr.checks import check_dataset
+from deformable_detr.datasets import CocoDataset, find_split
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.doctor import doctor
 from deformable_detr.evaluate import evaluate

@@ -113,11 +113,10 @@ class MSDeformAttn(nn.Module):
         B, S, C = input_flatten.shape
         value = self.value_proj(input_flatten)
         if padding_mask is not None:
-            if padding_mask.shape != (B, S):
-                raise ValueError(
-                    f"padding_mask must be (B={B}, S={S}), got {tuple(padding_mask.shape)}"
-                )
-            value = value.masked_fill_(padding_mask.unsqueeze(-1), 0)
+            if padding_mask.shape != (B, S) or padding_mask.dtype != torch.bool:
+                given = f"{tuple(padding_mask.shape)} of {padding_mask.dtype}"
+                raise ValueError(f"padding_mask must be (B={B}, S={S}) of bool, got {given}")
+            value = value.masked_fill(padding_mask.unsqueeze(-1), 0)
         value = value.view(B, S, self.num_heads, C // self.num_heads)
         output = ms_deform_attn(
             value, sampling.spatial_shapes, sampling.locations, sampling.weights

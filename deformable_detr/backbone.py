@@ -5,13 +5,13 @@ from itertools import pairwise
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import DeformConv2d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from deformable_detr.transformer import Stack
 
 STAGES = ("layer2", "layer3", "layer4")  # torchvision's names for C3, C4 and C5
+HEAD = ("avgpool", "fc")
 
 
 class ResNetBackbone(Stack):
@@ -45,8 +45,8 @@ class ResNetBackbone(Stack):
             for block in getattr(resnet, stage):
                 block.conv2 = ModulatedDeformConv2d.like(block.conv2)
         fold_norms(resnet)
-        strides = dict(zip(STAGES, ("8", "16", "32"), strict=True))
-        self.body = IntermediateLayerGetter(resnet, strides)
+        parts = dict(resnet.named_children())
+        self.body = nn.ModuleDict({name: parts[name] for name in parts if name not in HEAD})
         width = resnet.fc.in_features
         self.channels = [width // 4, width // 2, width]
         self.strides = [8, 16, 16 if dilation else 32]

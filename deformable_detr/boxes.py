@@ -10,17 +10,6 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], -1)
 
 
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """(..., 4) left, top, right, bottom to (..., 4) centre and size, in the same units."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([(low + high) / 2, high - low], -1)
-
-
-def xyxy_to_xywh(boxes: Tensor) -> Tensor:
-    """(..., 4) left, top, right, bottom to (..., 4) left, top, width, height, as COCO has boxes."""
-    return torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], -1)
-
-
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """The logit of x in [0, 1], finite at the ends: both x and 1 - x count as at least eps."""
     x = x.clamp(0, 1)

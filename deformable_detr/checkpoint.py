@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,19 +82,26 @@ def _check(expected: dict, given: dict, path: Path | str) -> None:
             raise ValueError(f"{path}: tensor {name} has shape {shapes}")
 
 
+def write_json(path: Path | str, content: object) -> None:
+    """Write a readable JSON file, atomically; ValueError where a number is none."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
+
+
 def write_atomically(path: Path | str, write: Callable[[str], object]) -> None:
-    """Have `write` fill a temporary file, and put it in place only when it is whole on disk."""
+    """Have `write` make a temporary file, and put it in place only when it is whole on disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        write(temporary)
+        temporary.touch(exist_ok=False)
+        allowed = temporary.stat().st_mode  # by the umask, which safetensors leaves aside
+        write(str(temporary))
         with open(temporary, "r+b") as file:  # Windows syncs no file that is open to read
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.chmod(allowed)
+        temporary.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {error}") from None
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

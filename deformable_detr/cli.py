@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from deformable_detr import commands
-from deformable_detr.backend.cpu import BackendError
+from deformable_detr.backend import BackendError
 from deformable_detr.recipes import NAMES, PRECISIONS
 from deformable_detr.train import NonFiniteLossError
 from deformable_detr.tta import MERGES
@@ -136,7 +136,9 @@ def add_train(add: Callable) -> None:
         "--ema-decay", type=float, help="of the average of weights that is kept, such as 0.99"
     )
     options.add_argument("--patience", type=int, help="evaluations without a better AP, then stop")
-    options.add_argument("--workers", type=int, help="processes that load images")
+    options.add_argument(
+        "--workers", dest="num_workers", type=int, metavar="N", help="processes that load images"
+    )
     options.add_argument("--seed", type=int, help="of weights, data order and augmentation")
     options.add_argument(
         "--mixed-precision", choices=PRECISIONS, help="bf16 or fp16: faster and smaller on a GPU"
@@ -302,7 +304,13 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
         type=int,
         help="last stages of the ResNet, to 3, that get deformable convolutions",
     )
-    model.add_argument("--levels", type=int, help="feature levels; 1 is single-scale")
+    model.add_argument(
+        "--levels",
+        dest="num_levels",
+        type=int,
+        metavar="N",
+        help="feature levels; 1 is single-scale",
+    )
     model.add_argument(
         "--dilation", action="store_true", help="the backbone's last map at stride 16 (DC5)"
     )

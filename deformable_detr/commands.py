@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -18,15 +18,9 @@ from tqdm import tqdm
 from deformable_detr import doctor as diagnosing
 from deformable_detr import train as training
 from deformable_detr.checkpoint import write_atomically
+from deformable_detr.checks import check_dataset, check_splits, label_histogram, read_annotations
 from deformable_detr.complexity import complexity
-from deformable_detr.datasets import (
-    CocoDataset,
-    check_dataset,
-    check_splits,
-    find_split,
-    label_histogram,
-    read_annotations,
-)
+from deformable_detr.datasets import CocoDataset, find_split
 from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
 from deformable_detr.images import find_images
 from deformable_detr.predict import (
@@ -44,27 +38,28 @@ from deformable_detr.report import Report, analyse, analyse_results
 from deformable_detr.tta import View, make_views
 from deformable_detr.visualize import picture_sheet
 
-MODEL_OPTIONS = {  # of the command line: of the config
-    "backbone": "backbone",
-    "levels": "num_levels",
-    "dilation": "dilation",
-    "deformable_stages": "deformable_stages",
-    "refine": "refine",
-    "two_stage": "two_stage",
-}
+# options of the command line that change the model, and those that change how it is trained
+MODEL_OPTIONS = (
+    "backbone",
+    "num_levels",
+    "dilation",
+    "deformable_stages",
+    "refine",
+    "two_stage",
+)
+TRAIN_OPTIONS = (
+    "epochs",
+    "batch_size",
+    "accumulate",
+    "lr",
+    "ema_decay",
+    "patience",
+    "num_workers",
+    "seed",
+    "mixed_precision",
+    "gradient_checkpointing",
+)
 TTA_SCALES = (0.8, 1.0, 1.25)
-TRAIN_OPTIONS = {  # of the command line: of the recipe
-    "epochs": "epochs",
-    "batch_size": "batch_size",
-    "accumulate": "accumulate",
-    "lr": "lr",
-    "ema_decay": "ema_decay",
-    "patience": "patience",
-    "workers": "num_workers",
-    "seed": "seed",
-    "mixed_precision": "mixed_precision",
-    "gradient_checkpointing": "gradient_checkpointing",
-}
 
 
 def check(args: argparse.Namespace) -> int:
@@ -115,7 +110,8 @@ def doctor(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     """Train, then store the best threshold on val with the models."""
     has_val = has_split(args.data, "val")
-    refuse_faults(args.data, ("train", "val") if has_val else ("train",))
+    accelerator = training.make_accelerator()
+    refuse_faults(args.data, ("train", "val") if has_val else ("train",), accelerator)
     recipe = chosen_recipe(args)
     train_set = CocoDataset(*find_split(args.data, "train"), recipe.train_transform())
     val_set = None
@@ -129,7 +125,7 @@ def train(args: argparse.Namespace) -> int:
     metrics = training.train(
         model, train_set, val_set, args.output, config, not args.fresh, card=card
     )
-    if PartialState().is_main_process:
+    if accelerator.is_main_process:
         if metrics:
             print(metrics)
         finish(args.output, val_set, config)
@@ -159,18 +155,24 @@ def finish(run: Path, val_set: CocoDataset | None, config: training.TrainConfig)
         print(f"model: {path}, {text}")
 
 
-def refuse_faults(data: Path, splits: tuple[str, ...]) -> None:
-    """Print the fatal faults of these splits, and raise ValueError if there are any."""
+def refuse_faults(data: Path, splits: tuple[str, ...], accelerator: Accelerator) -> None:
+    """Print the fatal faults of these splits, and raise ValueError if there are any.
+
+    The main process looks; the others wait, and raise with it.
+    """
+    places = {split: find_split(data, split) for split in splits}
     faults = [
         f"{split}: {fault}"
-        for split in splits
-        for fault in check_dataset(*find_split(data, split))
+        for split, place in (places.items() if accelerator.is_main_process else ())
+        for fault in check_dataset(*place)
         if fault.fatal
     ]
-    if faults:
-        print(*faults[:20], sep="\n", file=sys.stderr)
+    for fault in faults[:20]:
+        print(fault, file=sys.stderr)
+    count = torch.tensor(float(len(faults)), device=accelerator.device)
+    if count := int(accelerator.reduce(count, "sum")):
         raise ValueError(
-            f"{len(faults)} fatal faults in the data; all of them: deformable-detr check {data}"
+            f"{count} fatal faults in the data; all of them: deformable-detr check {data}"
         )
 
 
@@ -186,15 +188,15 @@ def same_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
                 )
 
 
-def chosen(options: dict) -> dict:
-    """Those that the command line gave: neither left out nor flags that are not set."""
-    return {k: value for k, value in options.items() if value is not None and value is not False}
+def chosen(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
+    """Those options that the command line gave: neither left out nor flags that are not set."""
+    values = {name: getattr(args, name) for name in names}
+    return {k: value for k, value in values.items() if value is not None and value is not False}
 
 
 def train_config(args: argparse.Namespace, recipe: Recipe) -> training.TrainConfig:
     """The recipe's settings with what the command line changes in them."""
-    given = {theirs: getattr(args, ours) for ours, theirs in TRAIN_OPTIONS.items()}
-    given = chosen(given)
+    given = chosen(args, TRAIN_OPTIONS)
     if args.lr is not None:
         given["backbone_lr"] = args.lr * recipe.train.backbone_lr / recipe.train.lr
     return dataclasses.replace(recipe.train, **given)
@@ -204,12 +206,12 @@ def new_model(args: argparse.Namespace, recipe: Recipe, dataset: CocoDataset) ->
     """The model that training starts from: published weights, or the recipe's with the command
     line's changes."""
     classes = len(dataset.categories)
-    given = {theirs: getattr(args, ours) for ours, theirs in MODEL_OPTIONS.items()}
-    given = chosen(given)
+    given = chosen(args, MODEL_OPTIONS)
     weights = args.init or recipe.weights
     if weights and weights != "none":
-        options = list(given) + ["backbone_weights"] * bool(args.backbone_weights)
-        if options:
+        names = [*given] + ["backbone_weights"] * bool(args.backbone_weights)
+        if names:
+            options = [f"--{name.removeprefix('num_').replace('_', '-')}" for name in names]
             raise ValueError(f"{weights} decides the model: leave out {', '.join(options)}")
         loaded = load_pretrained(weights, classes, args.queries)
         print(f"{weights}: kept {len(loaded.report.kept)} tensors", file=sys.stderr)
@@ -326,7 +328,6 @@ def predict(args: argparse.Namespace) -> int:
     pictures = args.pictures or (None if args.json else Path("found"))
     refuse_same_names(args.images, pictures, args.json)
     detector = load_detector(args.model)
-    skipped: list[str] = []
     results = []
     for found in predict_each(
         detector,
@@ -338,7 +339,7 @@ def predict(args: argparse.Namespace) -> int:
         views=choose_views(args, detector),
         merge=args.merge or "fusion",
         nms=args.nms,
-        skipped=skipped,
+        on_skip=lambda line: tqdm.write(f"passed over: {line}", sys.stderr),
         progress=len(args.images) >= 5,
     ):
         results += found.to_coco()
@@ -348,8 +349,6 @@ def predict(args: argparse.Namespace) -> int:
         text = json.dumps(results) + "\n"
         write_atomically(args.json, lambda temporary: Path(temporary).write_text(text, "utf-8"))
         print(f"{len(results)} detections: {args.json}")
-    for line in skipped:
-        print(f"passed over: {line}", file=sys.stderr)
     return 0
 
 

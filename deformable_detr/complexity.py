@@ -1,12 +1,11 @@
 """What a detector costs: parameters, multiply-adds, seconds and memory (Table 1, Appendix A.1)."""
 
-import contextlib
 import dataclasses
 import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from deformable_detr import ops  # noqa: F401  registers the operators that are counted below
+from deformable_detr.modes import evaluating
 from deformable_detr.structures import Batch
 
 # 800 pixels on the short side; at this size the base model needs the paper's 173 GFLOPs
@@ -94,7 +94,7 @@ def complexity(
         )
     if repeats and device.type == "meta":
         raise ValueError("a model on the meta device cannot be timed: pass repeats=0")
-    with _evaluating(model):
+    with evaluating(model):
         total, parts = count(model, image_size)
         seconds = memory = None
         if repeats:
@@ -236,17 +236,6 @@ class LiveTensors(TorchDispatchMode):
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode while open, then as before."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _device(model: nn.Module) -> torch.device:

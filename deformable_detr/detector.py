@@ -183,6 +183,9 @@ class DeformableDETR(nn.Module):
         """The backbone's maps and the levels above them, as one sequence with positions."""
         if batch.images.ndim != 4 or batch.images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), got {tuple(batch.images.shape)}")
+        if batch.mask.shape != (len(batch.images), *batch.images.shape[2:]):
+            given = f"mask {tuple(batch.mask.shape)} for images {tuple(batch.images.shape)}"
+            raise ValueError(f"mask must be (B, H, W), got {given}")
         maps = self.backbone(batch.images)[-self.config.num_levels :]
         features, positions, masks, shapes, ratios = [], [], [], [], []
         last = maps[-1]

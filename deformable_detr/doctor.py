@@ -13,11 +13,13 @@ import torch
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torchvision import tv_tensors
+from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from deformable_detr.boxes import cxcywh_to_xyxy, xyxy_to_xywh
-from deformable_detr.datasets import CocoDataset, check_annotations, check_image, collate
+from deformable_detr.boxes import cxcywh_to_xyxy
+from deformable_detr.checks import check_annotations, check_image
+from deformable_detr.datasets import CocoDataset, collate
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.evaluate import score
 from deformable_detr.finite import first_not_finite
@@ -308,7 +310,10 @@ def batch_ap(model: DeformableDETR, dataset: CocoDataset, batch: Batch) -> float
             into += [
                 {"image_id": image, "category_id": ids[label], "bbox": box, "score": value}
                 for box, label, value in zip(
-                    xyxy_to_xywh(boxes).tolist(), labels.tolist(), scores.tolist(), strict=True
+                    box_convert(boxes, "xyxy", "xywh").tolist(),
+                    labels.tolist(),
+                    scores.tolist(),
+                    strict=True,
                 )
             ]
     for key, annotation in enumerate(annotations, 1):

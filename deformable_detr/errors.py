@@ -181,25 +181,11 @@ def choose_threshold(results: list[dict], dataset: CocoDataset) -> float:
     nothing is correct, and thus no threshold is better than another.
     """
     judged = [each for image in judge_all(results, dataset) for each in image.judged]
-    return _best_threshold(judged, count_objects(dataset).total())
-
-
-def choose_thresholds(results: list[dict], dataset: CocoDataset) -> dict[str, float]:
-    """The same for each class on its own, by name."""
-    judged = [each for image in judge_all(results, dataset) for each in image.judged]
-    objects = count_objects(dataset)
-    return {
-        category["name"]: _best_threshold([e for e in judged if e.label == label], objects[label])
-        for label, category in enumerate(dataset.categories)
-    }
-
-
-def _best_threshold(judged: list[Judged], objects: int) -> float:
     found = sorted((e.score, e.kind == "correct") for e in judged if e.kind != "missed")[::-1]
     if not any(correct for _, correct in found):
         return NO_THRESHOLD
     scores, correct = np.array(found).T
-    f1 = 2 * correct.cumsum() / (np.arange(1, len(found) + 1) + objects)
+    f1 = 2 * correct.cumsum() / (np.arange(1, len(found) + 1) + count_objects(dataset).total())
     lower = np.append(scores[1:], 0)
     f1[:-1] *= lower[:-1] < scores[:-1]  # a threshold cannot part equal scores
     best = f1.argmax()

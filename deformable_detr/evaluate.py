@@ -10,11 +10,12 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
+from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from deformable_detr.boxes import xyxy_to_xywh
 from deformable_detr.datasets import CocoDataset, collate
 from deformable_detr.detector import DeformableDETR
+from deformable_detr.modes import evaluating
 from deformable_detr.postprocess import postprocess
 
 COCO_THRESHOLDS = (32**2, 96**2)  # areas at which small and medium objects end, in pixels
@@ -83,8 +84,6 @@ def predict_dataset(
 ) -> list[dict]:
     """The best top_k detections of every image, as COCO results with the data's own ids."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     loader = DataLoader(
         dataset,
         batch_size,
@@ -95,7 +94,8 @@ def predict_dataset(
     results = []
     for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress, leave=False):
         sizes = [target.original_size for target in batch.targets]
-        found = postprocess(model(batch.to(device)), sizes, top_k)
+        with evaluating(model):
+            found = postprocess(model(batch.to(device)), sizes, top_k)
         for target, detections in zip(batch.targets, found, strict=True):
             results += [
                 {
@@ -105,13 +105,12 @@ def predict_dataset(
                     "score": score,
                 }
                 for box, label, score in zip(
-                    xyxy_to_xywh(detections.boxes).tolist(),
+                    box_convert(detections.boxes, "xyxy", "xywh").tolist(),
                     detections.labels.tolist(),
                     detections.scores.tolist(),
                     strict=True,
                 )
             ]
-    model.train(was_training)
     return results
 
 

@@ -252,21 +252,4 @@ class MSDeformAttnFunction:
     Only `apply` is there: gradients, second ones too, come from our operator's own.
     """
 
-    @staticmethod
-    def apply(
-        value: Tensor,
-        value_spatial_shapes: Tensor,
-        value_level_start_index: Tensor,
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        im2col_step: int,
-    ) -> Tensor:
-        """As `ms_deform_attn_forward`, with gradients."""
-        return ms_deform_attn_forward(
-            value,
-            value_spatial_shapes,
-            value_level_start_index,
-            sampling_locations,
-            attention_weights,
-            im2col_step,
-        )
+    apply = staticmethod(ms_deform_attn_forward)

@@ -30,15 +30,19 @@ class SetCriterion(nn.Module):
         self.matcher = matcher or HungarianMatcher()
         self.weights = {"class": class_weight, "box": box_weight, "giou": giou_weight}
 
-    def forward(self, output: Output, targets: list[Target]) -> dict[str, Tensor]:
+    def forward(
+        self, output: Output, targets: list[Target], num_boxes: float | None = None
+    ) -> dict[str, Tensor]:
         """The weighted terms, whose sum is the loss.
 
         Keys: loss_class, loss_box and loss_giou for the last decoder layer; with suffix _0, _1...
         for the earlier ones and _first for the first stage. targets: B of them, on the model's
-        device; labels in [0, classes). Raises ValueError on a label outside.
+        device; labels in [0, classes). num_boxes: what every term is divided by; by default
+        `count_boxes` of the targets. ValueError: another number of targets, or a label outside.
         """
         self._check(output, targets)
-        num_boxes = count_boxes(targets, output.logits.device)
+        if num_boxes is None:
+            num_boxes = count_boxes(targets, output.logits.device)
         layers = {"": output}
         layers |= {f"_{i}": earlier for i, earlier in enumerate(output.auxiliary)}
         losses = {}
@@ -64,7 +68,9 @@ class SetCriterion(nn.Module):
 
     @staticmethod
     def _check(output: Output, targets: list[Target]) -> None:
-        classes = output.logits.shape[-1]
+        images, _, classes = output.logits.shape
+        if len(targets) != images:
+            raise ValueError(f"expected {images} targets, one for each image, got {len(targets)}")
         for target in targets:
             wrong = (target.labels < 0) | (target.labels >= classes)
             if wrong.any():
@@ -94,7 +100,7 @@ def box_losses(
 
 
 def count_boxes(targets: list[Target], device: torch.device) -> float:
-    """The mean number of boxes in a process' batch, at least 1: what every loss is divided by."""
+    """The mean number of boxes in a process' targets, at least 1: what every loss is divided by."""
     total = torch.tensor(float(sum(len(t.labels) for t in targets)), device=device)
     processes = 1
     if dist.is_available() and dist.is_initialized():

@@ -9,8 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deformable_detr.backend import cpu, cuda, reference
-from deformable_detr.backend.cpu import BackendError
+from deformable_detr.backend import BackendError, cpu, cuda, reference
 
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
 KERNELS = {"cuda": cuda, "cpu": cpu}  # by the tensors' device
@@ -36,14 +35,16 @@ def ms_deform_attn(
     sampling_locations: (B, Q, M, L, K, 2) as (x, y), normalised: (0, 0) is the top-left corner of
         the top-left pixel, (1, 1) the bottom-right corner of the bottom-right one. Samples outside
         a map count as zero, also where the coordinate is NaN or infinite.
-    attention_weights: (B, Q, M, L, K), usually a softmax over the last two axes together.
+    attention_weights: (B, Q, M, L, K), usually a softmax over the last two axes together. K >= 1,
+        and on CUDA L * K <= 512.
     backend: "cuda" and "cpu", the kernel for the tensors' device; "reference", plain PyTorch, on
         any device; "gather", PyTorch without grid_sample, for export. By default, or where the
         environment variable DEFORMABLE_DETR_BACKEND names one, that one; else the kernel where
         `backends()` has it, "gather" during an ONNX export, and "reference" for all else.
     Returns (B, Q, M * D) in value's dtype, the heads side by side. Differentiable, twice, in all
-    three float tensors. These may mix float32, float16 and bfloat16, as autocast makes them:
-    coordinates, weights and sums are float32 inside. float64 goes with float64 only.
+    three float tensors ("reference" twice only where torch's grid_sample is). These may mix
+    float32, float16 and bfloat16, as autocast makes them: coordinates, weights and sums are float32
+    inside. float64 goes with float64 only.
     Raises ValueError or TypeError where shapes, dtypes or devices do not fit together, and
     BackendError, a RuntimeError, where a backend is asked for that cannot run.
     """
@@ -65,32 +66,35 @@ def backends() -> dict[str, str]:
     return {name: reasons.get(name) or "available" for name in BACKENDS}
 
 
-@torch.compiler.assume_constant_result
 def _choose(backend: str | None, device: str) -> str:
     """The backend for tensors on this device."""
     asked = backend or os.environ.get(VARIABLE)
     if asked:
-        return _forced(asked, device)
+        return _forced(asked, device, "backend" if backend else VARIABLE)
     if torch.onnx.is_in_onnx_export():
         return "gather"
-    if device not in KERNELS:
+    if device == "meta":
         return "reference"
-    reason = KERNELS[device].why_not()
+    reason = KERNELS[device].why_not() if device in KERNELS else f"no kernel for {device}"
     if reason:
         _say_once(f"ms_deform_attn runs in plain PyTorch, which is slow: {reason}")
         return "reference"
     return device
 
 
-def _forced(name: str, device: str) -> str:
+def _forced(name: str, device: str, origin: str) -> str:
     """This backend, or an error where it cannot run: never another in its place."""
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"{origin} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name in KERNELS and device != name:
         raise BackendError(f"backend {name!r} needs tensors on {name}, got {device}")
     if name in KERNELS and KERNELS[name].why_not():
         raise BackendError(f"backend {name!r} is not available: {KERNELS[name].why_not()}")
     return name
+
+
+# what torch.compiler.assume_constant_result sets, without the two seconds that importing it takes
+_choose._dynamo_marked_constant = True
 
 
 @cache
@@ -100,13 +104,13 @@ def _say_once(message: str) -> None:
 
 def check_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
     """The levels' sizes as a list of (H, W); ValueError unless they are pairs of positive ints."""
-    if isinstance(spatial_shapes, Tensor):
+    if hasattr(spatial_shapes, "tolist"):  # a tensor, or an array of numpy
         spatial_shapes = spatial_shapes.tolist()
     try:
         shapes = [(height, width) for height, width in spatial_shapes]
     except (TypeError, ValueError):
         raise ValueError(f"spatial_shapes must be L pairs (H, W), got {spatial_shapes!r}") from None
-    integers = all(isinstance(n, int | torch.SymInt) for shape in shapes for n in shape)
+    integers = all(isinstance(n, (int, torch.SymInt)) for shape in shapes for n in shape)
     if not shapes or not integers or any(height < 1 or width < 1 for height, width in shapes):
         raise ValueError(f"spatial_shapes must be L >= 1 pairs of positive ints, got {shapes}")
     return shapes
@@ -129,13 +133,16 @@ def _check(
             f"sampling_locations must be (B={B}, Q, M={M}, L={len(shapes)}, K, 2), "
             f"got {tuple(locations.shape)}"
         )
+    if locations.shape[4] < 1:
+        raise ValueError(f"K must be at least 1, got sampling_locations {tuple(locations.shape)}")
     if weights.shape != locations.shape[:-1]:
         raise ValueError(
             f"attention_weights must be {tuple(locations.shape[:-1])} as (B, Q, M, L, K), "
             f"got {tuple(weights.shape)}"
         )
     dtypes = [value.dtype, locations.dtype, weights.dtype]
-    if not all(d.is_floating_point for d in dtypes) or dtypes.count(torch.float64) in (1, 2):
+    doubles = {dtype == torch.float64 for dtype in dtypes}
+    if not all(dtype.is_floating_point for dtype in dtypes) or len(doubles) > 1:
         raise TypeError(
             "value, sampling_locations and attention_weights must be floating, and float64 all or "
             f"none, got {', '.join(map(str, dtypes))}"
@@ -211,11 +218,11 @@ def _differentiate(ctx, grad_output: Tensor) -> tuple:
 
 
 def _differentiate_twice(ctx, *grads: Tensor) -> tuple:
-    """Through the reference: its gradients, written as a function, differentiated once more."""
+    """Through the gather form: its gradients, written as a function, differentiated once more."""
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         value, locations, weights, grad_output = inputs
-        output = reference.ms_deform_attn(
+        output = reference.ms_deform_attn_gather(
             value.to(locations.dtype), _pairs(ctx.shapes), locations, weights
         )
         first = torch.autograd.grad(

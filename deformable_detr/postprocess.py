@@ -29,6 +29,6 @@ def postprocess(
     for i, (height, width) in enumerate(original_sizes):
         scale = output.boxes.new_tensor([width, height, width, height])
         boxes = cxcywh_to_xyxy(output.boxes[i, query[i]]) * scale
-        keep = scores[i] >= threshold
-        detections.append(Detections(scores[i][keep], label[i][keep], boxes[keep], query[i][keep]))
+        found = Detections(scores[i], label[i], boxes, query[i])
+        detections.append(found[scores[i] >= threshold])
     return detections

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from deformable_detr.boxes import xyxy_to_xywh
 from deformable_detr.checkpoint import load_model, save_model
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.formats import plain_categories
 from deformable_detr.images import Picture, find_images, read_image
+from deformable_detr.modes import evaluating
 from deformable_detr.postprocess import postprocess
 from deformable_detr.pretrained import load_pretrained
 from deformable_detr.recipes import TRANSFORMS
@@ -91,7 +92,7 @@ class Prediction:
             {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
             for category_id, box, score in zip(
                 self.category_ids,
-                xyxy_to_xywh(self.boxes).tolist(),
+                box_convert(self.boxes, "xyxy", "xywh").tolist(),
                 self.scores.tolist(),
                 strict=True,
             )
@@ -188,7 +189,10 @@ def load_detector(name_or_path: Path | str) -> Detector:
         raise ValueError(f"{name_or_path}: its threshold must be in [0, 1], got {threshold!r}")
     transforms = card.get("transforms", transforms_of(loaded.model))
     if not isinstance(transforms, str) or transforms not in TRANSFORMS:
-        raise ValueError(f"{name_or_path}: unknown transforms {transforms!r}")
+        known = ", ".join(TRANSFORMS)
+        raise ValueError(
+            f"{name_or_path}: its transforms must be one of {known}, got {transforms!r}"
+        )
     short = card.get("short_side", SHORT_SIDE)
     if type(short) is not int or short < 32:
         raise ValueError(f"{name_or_path}: its short_side must be 32 or more, got {short!r}")
@@ -259,7 +263,7 @@ def predict(
             views or ([View(transform)] if transform else None),
             merge,
             nms,
-            skipped,
+            skipped.append,
             progress,
         )
     )
@@ -278,12 +282,12 @@ def predict_each(
     views: list[View] | None = None,
     merge: str = "fusion",
     nms: float | None = None,
-    skipped: list[str] | None = None,
+    on_skip: Callable[[str], object] = lambda line: None,
     progress: bool = False,
 ) -> Iterator[Prediction]:
     """`predict`, one by one, so that no more than a batch of images is held.
 
-    skipped: receives a line for each file of a folder that cannot be read.
+    on_skip is called with a line for each file of a folder that cannot be read.
     """
     threshold = detector.threshold if threshold is None else threshold
     if not 0 <= threshold <= 1:
@@ -298,7 +302,7 @@ def predict_each(
     sources = list(find_images(images))
     if device is not None:
         detector.model.to(device)
-    readable = _read_all(sources, [] if skipped is None else skipped)
+    readable = _read_all(sources, on_skip)
     with tqdm(total=len(sources), unit="image", disable=not progress, leave=False) as bar:
         while batch := list(islice(readable, batch_size)):
             all_found = detect(
@@ -322,38 +326,33 @@ def detect(
     """The top_k best detections of each RGB picture with scores from the threshold on, in its
     pixels and on the CPU."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     sizes = [(image.height, image.width) for image in images]
     seen = []
     for view in views:
         batch = Batch.from_images([view.of(image) for image in images]).to(device)
-        found = [_on_cpu(each) for each in postprocess(model(batch), sizes, top_k)]
+        with evaluating(model):
+            found = [each.to("cpu") for each in postprocess(model(batch), sizes, top_k)]
         seen.append([view.back(f, i.width) for f, i in zip(found, images, strict=True)])
-    model.train(was_training)
     merged = seen[0]
     if len(views) > 1:
         merged = [MERGES[merge](list(of_image)) for of_image in zip(*seen, strict=True)]
     if nms is not None:
         merged = [suppress([found], nms) for found in merged]
     counts = [min(top_k, int((found.scores >= threshold).sum())) for found in merged]
-    return [
-        Detections(*(x[:count] for x in vars(found).values()))
-        for found, count in zip(merged, counts, strict=True)
-    ]
+    return [found[:count] for found, count in zip(merged, counts, strict=True)]
 
 
 def _read_all(
-    sources: list[tuple[Picture, bool]], skipped: list[str]
+    sources: list[tuple[Picture, bool]], on_skip: Callable[[str], object]
 ) -> Iterator[tuple[Path | None, Image.Image]]:
-    """Each readable picture and its path; a line in `skipped` for those that folders hold."""
+    """Each readable picture and its path; `on_skip` hears of the others in folders."""
     for source, in_folder in sources:
         try:
             image = read_image(source)
         except (ValueError, FileNotFoundError) as error:  # the latter of a link to nowhere
             if not in_folder:
                 raise
-            skipped.append(str(error))
+            on_skip(str(error))
             continue
         yield source if isinstance(source, Path) else None, image
 
@@ -373,7 +372,3 @@ def _as_detector(
             f"got {len(categories)} categories"
         )
     return replace(model, categories=categories)
-
-
-def _on_cpu(found: Detections) -> Detections:
-    return Detections(**{name: value.cpu() for name, value in vars(found).items()})

@@ -1,7 +1,6 @@
 """What a detector gets wrong: metrics, curves, confusions, kinds of errors, the worst images."""
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from pycocotools.cocoeval import COCOeval
 
-from deformable_detr.checkpoint import write_atomically
+from deformable_detr.checkpoint import write_atomically, write_json
 from deformable_detr.datasets import CocoDataset
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.errors import (
@@ -150,8 +149,7 @@ class Report:
 
     def write_json(self, path: Path | str) -> None:
         """`to_dict` as a file, atomically. OSError where it cannot be written."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        write_atomically(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
+        write_json(path, self.to_dict())
 
     def write_html(self, path: Path | str) -> None:
         """One page with tables, curves and pictures that needs no other file, atomically.

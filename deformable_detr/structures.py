@@ -96,5 +96,19 @@ class Detections:
     boxes: Tensor
     queries: Tensor
 
+    @classmethod
+    def cat(cls, parts: list[Detections]) -> Detections:
+        """All detections of one or more parts, in this order."""
+        fields = zip(*(vars(part).values() for part in parts), strict=True)
+        return cls(*map(torch.cat, fields))
+
+    def to(self, device: torch.device | str) -> Detections:
+        """The same detections on a device."""
+        return Detections(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def __getitem__(self, index: slice | Tensor) -> Detections:
+        """Some of them: a slice, or a tensor of places or of True and False."""
+        return Detections(*(tensor[index] for tensor in vars(self).values()))
+
     def __len__(self) -> int:
         return len(self.scores)

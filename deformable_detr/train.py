@@ -27,11 +27,10 @@ from deformable_detr.finite import first_not_finite, tensors
 from deformable_detr.losses import SetCriterion, count_boxes
 from deformable_detr.optim import averaged, freeze, lr_factor, parameter_groups
 from deformable_detr.order import BatchOrder, SeededDataset, ignore_interrupt
-from deformable_detr.recipes import NAMES, TrainConfig, load_recipe
+from deformable_detr.recipes import TrainConfig, load_recipe
 from deformable_detr.structures import Batch, Output
 
-RECIPES = {name: load_recipe(name).train for name in NAMES}
-PAPER, DIGITS = RECIPES["paper"], RECIPES["digits"]
+PAPER, DIGITS = TrainConfig(), load_recipe("digits").train
 MAY_CHANGE = {  # between a run and its resumption
     "num_workers",
     "checkpoint_minutes",
@@ -39,7 +38,7 @@ MAY_CHANGE = {  # between a run and its resumption
     "gradient_checkpointing",
 }
 PRECISION = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EVALUATION = timedelta(hours=3)  # how long other processes wait while one evaluates
+PATIENCE = timedelta(hours=3)  # how long processes wait while one checks data or evaluates
 
 
 class NonFiniteLossError(RuntimeError):
@@ -66,7 +65,8 @@ def train(
     output_dir receives checkpoint.pt (to resume from), log.jsonl, TensorBoard's files and, as
     `load_model` reads them, last.safetensors and best.safetensors (by AP on val_set); with
     config.ema_decay these two are the averaged weights. With resume, a checkpoint that is there is
-    continued, exactly as if it had never stopped: model, optimiser, data order and random state.
+    continued as if it had never stopped: model, optimiser, data order and random state; bit for bit
+    on a CPU (on a GPU sums are added in an order that changes).
     on_step is called with the step and its losses. card: what else is stored with the weights,
     such as how images are prepared; see `predict.load_detector`.
     Raises ValueError where a checkpoint is of another run, NonFiniteLossError with the image ids
@@ -91,9 +91,7 @@ class Trainer:
         progress: bool,
         card: dict | None = None,
     ) -> None:
-        patient = InitProcessGroupKwargs(timeout=EVALUATION)
-        # precision is set in `losses`, so that evaluation stays in float32
-        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patient])
+        self.accelerator = make_accelerator()
         batch = config.batch_size * config.accumulate * self.accelerator.num_processes
         self.steps_per_epoch = len(train_set) // batch  # the last, smaller batch is dropped
         if not self.steps_per_epoch:
@@ -127,14 +125,15 @@ class Trainer:
             return self.metrics
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._cut_log()
-        saved = time.monotonic()
+        main, saved = self.accelerator.is_main_process, time.monotonic()
         bar = tqdm(
             total=self.total_steps,
             initial=self.step,
             unit="step",
-            disable=not (self.progress and self.accelerator.is_main_process),
+            disable=not (self.progress and main),
         )
-        with CatchInterrupt() as interrupt, SummaryWriter(self.output_dir) as board, bar:
+        writer = SummaryWriter(self.output_dir) if main else nullcontext()
+        with CatchInterrupt() as interrupt, writer as board, bar:
             for batches in self.batches():
                 losses = self.train_step(batches)
                 self.step += 1
@@ -174,7 +173,6 @@ class Trainer:
     def batches(self) -> Iterator[list[Batch]]:
         """The batches of each step that is left. What is in each, and how it is augmented, depends
         only on the seed and the step."""
-        random_state = torch.get_rng_state()
         loader = DataLoader(
             SeededDataset(self.train_set, self.config.seed),
             batch_sampler=BatchOrder(
@@ -188,10 +186,9 @@ class Trainer:
             collate_fn=collate,
             num_workers=self.config.num_workers,
             worker_init_fn=ignore_interrupt,
-            generator=torch.Generator(),
+            generator=torch.Generator(),  # leaves the global random state alone
         )
         batches = iter(loader)
-        torch.set_rng_state(random_state)
         return iter(lambda: list(islice(batches, self.config.accumulate)), [])
 
     def train_step(self, batches: list[Batch]) -> dict[str, float]:
@@ -208,9 +205,7 @@ class Trainer:
         for batch in batches:
             whole = nullcontext() if batch is batches[-1] else self.accelerator.no_sync(self.model)
             with whole:
-                # each batch's losses are divided by its own number of boxes: make that the step's
-                share = count_boxes(batch.targets, device) / boxes
-                losses = {k: share * x for k, x in self.losses(batch.to(device)).items()}
+                losses = self.losses(batch.to(device), boxes)
                 loss = sum(losses.values())
                 self.scaler.scale(loss).backward()
             for name, term in ({"loss": loss} | losses).items():
@@ -235,15 +230,16 @@ class Trainer:
         nn.utils.clip_grads_with_norm_(learning, self.config.clip_norm, norm)
         return norm
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The terms of the loss in float32; NonFiniteLossError where one is none."""
+    def losses(self, batch: Batch, boxes: float) -> dict[str, Tensor]:
+        """The terms of the loss in float32, divided by the step's number of boxes;
+        NonFiniteLossError where one is none."""
         random_states = self._random_states()
         with self._autocast():
             output = self.model(batch)
         output = in_float32(output)
         if not torch.stack([x.isfinite().all() for x in tensors(output)]).all():
             raise self._not_finite("the model's output is", batch, random_states)
-        losses = self.criterion(output, batch.targets)
+        losses = self.criterion(output, batch.targets, boxes)
         if not sum(losses.values()).isfinite():
             names = [name for name, term in losses.items() if not term.isfinite()]
             raise self._not_finite(f"{', '.join(names)} is", batch, random_states)
@@ -291,7 +287,7 @@ class Trainer:
         if "cuda_random_states" in states and self.accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda_random_states"], self.accelerator.device)
 
-    def _log(self, losses: dict[str, float], board: SummaryWriter) -> None:
+    def _log(self, losses: dict[str, float], board: SummaryWriter | None) -> None:
         if not self.accelerator.is_main_process:
             return
         values = losses | {"lr": self.optimizer.param_groups[0]["lr"]}
@@ -315,7 +311,7 @@ class Trainer:
                     kept.append(line + "\n")
         write_atomically(path, lambda temporary: Path(temporary).write_text("".join(kept)))
 
-    def _end_epoch(self, board: SummaryWriter) -> None:
+    def _end_epoch(self, board: SummaryWriter | None) -> None:
         epoch = self.step // self.steps_per_epoch
         due = epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs
         if self.val_set is not None and due:
@@ -452,6 +448,18 @@ def in_float32(output: Output) -> Output:
         return in_float32(value) if isinstance(value, Output) else value
 
     return Output(**{name: convert(value) for name, value in vars(output).items()})
+
+
+def make_accelerator() -> Accelerator:
+    """Accelerate on the GPUs, or on the CPU where there is none; patient while one process works.
+
+    The first call in a process decides that for all.
+    """
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # it is set in `Trainer.losses`: evaluation stays in float32
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
 
 
 class CatchInterrupt:

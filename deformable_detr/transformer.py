@@ -49,7 +49,7 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C)."""
+        """(..., C) to (..., C). Hooks see what goes out of linear1 after the relu."""
         # relu after dropout, in place: the same numbers, of which one large map is kept, not two
         inner = self.dropout(self.linear1(x)).relu_()
         return self.norm(x + self.dropout(self.linear2(inner)))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.ops import box_area
 from torchvision.transforms import v2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
@@ -131,15 +132,10 @@ class RandomZoom(v2.Transform):
         offset = whole.new_tensor([params["left"], params["top"]] * 2)
         limit = whole.new_tensor([params["width"], params["height"]] * 2)
         cut = (whole.as_subclass(Tensor) - offset).clamp(min=0).minimum(limit)
-        cut = cut * (area(cut) >= 0.5 * area(whole)).unsqueeze(-1)
+        cut = cut * (box_area(cut) >= 0.5 * box_area(whole)).unsqueeze(-1)
         return tv_tensors.BoundingBoxes(
             cut, format="XYXY", canvas_size=(params["height"], params["width"])
         )
-
-
-def area(boxes: Tensor) -> Tensor:
-    """(N,): the areas of (N, 4) boxes xyxy."""
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def draw(low: int, high: int) -> int:

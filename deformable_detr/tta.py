@@ -77,8 +77,8 @@ def _at_scale(transforms: str, scale: float, short_side: int) -> Callable[[Image
 def suppress(views: list[Detections], overlap: float = OVERLAP) -> Detections:
     """Merge by non-maximum suppression: of boxes of one class that overlap by more than `overlap`
     (IoU), the one with the highest score stays, as it is."""
-    found = _joined(views)
-    return _rows(found, batched_nms(found.boxes, found.scores, found.labels, overlap))
+    found = Detections.cat(views)
+    return found[batched_nms(found.boxes, found.scores, found.labels, overlap)]
 
 
 def fuse(views: list[Detections], overlap: float = OVERLAP) -> Detections:
@@ -91,7 +91,7 @@ def fuse(views: list[Detections], overlap: float = OVERLAP) -> Detections:
     do: a DETR's low-scored ones would pull that mean down. A fused detection names the query of its
     best member.
     """
-    found = _joined([suppress([view], overlap) for view in views])
+    found = Detections.cat([suppress([view], overlap) for view in views])
     order = found.scores.argsort(descending=True, stable=True).tolist()
     fused, classes = torch.zeros_like(found.boxes), torch.zeros_like(found.labels)
     members: list[list[int]] = []
@@ -111,16 +111,7 @@ def fuse(views: list[Detections], overlap: float = OVERLAP) -> Detections:
     scores = torch.stack(shares) if shares else found.scores
     queries = found.queries[[m[0] for m in members]]
     merged = Detections(scores, classes[: len(members)], fused[: len(members)], queries)
-    return _rows(merged, scores.argsort(descending=True, stable=True))
+    return merged[scores.argsort(descending=True, stable=True)]
 
 
 MERGES = {"fusion": fuse, "nms": suppress}
-
-
-def _joined(views: list[Detections]) -> Detections:
-    names = ("scores", "labels", "boxes", "queries")
-    return Detections(*(torch.cat([getattr(view, name) for view in views]) for name in names))
-
-
-def _rows(found: Detections, index: Tensor) -> Detections:
-    return Detections(**{name: value[index] for name, value in vars(found).items()})

@@ -201,14 +201,6 @@ def draw_sampling_points(
     axes.set_axis_off()
 
 
-def token_index(spatial_shapes: list[tuple[int, int]], level: int, row: int, column: int) -> int:
-    """The place of a cell of one level in the sequence of all tokens."""
-    height, width = spatial_shapes[level]
-    if not (0 <= row < height and 0 <= column < width):
-        raise ValueError(f"level {level} has {height} x {width} cells, no ({row}, {column})")
-    return sum(h * w for h, w in spatial_shapes[:level]) + row * width + column
-
-
 class FollowReferences(TorchFunctionMode):
     """While open, `detach` does nothing, so that gradients flow on through references."""
 

@@ -23,11 +23,12 @@ from torch import nn
 from tqdm import tqdm
 
 from deformable_detr.backbone import ResidualBlock, build_backbone
-from deformable_detr.checkpoint import load_model, save_model, write_atomically
+from deformable_detr.checkpoint import load_model, save_model, write_atomically, write_json
 from deformable_detr.datasets import CocoDataset, find_split
-from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
+from deformable_detr.detector import DeformableDETR
 from deformable_detr.evaluate import evaluate
-from deformable_detr.train import DIGITS, Interrupted, train
+from deformable_detr.recipes import load_recipe
+from deformable_detr.train import Interrupted, train
 from deformable_detr.transforms import digits_eval_transform, digits_train_transform
 
 ROOT = Path(__file__).parents[1]
@@ -35,23 +36,9 @@ DATA = ROOT / "data" / "digits"
 CHECKPOINTS, RESULTS = ROOT / "data" / "checkpoints", ROOT / "data" / "results"
 BACKBONE = CHECKPOINTS / "digits_backbone.safetensors"
 SEEDS = (0, 1)
-MODEL = DeformableDETRConfig(
-    num_classes=10,
-    num_queries=30,
-    backbone="small",
-    num_levels=3,
-    embed_dim=64,
-    num_heads=4,
-    num_points=4,
-    encoder_layers=2,
-    decoder_layers=3,
-    ffn_dim=256,
-    dropout=0.0,
-    refine=True,
-    two_stage=True,
-    anchor_size=0.1,
-)
-RECIPE = dataclasses.replace(DIGITS, epochs=14)
+DIGITS = load_recipe("digits")
+MODEL = DIGITS.model_config(num_classes=10)
+RECIPE = dataclasses.replace(DIGITS.train, epochs=14)
 CROPS, PRETRAIN_STEPS = 12_000, 1_200
 
 
@@ -226,12 +213,6 @@ def provenance() -> dict:
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "cpu": cpu,
     }
-
-
-def write_json(path: Path, content: object) -> None:
-    """Readable and atomic."""
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 
 def main() -> None:

@@ -15,9 +15,10 @@ import sys
 import time
 
 import torch
-from digits import RESULTS, ROOT, provenance, write_json
+from digits import RESULTS, ROOT, provenance
 from torch import Tensor, nn
 
+from deformable_detr.checkpoint import write_json
 from deformable_detr.complexity import LiveTensors, make_batch
 from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
 from deformable_detr.losses import SetCriterion

@@ -11,9 +11,10 @@ import json
 import multiprocessing
 
 import torch
-from digits import BACKBONE, MODEL, RESULTS, ROOT, load_split, provenance, write_json
+from digits import BACKBONE, MODEL, RESULTS, ROOT, load_split, provenance
 from safetensors.torch import load_file
 
+from deformable_detr.checkpoint import write_json
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.evaluate import evaluate
 from deformable_detr.train import DIGITS, train

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -84,6 +85,16 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     with pytest.raises(OSError, match=r"cannot write .*No space left"):
         write_atomically(path, fail)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_have_the_permissions_that_the_user_asks_for(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_model(DeformableDETR(TINY), tmp_path / "model", CATEGORIES)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_categories_must_be_those_of_the_model(tmp_path):

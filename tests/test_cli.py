@@ -127,7 +127,7 @@ def test_published_weights_see_the_classes_that_the_data_has(coco, tmp_path, cap
     assert model.config == dataclasses.replace(TINY, num_classes=3)
     capsys.readouterr()
     assert main([*arguments, "--refine"]) == 2
-    assert "decides the model: leave out refine" in capsys.readouterr().err
+    assert "decides the model: leave out --refine" in capsys.readouterr().err
 
 
 def test_zeros_on_the_command_line_count(coco, tmp_path, capsys):

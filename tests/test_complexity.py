@@ -11,25 +11,10 @@ from deformable_detr import DeformableDETR, DeformableDETRConfig, ms_deform_attn
 from deformable_detr.complexity import PAPER_SIZE, complexity, count, make_batch
 from tests.conftest import TINY
 
-# the official README's and Table 1's parameters in millions, by the options of the config
-PUBLISHED = [
-    ({}, 40),
-    ({"refine": True}, 41),
-    ({"refine": True, "two_stage": True}, 41),
-    ({"num_levels": 1}, 34),
-    ({"num_levels": 1, "dilation": True}, 34),
-]
-
 
 def without_data(**config):
     with torch.device("meta"):
         return DeformableDETR(DeformableDETRConfig(**config))
-
-
-@pytest.mark.parametrize(("config", "millions"), PUBLISHED, ids=str)
-def test_published_parameters(config, millions):
-    parameters = sum(p.numel() for p in without_data(**config).parameters())
-    assert round(parameters / 1e6) == millions
 
 
 def test_the_papers_173_gflops():

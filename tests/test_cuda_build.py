@@ -209,11 +209,10 @@ def test_host_passes_what_the_kernels_take(tmp_path, monkeypatch):
     value, shapes = torch.zeros(2, 50, 3, 32), [(5, 7), (3, 5)]
     locations, weights = torch.zeros(2, 4, 3, 2, 3, 2), torch.zeros(2, 4, 3, 2, 3)
     monkeypatch.setattr(torch.Tensor, "device", types.SimpleNamespace(index=0), raising=False)
-    cuda._launch(
-        "forward", ("spec", 0, 6), shapes, (value,), (locations, weights, value), (2, 50, 4, 3)
-    )
-    arrays = (locations, weights, value, value, locations, weights, value)
-    cuda._launch("backward", ("spec", 0, 6), shapes, (value,), arrays, (2, 50, 4, 3))
+    inputs = value, cuda._levels(shapes, 3), locations, weights
+    cuda._launch("forward", ("spec",), (*inputs, value), (2, 50, 4, 3))
+    gradients = value, locations, weights, value
+    cuda._launch("backward", ("spec",), (*inputs, value, *gradients), (2, 50, 4, 3))
     record = dump(tmp_path, cuda.specialise(torch.float32, 32, 6, False, False, 90), 90, "-elf")
     for name, (grid, block, arguments) in given.items():
         sizes = re.findall(r"Ordinal : 0x(\w+)\s+Offset\s+: \w+\s+Size\s+: 0x(\w+)", record[name])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deformable_detr.backend import cpu, cuda, reference, threads
-from tests.test_attention import SHAPES, attention_by_loops, make_inputs
+from tests.oracle import SHAPES, attention_by_loops, make_inputs
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 

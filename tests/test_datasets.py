@@ -10,14 +10,8 @@ from torchvision import tv_tensors
 
 from deformable_detr import transforms
 from deformable_detr.boxes import cxcywh_to_xyxy
-from deformable_detr.datasets import (
-    CocoDataset,
-    check_dataset,
-    check_splits,
-    collate,
-    find_split,
-    label_histogram,
-)
+from deformable_detr.checks import check_dataset, check_splits, label_histogram
+from deformable_detr.datasets import CocoDataset, collate, find_split
 from deformable_detr.evaluate import score
 from deformable_detr.recipes import make_transform
 from tests.conftest import save_annotations, write_coco

@@ -76,7 +76,18 @@ def test_results_are_in_pixels_with_the_datas_own_ids(dataset):
     assert {r["category_id"] for r in results} <= {3, 7, 20}
     assert {r["image_id"] for r in results} == set(dataset.image_ids)
     assert max(r["bbox"][0] + r["bbox"][2] for r in results) > 2  # not normalised
-    assert model.training  # as it was
+
+
+def test_every_module_keeps_its_mode_also_after_an_error(dataset):
+    model = DeformableDETR(TINY).train()
+    model.backbone.eval()
+    modes = [module.training for module in model.modules()]
+    predict_dataset(model, dataset, progress=False)
+    assert [module.training for module in model.modules()] == modes
+    model.decoder.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predict_dataset(model, dataset, progress=False)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_no_images_have_no_metrics(coco):

@@ -9,7 +9,7 @@ import torch
 from deformable_detr import backends, ms_deform_attn
 from deformable_detr.backend import cuda, reference
 from tests import fuzz
-from tests.test_attention import SHAPES, attention_by_loops, make_inputs
+from tests.oracle import SHAPES, attention_by_loops, make_inputs
 
 pytestmark = pytest.mark.skipif(cuda.why_not() is not None, reason=str(cuda.why_not()))
 FLAT = [size for shape in SHAPES for size in shape]

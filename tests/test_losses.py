@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deformable_detr import Output, Target, postprocess
-from deformable_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from deformable_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid
 from deformable_detr.losses import SetCriterion
 from deformable_detr.matcher import HungarianMatcher, focal_cost
 
@@ -38,7 +38,6 @@ def giou(a, b):
 def test_box_forms():
     boxes = torch.tensor([[0.5, 0.4, 0.2, 0.6]])
     torch.testing.assert_close(cxcywh_to_xyxy(boxes), torch.tensor([[0.4, 0.1, 0.6, 0.7]]))
-    torch.testing.assert_close(xyxy_to_cxcywh(cxcywh_to_xyxy(boxes)), boxes)
 
 
 def test_inverse_sigmoid_is_the_logit_and_finite_at_the_ends():
@@ -131,6 +130,15 @@ def test_labels_out_of_range_are_named(label):
     output = Output(torch.zeros(1, 2, 3), torch.rand(1, 2, 4))
     with pytest.raises(ValueError, match=rf"image 5: labels must be in \[0, 3\), got \[{label}\]"):
         SetCriterion()(output, [target([[0.5] * 4], [label], image_id=5)])
+    with pytest.raises(ValueError, match="expected 1 targets, one for each image, got 2"):
+        SetCriterion()(output, 2 * [target([], [])])
+
+
+def test_the_terms_are_divided_by_the_number_of_boxes_that_is_given():
+    output = Output(torch.randn(1, 2, 3), torch.rand(1, 2, 4))
+    targets = [target([[0.5] * 4] * 2, [0, 1])]
+    own, given = SetCriterion()(output, targets), SetCriterion()(output, targets, num_boxes=5.0)
+    assert all(given[name].item() == pytest.approx(own[name].item() * 2 / 5) for name in own)
 
 
 def test_postprocess_takes_the_best_over_queries_and_classes():

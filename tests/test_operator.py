@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from deformable_detr import MSDeformAttn, backends, ms_deform_attn, ops
 from deformable_detr.backend import cpu, cuda, reference
-from tests.test_attention import SHAPES, attention_by_loops, make_inputs
+from tests.oracle import SHAPES, attention_by_loops, make_inputs
 
 FUNCTIONS = {
     "cpu": [(cpu, "forward"), (cpu, "backward")],
@@ -281,7 +281,7 @@ def test_variable_forces_and_argument_wins(backend, monkeypatch):
     ("name", "error", "message"),
     [
         ("cuda", RuntimeError, "backend 'cuda' needs tensors on cuda, got cpu"),
-        ("fastest", ValueError, "backend must be one of cuda, cpu, .*, got 'fastest'"),
+        ("fastest", ValueError, "must be one of cuda, cpu, .*, got 'fastest'"),
     ],
 )
 def test_forcing_what_cannot_run_is_an_error(by, name, error, message, monkeypatch):
@@ -295,7 +295,7 @@ def test_forcing_what_cannot_run_is_an_error(by, name, error, message, monkeypat
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
     """A machine whose path is empty."""
-    caches = cpu.compiler, cpu.why_not, ops._say_once
+    caches = cpu.compiler, cpu.why_not, cpu.load, ops._say_once
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     for cache in caches:
@@ -331,7 +331,7 @@ def test_where_kernels_cannot_be_kept_safely_the_reference_runs(monkeypatch, tmp
     folder.mkdir()
     folder.chmod(0o777)
     monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(folder))
-    caches = cpu.cache_folder, cpu.why_not, ops._say_once
+    caches = cpu.cache_folder, cpu.why_not, cpu.load, ops._say_once
     for cache in caches:
         cache.cache_clear()
     try:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deformable_detr.exercises.cuda import build
-from tests.test_attention import attention_by_loops, make_inputs
+from tests.oracle import attention_by_loops, make_inputs
 
 CASES = {
     "one of everything": {"B": 1, "Q": 1, "M": 1, "D": 1, "K": 1, "shapes": [(1, 1)]},

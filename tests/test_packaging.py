@@ -53,7 +53,8 @@ def test_environment_installs_the_project_with_every_extra_but_the_gpu_s():
     (pip,) = (entry["pip"] for entry in ENVIRONMENT["dependencies"] if isinstance(entry, dict))
     (requirement,) = pip
     extras = re.fullmatch(r"-e \.\[([\w,]+)\]", requirement)[1].split(",")
-    assert sorted(extras) == sorted(set(EXTRAS) - {"cuda"})  # CuPy: one package for each CUDA
+    assert sorted(extras) == sorted(set(EXTRAS) - {"cuda12", "cuda13"})
+    # CuPy: one package for each CUDA
     assert ENVIRONMENT["name"] == PROJECT["project"]["name"]
 
 
@@ -82,13 +83,13 @@ def test_every_package_is_listed_and_exists():
 
 def test_the_library_imports_only_what_it_declares():
     declared = distributions(PROJECT["project"]["dependencies"])
-    # CuPy is of the extra "cuda", under a name that depends on the CUDA; supervision is optional
+    # CuPy is of an extra, under a name that depends on the CUDA; supervision is optional
     assert undeclared("deformable_detr", declared) <= {"cupy", "supervision"}
 
 
 @pytest.mark.parametrize("folder", ["book", "chapters", "data", "experiments", "tests"])
 def test_the_rest_imports_only_what_the_extras_declare(folder):
-    extra = EXTRAS["book"] + (EXTRAS["dev"] if folder == "tests" else [])
+    extra = EXTRAS["book"] + (EXTRAS["dev"] + EXTRAS["export"] if folder == "tests" else [])
     declared = distributions(PROJECT["project"]["dependencies"] + extra)
     assert (ROOT / folder).is_dir()
     assert undeclared(folder, declared) == set()

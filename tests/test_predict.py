@@ -11,7 +11,8 @@ from PIL import Image
 
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, Detections, Output
 from deformable_detr.checkpoint import load_model, save_model
-from deformable_detr.datasets import CocoDataset, check_dataset, find_split
+from deformable_detr.checks import check_dataset
+from deformable_detr.datasets import CocoDataset, find_split
 from deformable_detr.evaluate import predict_dataset
 from deformable_detr.images import read_image
 from deformable_detr.predict import (
@@ -91,6 +92,19 @@ def test_coco_results(finder, tmp_path):
     assert of_array.to_coco(5)[0]["image_id"] == 5
     with pytest.raises(ValueError, match="came from no file needs an image_id"):
         of_array.to_coco()
+
+
+def test_detections_of_several_images_and_some_of_one():
+    parts = [
+        Detections(torch.rand(n), torch.arange(n), torch.rand(n, 4), -torch.arange(n))
+        for n in (3, 0, 2)
+    ]
+    whole = Detections.cat(parts)
+    assert len(whole) == 5 and whole.queries.tolist() == [0, -1, -2, 0, -1]
+    for index in (slice(3, 5), torch.tensor([3, 4]), torch.arange(5) > 2):
+        some = whole[index]
+        assert torch.equal(some.boxes, parts[2].boxes) and torch.equal(some.labels, parts[2].labels)
+    assert whole.to("meta").scores.device.type == "meta"
 
 
 def test_the_same_as_evaluation(coco):

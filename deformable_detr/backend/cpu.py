@@ -12,12 +12,15 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import textwrap
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from deformable_detr.backend import BackendError
 
 FLAGS = (
     "-std=c++17",
@@ -29,14 +32,6 @@ FLAGS = (
 )
 NAMES = {torch.float32: "float", torch.float64: "double"}
 SMALL = 1 << 18  # channels sampled, below which a second thread costs more than it gives
-
-
-class BackendError(RuntimeError):
-    """A backend that was asked for, or found, cannot run."""
-
-
-class UnsafeCacheError(BackendError):
-    """The folder for built kernels is one that another user can write to."""
 
 
 def forward(
@@ -104,26 +99,26 @@ def _threads(work: int) -> ctypes.c_int:
 
 @cache
 def why_not() -> str | None:
-    """Why this backend cannot run here, or None where it can."""
+    """Why this backend cannot run here, or None where it can, as building the paper's shows."""
     if os.name != "posix":
         return "needs Linux or macOS"
     try:
-        compiler()
-        cache_folder()
-    except (FileNotFoundError, BackendError) as error:
-        return str(error)
+        load(torch.float32, D=32, points=16)
+    except (OSError, BackendError) as error:
+        return textwrap.shorten(str(error), 500)
     return None
 
 
 @cache
 def compiler() -> str:
-    """The C++ compiler: $CXX, or the first of c++, g++ and clang++ on the path."""
+    """The C++ compiler: $CXX, or the first of c++, g++ and clang++ on the path; BackendError where
+    there is none."""
     asked = os.environ.get("CXX")
     found = next(
         filter(None, map(shutil.which, [asked] if asked else ["c++", "g++", "clang++"])), None
     )
     if found is None:
-        raise FileNotFoundError(
+        raise BackendError(
             f"no C++ compiler: {asked or 'c++, g++ and clang++'} not on the path; "
             "install g++ or clang++ (Debian: apt install g++, conda: cxx-compiler)"
         )
@@ -144,7 +139,8 @@ def load(dtype: torch.dtype, D: int, points: int, huge: bool = False) -> ctypes.
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BackendError(
-            f"the kernel built before does not load ({error}); remove {library} to build it anew"
+            f"the built kernel does not load ({error}); remove {library} to build it anew, or set "
+            "DEFORMABLE_DETR_CACHE to a folder from which programs may run"
         ) from None
 
 
@@ -158,7 +154,7 @@ def openmp() -> tuple[str, ...]:
     """
     try:
         ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-    except (OSError, AttributeError):  # AttributeError: Windows has no RTLD_NOLOAD
+    except OSError:
         return ()
     return ("-fopenmp",) if "Free Software Foundation" in _machine()[0] else ()  # GCC
 
@@ -251,14 +247,16 @@ def _temporary() -> tempfile.TemporaryDirectory:
 
 
 def refuse_unsafe(path: Path) -> None:
-    """UnsafeCacheError where another user could have written `path` or may replace it."""
+    """BackendError where another user could have written `path` or may replace it."""
     path = path.resolve()
     for place in (path, *path.parents):
         status = place.stat()
         others = stat.S_IWGRP | stat.S_IWOTH
         shared = status.st_mode & others and not (place != path and status.st_mode & stat.S_ISVTX)
         if shared or status.st_uid not in (0, os.geteuid()):
-            raise UnsafeCacheError(
-                f"kernels are not loaded from {path}: other users can write to {place}; "
-                f"`chmod go-w` it, or set DEFORMABLE_DETR_CACHE to a folder of your own"
+            wrong = "other users can write to" if shared else f"user {status.st_uid} owns"
+            raise BackendError(
+                f"kernels are not loaded from {path}: {wrong} {place}; "
+                f"{'`chmod go-w` it, or ' if shared else ''}"
+                "set DEFORMABLE_DETR_CACHE to a folder of your own"
             )

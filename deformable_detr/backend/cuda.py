@@ -1,6 +1,5 @@
 """The kernel for NVIDIA GPUs: kernels/ms_deform_attn.cu, which NVRTC builds through CuPy."""
 
-import importlib.util
 from functools import cache
 from importlib import resources
 
@@ -69,14 +68,19 @@ def source() -> str:
 
 @cache
 def why_not() -> str | None:
-    """Why this backend cannot run here, or None where it can."""
+    """Why this backend cannot run here, or None where it can, which a small build has shown."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     if torch.version.cuda is None:
         return "torch is built for another maker's GPUs, not for CUDA"
-    if importlib.util.find_spec("cupy") is None:
-        major = torch.version.cuda.split(".")[0]
-        return f"CuPy is not installed: pip install cupy-cuda{major}x"
+    try:
+        import cupy
+
+        cupy.RawModule(code='extern "C" __global__ void nothing() {}', backend="nvrtc").compile()
+    except ModuleNotFoundError:
+        return f"CuPy is not installed: pip install cupy-cuda{torch.version.cuda.split('.')[0]}x"
+    except Exception as error:  # of CuPy, NVRTC, the driver: each has its own
+        return f"CuPy does not work here ({type(error).__name__}: {error})"
     return None
 
 
@@ -104,7 +108,8 @@ def forward(
     output = value.new_empty(B, Q, M * D)
     if output.numel():
         spec = (value.dtype, D, len(shapes) * K, S * M * D >= 2**31, False)
-        _launch("forward", spec, shapes, (value,), (locations, weights, output), (B, S, Q, M))
+        arrays = value, _levels(shapes, K), locations, weights, output
+        _launch("forward", spec, arrays, (B, S, Q, M))
     return output
 
 
@@ -130,9 +135,9 @@ def backward(
     grad_locations, grad_weights = make(locations), make(weights)
     if value.numel() and weights.numel():
         spec = (value.dtype, D, len(shapes) * K, S * M * D >= 2**31, fixed)
+        inputs = value, _levels(shapes, K), locations, weights, grad_output
         gradients = grad_value, grad_locations, grad_weights, scale
-        arrays = locations, weights, grad_output, *gradients
-        _launch("backward", spec, shapes, (value,), arrays, (B, S, Q, M))
+        _launch("backward", spec, (*inputs, *gradients), (B, S, Q, M))
     if fixed:
         grad_value = grad_value.double() / scale
     return grad_value.to(value.dtype), grad_locations, grad_weights
@@ -152,24 +157,26 @@ def accumulators(
     return torch.zeros_like(value, dtype=torch.int64 if fixed else weights.dtype), scale
 
 
-def _launch(name: str, spec: tuple, shapes: list, first: tuple, arrays: tuple, size: tuple) -> None:
+def _levels(shapes: list[tuple[int, int]], K: int) -> np.ndarray:
+    """The kernel's struct Levels as one element, which CuPy passes by value."""
+    table = cpu.levels(shapes, K).numpy().reshape(-1)
+    return table.view(f"V{table.nbytes}")
+
+
+def _launch(name: str, spec: tuple, arrays: tuple, size: tuple) -> None:
     """One kernel on torch's current stream of the tensors' device."""
     import cupy
 
     B, S, Q, M = size
-    device = first[0].device.index
+    device = arrays[0].device.index
     module, lanes, groups = load(device, *spec)
-    table = cpu.levels(shapes, spec[2] // len(shapes)).numpy().reshape(-1)
-    table = table.view(f"V{table.nbytes}")  # one element: CuPy passes it by value
     items = B * Q * M
     with cupy.cuda.Device(device), _stream(device):
         module.get_function(name)(
             (-(-items // groups),),
             (lanes, groups),
             (
-                *(x.data_ptr() for x in first),
-                table,
-                *(x.data_ptr() for x in arrays),
+                *(x.data_ptr() if isinstance(x, Tensor) else x for x in arrays),
                 np.int64(items),
                 np.int32(S),
                 np.int32(Q),

@@ -65,10 +65,9 @@ class TrainConfig:
             raise ValueError(
                 f"mixed_precision must be one of {PRECISIONS}, got {self.mixed_precision!r}"
             )
-        if min(self.epochs, self.batch_size, self.accumulate, self.evaluate_every, self.top_k) < 1:
-            raise ValueError(
-                "epochs, batch_size, accumulate, evaluate_every and top_k must be at least 1"
-            )
+        for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
