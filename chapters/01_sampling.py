@@ -143,7 +143,7 @@ def sample_by_loop(feature_map, px, py):
 
 # %%
 small = torch.arange(15.0).reshape(3, 5)  # H=3, W=5: never test on a square
-for point in [(1.0, 2.0), (1.5, 0.5), (-0.5, 0.0), (4.75, 1.0), (9.0, 1.0)]:
+for point in [(1.0, 2.0), (1.5, 0.5), (-0.5, 1.0), (4.75, 1.0), (9.0, 1.0)]:
     print(point, round(sample_by_loop(small, *point), 3))
 assert sample_by_loop(small, 1.5, 0.5) == (1 + 2 + 6 + 7) / 4
 assert sample_by_loop(small, 4.75, 1.0) == 0.25 * 9
@@ -312,7 +312,7 @@ def walk(start, steps=150):
 
 
 # %% [markdown]
-# Before you run: three points start at distances of about 5, 8 and 17 pixels from the centre of the
+# Before you run: three points start at distances of about 5, 8 and 18 pixels from the centre of the
 # spot at (21, 7). Which of them arrive?
 
 # %%
@@ -391,10 +391,10 @@ check("1.3", has_gradient)
 # {{solution}}
 
 # %% [markdown]
-# ## 1.6 Three conventions for one point
+# ## 1.6 Four conventions for one point
 #
 # Pixel coordinates change with the size of the map, so networks speak in normalised ones. There are
-# two ways to normalise, and both are in use.
+# three ways to normalise, and all are in use.
 #
 # | convention | centre of the first pixel | centre of the last pixel | range of the whole map |
 # |:--|:--|:--|:--|
@@ -449,8 +449,8 @@ print(shift)
 assert torch.allclose(shift, torch.tensor([0.4, 0.2, 0.0, -0.2, -0.4]), atol=1e-6)
 
 # %% [markdown]
-# The middle is right, and the error grows to nearly half a pixel at the borders: the map is shrunk
-# towards its centre. On a map of stride 32, half a pixel is 16 pixels of the image.
+# The middle is right, and the error grows to nearly half a pixel at the borders: the sampling points are
+# drawn towards the centre, so the picture comes out a little enlarged. On a map of stride 32, half a pixel is 16 pixels of the image.
 
 # %% [markdown]
 # **Swapped axes.** Points are (x, y), shapes are (H, W), and indices are [y, x]. On a square map a
@@ -472,8 +472,9 @@ print(on_square, round(on_oblong, 1))
 assert on_square == 0 and on_oblong > 1
 
 # %% [markdown]
-# **Drift over scales.** A point is carried from a fine map to a coarse one and back by scaling its
-# pixel coordinate, without the halves. Each level adds its own shift.
+# **Drift over scales.** A point is carried from a fine map to coarser ones by scaling its pixel
+# coordinate, without the halves. It lands further off on each. (Carried back, the error cancels, so a
+# round trip does not find it.)
 
 # %%
 fine = torch.tensor(10.0)  # a pixel centre on the finest of five maps
@@ -485,17 +486,17 @@ for level in range(5):
 print(drift)
 assert drift == [0.0, 0.5, 1.5, 3.5, 7.5]
 
-# %% mystnb={"image": {"alt": "Three panels. Left: a tilted stripe sampled correctly. Middle: sampled with align_corners=True, the stripe is pulled towards the centre. Right: sampled with height and width swapped, the picture is cut off on one side and black below."}}
+# %% mystnb={"image": {"alt": "Three panels. Left: a tilted stripe sampled correctly. Middle: sampled with align_corners=True, the stripe is a little enlarged. Right: sampled with height and width swapped, the picture is cut off on one side and black below."}}
 scene = torch.exp(-((grid_x - 1.3 * grid_y - 2) ** 2) / 8)  # H=20, W=30
 dense = torch.stack(torch.meshgrid(torch.arange(30.0), torch.arange(20.0), indexing="xy"), -1)
 normalised = pixel_to_normalised(dense, (20, 30))
 right = bilinear_sample(scene[None], normalised)[..., 0]
-shrunk = F.grid_sample(scene[None, None], 2 * normalised[None] - 1, align_corners=True)[0, 0]
+enlarged = F.grid_sample(scene[None, None], 2 * normalised[None] - 1, align_corners=True)[0, 0]
 swapped = sample(scene[None], to_pixel_swapped(normalised, (20, 30)).reshape(-1, 2))
 figure, axes = plt.subplots(1, 3)
 titles = ("right", "align_corners=True", "H and W swapped")
 for axis, picture, title in zip(
-    axes, (right, shrunk, swapped.reshape(20, 30)), titles, strict=True
+    axes, (right, enlarged, swapped.reshape(20, 30)), titles, strict=True
 ):
     axis.imshow(picture, vmin=0, vmax=1)
     axis.contour(scene, levels=[0.5], colors="white", linewidths=1)
@@ -509,7 +510,7 @@ plt.show()
 # of the map.*
 
 # %%
-errors = [(p - scene).abs().max().item() for p in (right, shrunk, swapped.reshape(20, 30))]
+errors = [(p - scene).abs().max().item() for p in (right, enlarged, swapped.reshape(20, 30))]
 print([round(error, 2) for error in errors])
 assert errors[0] < 1e-5 and 0.01 < errors[1] < 0.3 and errors[2] > 0.9
 
@@ -566,14 +567,15 @@ check("1.4", from_align_corners)
 # - Pixels outside count as zero; the value fades out over one pixel.
 # - The value's gradient by the point is a difference of neighbours, so places can be learned, but
 #   only within one pixel's sight.
-# - This book: (x, y) in [0, 1], pixel centres at half-integers, $p = nW - 0.5$; that is
+# - This book: (x, y) in [0, 1], pixel centres at $(i + 0.5)/W$, so $p = nW - 0.5$; that is
 #   `align_corners=False`.
 # - Test on maps with H != W, at borders and outside.
 #
-# > **Differs from the paper.** The paper leaves the convention open: its $\phi_l$ only "re-scales".
+# > **Differs from the paper.** The paper leaves the convention open: its $\phi_l$, which turns a
+# > normalised point into pixels of a map (chapter 5), only "re-scales".
 # > **Differs from the official code.** Nothing: it calls `grid_sample` with `align_corners=False`
-# > in its PyTorch form, and its kernel subtracts 0.5 likewise. DAT (chapter 20) uses
-# > `align_corners=True`.
+# > in its PyTorch form, and its kernel subtracts 0.5 likewise. The Deformable
+# > Attention Transformer (DAT) uses `align_corners=True`.
 #
 # ## Further reading
 #

@@ -410,7 +410,7 @@ assert torch.allclose(shuffled[0], straight[0, order], atol=1e-6)
 # right, near and far do not exist. A convolution could not have survived this.
 #
 # So each cell must carry its place. DETR adds a code made of sines and cosines, for $y$ and for
-# $x$, at many wavelengths. For one cell, by hand:
+# $x$, at many wavelengths. For one cell, by hand, in Deformable DETR's form:
 
 
 # %%
@@ -593,7 +593,7 @@ plt.show()
 for (name, found), variance in zip(measured.items(), (1, 1 / 4), strict=True):
     for num_keys, entropy in zip(sizes[2:], found[2:], strict=True):
         assert math.isclose(entropy, math.log(num_keys) - variance / 2, abs_tol=0.04)
-    print(f"{name}: {math.exp(found[-1]) / 4096:.1f} of 4,096 keys in effect")
+    print(f"{name}: {math.exp(found[-1]) / 4096:.1f} times the 4,096 keys in effect")
 
 # %% [markdown]
 # About 2,500 of 4,096, or six tenths. And what people really train starts even flatter: PyTorch
@@ -840,7 +840,7 @@ for num_cells in (16, 64, 256, 1024):
     finders[num_cells], curves = zip(*(train_finder(num_cells, s) for s in range(5)), strict=True)
     histories[num_cells] = torch.stack(curves)  # (5 seeds, steps, 2)
 
-# %% mystnb={"image": {"alt": "Two charts against the training step, with a band over five seeds for each map size. With 16 cells the right weight and the right colours reach one within a few dozen steps, with 64 and 256 cells later each time; with 1024 cells they stay at zero and at chance for more than a hundred steps, and some seeds do not leave it within 400."}}
+# %% mystnb={"image": {"alt": "Two charts against the training step, with a band over five seeds for each map size. With 16 cells the right weight and the right colours reach one within a few dozen steps, with 64 and 256 cells later each time; with 1024 cells they stay at zero and at chance for more than a hundred steps, and some leave it only near the end."}}
 figure, axes = plt.subplots(1, 2, sharex=True)
 for i, (num_cells, history) in enumerate(histories.items()):
     smooth = F.avg_pool1d(history.transpose(1, 2), 10, stride=5)  # (5, 2, steps / 5)
@@ -856,8 +856,8 @@ plt.show()
 
 # %% [markdown]
 # *Figure 2.6. What to see: median of five seeds, band from the worst to the best. More cells, later
-# learning. With 1,024 cells the queries guess (dotted: chance) for a long time, and not every seed
-# finds the marks at all in 400 steps.*
+# learning. With 1,024 cells the queries guess (dotted: chance) for a long time, and in 400 steps most
+# seeds do not find all three marks.*
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -866,7 +866,8 @@ for num_cells, history in histories.items():
     found = [(curve > 0.5).nonzero() for curve in history[..., 0]]
     steps = [int(hit[0]) if len(hit) else 400 for hit in found]  # 400: not yet
     half_way[num_cells] = sorted(steps)[2]
-    print(f"{num_cells:5} cells: step", *sorted(steps), "median", half_way[num_cells])
+    shown = [step if step < 400 else "-" for step in sorted(steps)]
+    print(f"{num_cells:5} cells: step", *shown, "median", half_way[num_cells])
 
 # %%
 assert half_way[16] < half_way[64] < half_way[256] < half_way[1024]
@@ -962,7 +963,7 @@ assert table.min() < 0.2 and np.median(table) > 0.9
 # 1,024 cells and the right one among them, its problem would be that of the first curve. That is
 # the idea of deformable attention: few keys for each query, and learned places for them.
 #
-# A toy is a toy: one layer, one head, no image. Chapter 14 comes back to DETR itself.
+# A toy is a toy: one layer, one head, no image.
 #
 # ## 2.8 Cost, by counting
 #
@@ -1044,26 +1045,8 @@ check("2.5", attention_flops)
 # {{solution}}
 
 # %% [markdown]
-# The paper gives the cost as $O(N_q C^2 + N_k C^2 + N_q N_k C)$. An $O$ hides factors. We count at
-# twelve random sizes and solve for the three factors. Nothing is computed for it: tensors on
-# PyTorch's `meta` device have a shape and no numbers.
-
-# %%
-generator = np.random.default_rng(0)
-terms, counted = [], []
-for _ in range(12):
-    Nq, Nk, wide = (8 * int(generator.integers(1, 50)) for _ in range(3))
-    layer = nn.MultiheadAttention(wide, 8, batch_first=True, device="meta")
-    z, x = torch.empty(1, Nq, wide, device="meta"), torch.empty(1, Nk, wide, device="meta")
-    counted.append(count_flops(layer, z, x, x))
-    terms.append([Nq * wide**2, Nk * wide**2, Nq * Nk * wide])
-factors = np.linalg.lstsq(np.array(terms, float), np.array(counted, float), rcond=None)[0]
-print("factors", factors.round(3))
-assert np.allclose(factors, 4, atol=1e-4)
-
-# %% [markdown]
-# All three are 4: two products of each kind, 2 FLOPs for each multiply-add. Our own module costs
-# exactly the same:
+# The paper gives the cost as $O(N_q C^2 + N_k C^2 + N_q N_k C)$. An $O$ hides factors. Here all three
+# are 4: two products of each kind, 2 FLOPs for each multiply-add.
 
 # %%
 z, x = torch.randn(1, 11, C), torch.randn(1, 30, C)
@@ -1130,8 +1113,8 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# *Figure 2.9. What to see: the quadratic part crosses the linear one at 512 tokens. Every map of a
-# detector lies to the right of that (dots: counted).*
+# *Figure 2.9. What to see: the quadratic part crosses the linear one at 512 tokens. All four maps of
+# this image, strides 4 to 32, lie to the right of it (dots: counted).*
 
 # %%
 for count, linear, quadratic, _ in bill.values():
@@ -1419,7 +1402,8 @@ assert table["dense"][-1] / table["dense"][0] > 60 and len(set(table["deformable
 # > kernels; its FLOP argument stands.
 # >
 # > **Differs from the official code.** Deformable DETR uses dense attention only among the queries
-# > in the decoder, by `nn.MultiheadAttention` with dropout 0.1. Ours has none.
+# > in the decoder, by `nn.MultiheadAttention` with dropout 0.1. This chapter's `Attention` has
+# > none; the library's detector has it.
 #
 # ## Further reading
 #

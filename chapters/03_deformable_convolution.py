@@ -356,7 +356,7 @@ ends = [losses[:, -50:].mean().item() for losses in (plain, deformable)]
 print([round(end, 1) for end in ends])
 assert ends[0] > 5 * ends[1]
 
-# %% mystnb={"image": {"alt": "Training loss over 250 steps for three seeds each. The plain convolution stays near its starting value; the deformable reader falls close to zero within about 100 steps."}}
+# %% mystnb={"image": {"alt": "Training loss over 250 steps for three seeds each. The plain convolution soon levels off at about half its starting value; the deformable reader falls close to zero within about 100 steps."}}
 figure, axis = plt.subplots()
 for losses, name in ((plain, "plain 3 x 3"), (deformable, "deformable 1 x 1")):
     smooth = losses.unfold(1, 15, 1).mean(-1)
@@ -369,8 +369,8 @@ plt.show()
 
 # %% [markdown]
 # *Figure 3.1. What to see: the mean over three seeds, and the range between the best and the worst.
-# The plain convolution, which sees one pixel to each side and cannot choose by the flag, hardly
-# improves. The deformable one learns where to read.*
+# The plain convolution, which sees one pixel to each side and cannot choose by the flag, soon stops
+# improving, at about half. The deformable one learns where to read.*
 #
 # And where does it read? The known answer: dx = 3 times the flag, dy = 0.
 
@@ -386,7 +386,7 @@ with torch.no_grad():
     dy, dx = readers[0].offset(inputs)[0]
 figure, axis = plt.subplots()
 axis.imshow(inputs[0, 0])
-rows, columns = torch.meshgrid(torch.arange(1, 14, 3), torch.arange(3, 19, 3), indexing="ij")
+rows, columns = torch.meshgrid(torch.arange(1, 14, 3), torch.arange(3, 19, 5), indexing="ij")
 axis.quiver(
     columns, rows, dx[rows, columns], dy[rows, columns],
     angles="xy", scale_units="xy", scale=1, color="white", width=0.005,
@@ -412,7 +412,7 @@ print("left of the border it reads to the left, right of it to the right")
 # *difficulty ●●● · 15 minutes · 7 lines*
 #
 # The picture was smooth on purpose. On white noise the gradient of a sample says nothing about a
-# pixel three steps away (chapter 1: capture range). Show it: write the gradient of the squared error
+# pixel three steps away (chapter 1: capture range). To see it, write the gradient of the squared error
 # by the offset `dx`, for one picture and a reader that reads everywhere at `x + dx`.
 
 
@@ -457,10 +457,34 @@ check("3.3", offset_gradient)
 # {{solution}}
 
 # %% [markdown]
+# Now let the target lie three pixels to the right. Between two pixels a reader reads
+# $(1 - dx)\,x_0 + dx\,x_1$, so the gradient is easy to write for 200 pictures at once. In how many does it
+# point to the right, at dx = 0.5?
+
+
+# %%
+def share_to_the_right(blur):
+    """The share of 200 pictures, noise blurred over so many pixels, whose error falls with dx."""
+    pictures = F.avg_pool2d(torch.randn(200, 1, 24, 40), blur, stride=1)
+    here, right, target = pictures[..., :-3], pictures[..., 1:-2], pictures[..., 3:]
+    slope = ((0.5 * (here + right) - target) * (right - here)).mean((1, 2, 3))
+    return (slope < 0).float().mean().item()
+
+
+torch.manual_seed(0)
+smooth, noise = share_to_the_right(9), share_to_the_right(1)
+print(f"smooth {smooth:.2f}, noise {noise:.2f}")
+assert smooth > 0.95 and noise < 0.7
+
+# %% [markdown]
+# On noise the gradient is no better than a coin: what it feels ends at the next pixel.
+
+# %% [markdown]
 # ## 3.5 What is missing before this is attention
 #
-# - **The weights do not depend on what is there.** $w_k$ is the same at every place; only the points
-#   move. Attention computes its weights for each query.
+# - **Weights that are shared out.** In the first version $w_k$ is the same at every place. The second
+#   version's modulation differs from place to place, but each tap has its own; nothing makes them share
+#   out one total, as the softmax of attention does.
 # - **Places only look at their own map.** A query from elsewhere, such as an object, has no seat in
 #   a convolution.
 # - **One scale.** Each layer reads one map.

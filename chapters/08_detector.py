@@ -40,6 +40,7 @@
 # | matching and loss, or post-processing | a number to train on, or detections | |
 
 # %%
+import copy
 import itertools
 import json
 import math
@@ -105,6 +106,7 @@ def load(image_id, top, left, height, width):
         if annotation["image_id"] == image_id and min(x, y, width - x - w, height - y - h) >= 0:
             boxes.append([(x + w / 2) / width, (y + h / 2) / height, w / width, h / height])
             labels.append(class_of[annotation["category_id"]])
+    # image_id, labels, boxes (cx, cy, w, h) as parts of the image, its size before any change
     target = Target(image_id, torch.tensor(labels), torch.tensor(boxes), (height, width))
     return (image - MEAN) / STD, target
 
@@ -618,11 +620,13 @@ assert (out_pushed - out)[:, 20].abs().max() > 1e-4  # they talk
 
 # %%
 args = (on_levels, memory, shapes, padding)
-looked = layer.cross_attention(queries + query_position, *args)
-looked_pushed = layer.cross_attention(pushed + query_position, *args)
+loose = copy.deepcopy(layer.cross_attention)  # fresh, it would not depend on the query at all
+for parameter in loose.parameters():
+    parameter.add_(0.1 * torch.randn_like(parameter))
+looked, looked_pushed = (loose(q + query_position, *args) for q in (queries, pushed))
 moved = (looked_pushed - looked).abs().amax((0, 2)) > 1e-6  # (Q,)
 print("changed:", moved.nonzero().flatten().tolist())
-assert not moved[torch.arange(Q) != 3].any()
+assert moved.nonzero().flatten().tolist() == [3]
 
 # %% [markdown]
 # This talk is how a query can learn that another one has already taken an object.
@@ -855,6 +859,7 @@ from torchvision.ops import sigmoid_focal_loss
 from deformable_detr.losses import class_loss
 from deformable_detr.structures import Output
 
+# Output(logits, boxes, auxiliary): what the heads say of a batch, and in auxiliary what earlier layers say
 p = torch.tensor([[0.1, 0.3, 0.05], [0.2, 0.1, 0.6]])
 wanted = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
 by_hand = sum(focal(p[q, c].item(), wanted[q, c].item()) for q in range(2) for c in range(3))
@@ -1309,8 +1314,8 @@ for name, value in (("without", 0.0), ("with prior", -math.log(99))):
     assert (loss < 4) == (name == "with prior")
 
 # %% [markdown]
-# With the prior it is even below 2.26, since the matching picks queries whose random logits happen
-# to be high. The paper's model has a hundred times as many answers as ours; hence the thousand of
+# With the prior it is near the 2.26 of the formula; the random weights of the head move it a little. The
+# paper's model has a hundred times as many answers as ours; hence the thousand of
 # section 8.11.
 #
 # ## 8.15 From output to detections
@@ -1508,11 +1513,12 @@ for name, tensor in way:
 alone = ours(Batch.from_images([second]))
 difference = (alone.boxes[0] - mine.boxes[1]).abs().max().item()
 print("the same to five digits:", difference < 1e-5)
+print(f"largest change of a coordinate: {difference:.3f}")
 assert 1e-5 < difference < 0.2
 
 # %% [markdown]
 # Not quite. Attention does not read padding, but convolutions at the border do, group norm averages
-# over it, and cells of coarse levels lie half on it. So scores of one image change a little with
+# over it, and cells of coarse levels lie half on it. So boxes of one image change a little with
 # the company that it keeps, in the official model too.
 #
 # ## 8.17 Where the parameters are
@@ -1561,7 +1567,7 @@ del base
 
 # %%
 torch.set_grad_enabled(True)
-torch.manual_seed(3)
+torch.manual_seed(0)
 fresh = DeformableDETR(config)  # the initialisation of sections 8.9 and 8.11
 detector = Detector(config)
 detector.load_state_dict(renamed(fresh.state_dict()))

@@ -167,7 +167,7 @@ axis.minorticks_off()
 plt.show()
 
 # %% [markdown]
-# *Figure 9.2. What to see: sizes range over a factor of nearly ten, and there are more small digits
+# *Figure 9.2. What to see: sizes range over a factor of more than ten, and there are more small digits
 # than large ones. This is what many scales (chapter 5) are for.*
 
 # %% [markdown]
@@ -177,7 +177,7 @@ plt.show()
 # the picture must move its boxes. COCO's recipe mirrors and resizes; a mirrored digit is no digit,
 # so here the picture is enlarged or shrunk, its colours are permuted, inverted and jittered.
 
-# %% mystnb={"image": {"alt": "The same training image five times as the random transform leaves it: zoomed in, zoomed out onto black, inverted, with other colours. The boxes still fit the digits."}}
+# %% mystnb={"image": {"alt": "The same training image five times as the random transform leaves it: zoomed in, zoomed out, inverted, with other colours; the fourth has a white border, which is black inverted. The boxes still fit the digits."}}
 _ = torch.manual_seed(4)
 figure, axes = plt.subplots(1, 5, figsize=(10, 2.2))
 mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
@@ -186,11 +186,14 @@ for axis, (image, target) in zip(axes, varied, strict=True):
     picture = (image * deviation + mean).clamp(0, 1).permute(1, 2, 0)
     labels = [names[label] for label in target.labels]
     show(axis, picture, pixels_of(target.boxes).tolist(), labels, "C1")
+    height, width = picture.shape[:2]
+    axis.add_patch(Rectangle((0, 0), width, height, fill=False, ec="0.5", lw=0.8))
 plt.show()
 
 # %% [markdown]
 # *Figure 9.3. What to see: one image, asked for five times. Boxes follow the digits. A digit of
-# which a crop leaves less than half loses its box.*
+# which a crop leaves less than half loses its box. The fourth was shrunk onto black and then inverted,
+# hence its white border.*
 
 # %%
 corners = torch.cat([pixels_of(target.boxes) for _, target in varied])
@@ -394,6 +397,7 @@ with redirect_stdout(StringIO()):
     evaluation.accumulate()
 
 # %%
+# (overlap, recall, class, range of areas, number of detections)
 official = evaluation.eval["precision"][:, :, 0, 0, -1].mean(1)  # (10 thresholds,)
 print(official.round(3).tolist())
 np.testing.assert_allclose(official, by_hand, atol=1e-9)
@@ -405,7 +409,9 @@ np.testing.assert_allclose(official, by_hand, atol=1e-9)
 # %% [markdown]
 # ## 9.4 The recipe
 #
-# The model: chapter 8's, two-stage with refinement, but narrow, as 128 pixels need no more.
+# The model: chapter 8's, but narrow, as 128 pixels need no more, and two-stage with refinement. Both are
+# chapter 10: the first boxes come from the encoder's tokens instead of learned queries (`anchor_size` is
+# the size they start from), and each decoder layer corrects the box of the layer before.
 
 # %%
 SMALL = DeformableDETRConfig(
@@ -426,8 +432,9 @@ SMALL = DeformableDETRConfig(
 
 # %% [markdown]
 # The paper's backbone comes from ImageNet. Ours comes from a toy ImageNet: crops of single digits of
-# the training split, to be classified, at strides 8 and 16 and, by one block more that we leave
-# behind, at 32. Its card says how well that went.
+# the training split, to be classified. The backbone's maps have strides 4, 8 and 16; the crop is named
+# from the last two, and from one block more (stride 32) that we leave behind. Its card says how well that
+# went.
 
 
 # %%
@@ -468,8 +475,8 @@ assert groups[1]["lr"] == groups[2]["lr"] == 0.1 * groups[0]["lr"]
 
 # %% [markdown]
 # The optimiser is AdamW {cite}`loshchilov2019adamw`. The paper's rates are for 50 epochs of 118,287
-# images. We have minutes, so the digits' recipe is bolder: one rate five times as high for all, a
-# short warm-up, and a cosine instead of a step. A recipe is chosen on *val*, never on *test*.
+# images. We have minutes, so the digits' recipe is bolder: one rate for all, 0.001 (five times the paper's,
+# and fifty times its rate for backbone and sampling), a short warm-up, and a cosine instead of a step. A recipe is chosen on *val*, never on *test*.
 
 # %% mystnb={"image": {"alt": "Learning rates over the course of training. The paper's: constant at 0.0002, a tenth of that after 80 percent. The digits': a quick rise to 0.001, then a half cosine down to nearly zero."}}
 figure, axis = plt.subplots(figsize=(6, 2.6))
@@ -534,7 +541,8 @@ check("9.3", rate)
 # %% [markdown]
 # ## 9.5 The loop
 #
-# A training step has six lines. The criterion matches and returns the weighted losses of all layers
+# A training step has six lines, after setting the rates (`parameter_groups` stores the `initial_lr` that
+# the schedule multiplies). The criterion matches and returns the weighted losses of all layers
 # (chapter 8); clipping keeps the gradient's norm in bounds.
 
 
@@ -627,11 +635,11 @@ print(f"{len(log)} steps, {len(few)} images, {time.process_time() - started:.0f}
 # %% mystnb={"image": {"alt": "Three losses of the last decoder layer over the steps of the live run, smoothed. All fall steeply at first; after a hundred steps GIoU and L1 fall by a greater part than the class loss."}}
 # NBVAL_IGNORE_OUTPUT
 figure, axis = plt.subplots(figsize=(7, 3))
-for index, name in enumerate(("class", "box", "giou")):
+for index, (name, label) in enumerate({"class": "class", "box": "L1", "giou": "GIoU"}.items()):
     values = np.array([losses[f"loss_{name}"] for losses in log])
     axis.plot(values, color=f"C{index}", alpha=0.2, lw=1)
     smooth = np.convolve(values, np.ones(15) / 15, "valid")
-    axis.plot(np.arange(len(smooth)) + 7, smooth, color=f"C{index}", label=name)
+    axis.plot(np.arange(len(smooth)) + 7, smooth, color=f"C{index}", label=label)
 axis.set(xlabel="step", ylabel="weighted loss, last layer", ylim=(0, None))
 axis.legend()
 plt.show()
@@ -658,11 +666,12 @@ assert kept["class"] > max(kept["box"], kept["giou"])
 after = evaluate(live, part, progress=False)
 print(f"before: AP {before.ap:.3f}, AP50 {before.ap50:.3f}")
 print(f"after:  AP {after.ap:.3f}, AP50 {after.ap50:.3f}")
-print(f"after, by size: {after.ap_small:.3f}, {after.ap_medium:.3f}, {after.ap_large:.3f}")
+sizes_of_ap = {"small": after.ap_small, "medium": after.ap_medium, "large": after.ap_large}
+print("after, by size:", ", ".join(f"{name} {ap:.3f}" for name, ap in sizes_of_ap.items()))
 assert before.ap < 0.005 and after.ap > 0.04
 assert after.ap_large > after.ap_small
 
-# %% mystnb={"image": {"alt": "Three validation images twice. Above, the untrained detector's best boxes: arbitrary, of one size. Below, those after the live run: some large digits are boxed, several times even, and not all with the right name."}}
+# %% mystnb={"image": {"alt": "Three validation images twice. Above, the untrained detector's best boxes: arbitrary, of one size. Below, those after the live run: some digits are boxed, several times even, and not all with the right name."}}
 # NBVAL_IGNORE_OUTPUT
 figure, axes = plt.subplots(2, 3, figsize=(7, 4.8))
 crowded = [i for i in range(20) if 4 <= len(val_set[i][1].labels) <= 6]
@@ -679,14 +688,17 @@ plt.show()
 
 # %% [markdown]
 # *Figure 9.7. What to see: the best boxes before (above) and after the live run (below), as many as
-# there are digits. Some large digits are found, and found more than once: to leave an object to one
-# query has to be learned too.*
+# there are digits. Some digits are found, several more than once, and not all are read rightly: to leave
+# an object to one query has to be learned too.*
+#
+# After a minute the small ones are far behind. Between medium and large the order changes from run to run.
 
 # %% [markdown]
 # ## 9.7 The shipped detector
 #
-# The same code, for longer, on one core: `make results`. Its weights and its card are in the
-# repository.
+# The same code, for longer, on one core: `python experiments/digits.py` trains two seeds, of which this is the
+# first; the minutes are below. (`make results` runs that and all other experiments.) Its weights and its
+# card are in the repository.
 
 # %%
 shipped, categories = load_model(DATA / "checkpoints" / "digits.safetensors")
@@ -721,8 +733,8 @@ for index, size in enumerate(("large", "medium", "small"), start=2):
     curves = np.array([[point[f"ap_{size}"] for point in run["val"]] for run in runs])
     right.plot(steps, curves.mean(0), color=f"C{index}", label=size)
     right.fill_between(steps, curves.min(0), curves.max(0), color=f"C{index}", alpha=0.3, lw=0)
-left.set(xlabel="step", ylabel="AP on val", ylim=(0, 1))
-right.set(xlabel="step")
+left.set(xlabel="step", ylabel="AP on val", ylim=(0, 1), xticks=[0, 4000, 8000, 12000])
+right.set(xlabel="step", xticks=[0, 4000, 8000, 12000])
 left.legend(loc="lower right")
 right.legend(loc="lower right")
 plt.show()
@@ -751,25 +763,27 @@ assert card["test"] == runs[0]["test"]
 
 # %%
 def sort_out(answer, target):
-    """The kind of each detection of an image, and the objects that were found.
+    """The kind of each detection of an image, and the objects that any of them has in its box.
 
     answer: (label, box) pairs, best first, boxes xyxy. target: of the image.
     """
-    kinds, taken = [], {}
+    kinds, taken, touched = [], set(), set()
     boxes = torch.tensor([box for _, box in answer]).reshape(-1, 4)
     overlap = box_iou(boxes, pixels_of(target.boxes))
     for (label, _), row in zip(answer, overlap, strict=True):
         nearest = int(row.argmax())
         if row[nearest] < 0.5:
             kinds.append("loose" if row[nearest] >= 0.1 else "background")
-        elif int(target.labels[nearest]) != label:
+            continue
+        touched.add(nearest)
+        if int(target.labels[nearest]) != label:
             kinds.append("wrong name")
         elif nearest in taken:
             kinds.append("duplicate")
         else:
             kinds.append("right")
-            taken[nearest] = label
-    return kinds, taken
+            taken.add(nearest)
+    return kinds, touched
 
 
 # %%
@@ -789,9 +803,9 @@ kinds = [kind for image_kinds, _ in sorted_out for kind in image_kinds]
 counted = {kind: kinds.count(kind) for kind in KINDS}
 missed = [
     float(math.prod((box[2:] * 128).tolist()) ** 0.5)
-    for target, (_, taken) in zip(targets, sorted_out, strict=True)
+    for target, (_, touched) in zip(targets, sorted_out, strict=True)
     for index, box in enumerate(target.boxes)
-    if index not in taken
+    if index not in touched
 ]
 all_sides = torch.cat([(t.boxes[:, 2:] * 128).prod(1).sqrt() for t in targets])
 print(counted, "of", len(kinds), "detections")
@@ -805,13 +819,12 @@ assert counted["right"] > 0.8 * len(kinds)
 assert counted["duplicate"] < 0.03 * len(kinds)
 missed_small = sum(side < small for side in missed) / int((all_sides < small).sum())
 missed_other = sum(side >= small for side in missed) / int((all_sides >= small).sum())
-assert missed_small > 2 * missed_other
-print("duplicates are rare; small digits are missed more than twice as often as others")
+assert missed_small > 1.3 * missed_other
+print("duplicates are rare; small digits are missed more often than others")
 
 # %% [markdown]
-# One-to-one matching in training does what non-maximum suppression does elsewhere (chapter 8). What
-# is missed is mostly small; a few small digits cannot be found at all, because a larger one was
-# drawn over them (data/README.md counts them).
+# One-to-one matching in training does what non-maximum suppression does elsewhere (chapter 8). A digit
+# counts as missed where no box lies on it; most of these are small.
 
 # %% mystnb={"image": {"alt": "Left: bars that count the kinds of mistakes among 200 test images, missed digits among them. Right: a table of ten by ten, the digit that is there against the name that was given, for detections in the right place; nearly everything lies on the diagonal."}}
 confusion = np.zeros((10, 10), int)
@@ -853,8 +866,8 @@ assert names[int(np.argmin(narrow))] == "one" and "one" in lowest
 
 # %% mystnb={"image": {"alt": "The four test images with the most mistakes, above with what is there, below with what was found. Small digits on busy ground are missed or misread."}}
 errors = [
-    sum(kind != "right" for kind in image_kinds) + len(target.labels) - len(taken)
-    for target, (image_kinds, taken) in zip(targets, sorted_out, strict=True)
+    sum(kind != "right" for kind in image_kinds) + len(target.labels) - len(touched)
+    for target, (image_kinds, touched) in zip(targets, sorted_out, strict=True)
 ]
 worst = np.argsort(errors, kind="stable")[::-1][:4]
 figure, axes = plt.subplots(2, 4, figsize=(9, 4.6))
@@ -901,7 +914,7 @@ sizes = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
 biggest, smallish = int(sizes.argmax()), int((sizes - 14).abs().argmin())
 print("sides:", *(round(sizes[i].item()) for i in (biggest, smallish)), "pixels")
 
-# %% mystnb={"image": {"alt": "Three test images with sampling points coloured by attention weight. For a large digit the points spread over the whole digit; for a small one they crowd inside its small box; those of the encoder token lie around the token."}}
+# %% mystnb={"image": {"alt": "Three test images with sampling points coloured by attention weight. Two close-ups of detected digits: dots spread over the box, most of them small and dark, the few large bright ones near its edges. The third, the whole image: small dots around the encoder's token, the heaviest next to it."}}
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
 for axis, chosen in zip(axes, (biggest, smallish), strict=False):
     image_index, box = int(image_of[chosen]), boxes[chosen]
@@ -909,8 +922,11 @@ for axis, chosen in zip(axes, (biggest, smallish), strict=False):
     centre = ((box[:2] + box[2:]) / 2).tolist()
     label = f"query of this {names[label_of[chosen]]}"
     draw_sampling_points(
-        axis, picture, decoder, int(query_of[chosen]), (128, 128), image_index, centre, box, label
+        axis, picture, decoder, int(query_of[chosen]), (128, 128), image_index, None, box, label
     )
+    reach = (box[2:] - box[:2]).max().item()  # twice the box
+    axis.set_xlim(max(0, centre[0] - reach), min(128, centre[0] + reach))
+    axis.set_ylim(min(128, centre[1] + reach), max(0, centre[1] - reach))
 column, row = (((boxes[biggest, :2] + boxes[biggest, 2:]) / 2) // 4).int().tolist()
 image_index = int(image_of[biggest])
 picture = test_set.load_image(batch.targets[image_index].image_id)
@@ -923,9 +939,27 @@ plt.show()
 
 # %% [markdown]
 # *Figure 9.11. What to see: sampling points of the last decoder layer for two detections, and of the
-# last encoder layer for one token of the finest level (reference: green cross; detected box: green).
-# The decoder's points fill the digit and adapt to its size.*
+# last encoder layer for one token of the finest level (green: detected box; cross: the token). Area and
+# colour of a point are its weight. The decoder's points are spread over the box and scale with it; most hardly
+# count, and the heaviest lie at its edges. The token's heaviest points lie close to it.*
 #
+# Is that so for all detections? Measure distances in half boxes: 0 is the centre, 1 an edge.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+half_box = (boxes[:, 2:] - boxes[:, :2])[:, None] / 2
+middle = (boxes[:, 2:] + boxes[:, :2])[:, None] / 2
+points = decoder.locations[image_of, query_of].flatten(1, 3) * 128  # (N, M * L * K, 2)
+weight = decoder.weights[image_of, query_of].flatten(1)
+distance = ((points - middle) / half_box).abs().amax(-1)
+at_edge = (distance > 0.8) & (distance < 1.2)
+part_of_weight = ((weight * at_edge).sum() / weight.sum()).item()
+print(
+    f"at the edges: {at_edge.float().mean():.2f} of the points, {part_of_weight:.2f} of the weight"
+)
+assert part_of_weight > 1.5 * at_edge.float().mean()
+
+# %% [markdown]
 # ## Exercise 9.4  How much of it is inside?
 #
 # *difficulty ●○○ · 10 minutes · 3 lines*
@@ -1010,8 +1044,9 @@ assert effective.mean() < 9 and per_level[0] > 0.5
 # %% [markdown]
 # The encoder is a better witness. Its points are placed in pixels of each level, from a token's own
 # cell, and nothing ties them to any object. Take the finest tokens whose centres lie in a digit of
-# medium size, and ask how much of their weight stays in that digit's box. An untrained encoder is the
-# control.
+# medium size, and ask how much of their weight stays in that digit's box. Two controls: an untrained
+# encoder, and the trained one with offsets and weights *borrowed* from tokens on the background. The second tells
+# attention that has learned to stay near from attention that knows its digit.
 
 # %%
 y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
@@ -1036,10 +1071,28 @@ control = shares_inside(untrained.encoder[-1], images, tokens, token_boxes)
 print(f"{len(tokens)} tokens: {learned.mean():.2f} of the weight, untrained {control.mean():.2f}")
 assert learned.mean() > 1.5 * control.mean()
 
-# %% mystnb={"image": {"alt": "Two histograms of the share of a token's attention weight that lies in the box of the digit on which the token lies: the untrained encoder's is near 0.1, the trained one's is wide and lies to the right of it."}}
+# %%
+# NBVAL_IGNORE_OUTPUT
+on_digit = torch.zeros(len(batch), 1024, dtype=torch.bool)
+for image_index, target in enumerate(batch.targets):
+    for box in pixels_of(target.boxes):
+        on_digit[image_index] |= ((centres >= box[:2]) & (centres <= box[2:])).all(-1)
+ground = (~on_digit).nonzero()
+torch.manual_seed(0)
+lender = ground[torch.randint(len(ground), (len(tokens),))].T  # a background token for each
+arrows = encoder.locations[tuple(lender)] * 128 - centres[lender[1]][:, None, None, None]
+points = (arrows + centres[tokens][:, None, None, None]).flatten(1, 3)
+weight = encoder.weights[tuple(lender)].flatten(1)
+inside = ((points >= token_boxes[:, None, :2]) & (points <= token_boxes[:, None, 2:])).all(-1)
+borrowed = (weight * inside).sum(1) / weight.sum(1)
+print(f"with what background tokens ask: {borrowed.mean():.2f}")
+assert control.mean() < borrowed.mean() < learned.mean()
+
+# %% mystnb={"image": {"alt": "Three histograms of the share of a token's attention weight that lies in the box of the digit on which the token lies: the untrained encoder's is narrow, between 0.2 and 0.5; the borrowed one is wide and lies to the right of it; the trained one lies a little further to the right."}}
 figure, axis = plt.subplots(figsize=(6, 2.6))
 bins = np.linspace(0, 1, 31)
 axis.hist(control, bins, color="C1", alpha=0.6, label="untrained")
+axis.hist(borrowed, bins, color="C2", histtype="step", lw=1.5, label="borrowed")
 axis.hist(learned, bins, color="C0", alpha=0.6, label="trained")
 axis.set(xlabel="share of attention weight inside the digit's box", ylabel="tokens")
 axis.legend()
@@ -1047,8 +1100,9 @@ plt.show()
 
 # %% [markdown]
 # *Figure 9.12. What to see: tokens on a digit of medium size keep more of their attention on that digit
-# after training. "The instances are already separated in the encoder", says the paper of its Fig. 6;
-# here, in part.*
+# after training. But most of the rise comes from attention that moved nearer for every token; what a token
+# adds by being on this digit is the step from* borrowed *to* trained*, the smaller part. "The instances are
+# already separated in the encoder", says the paper of its Fig. 6; here, a little.*
 
 # %% [markdown]
 # ## 9.10 What it looks at: gradients
@@ -1083,7 +1137,7 @@ print("autograd tells the whole change:", abs(told - 1) < 0.05)
 assert abs(told - 1) > 0.05
 
 # %% [markdown]
-# It does not. Refinement detaches the references (chapter 8): each layer learns to correct what it is
+# It does not. Refinement detaches the references (chapter 10): each layer learns to correct what it is
 # given, and no gradient flows through what it is given. Good for training, wrong for this question:
 # the pixels do act through the references. So let `detach` do nothing while the model runs.
 
@@ -1106,14 +1160,15 @@ plt.show()
 
 # %% [markdown]
 # *Figure 9.13. What to see: the gradient norms of the detection's x, y, w, h and score (the library's
-# `gradient_norms`; green: the detected box). Brightness is scaled for each map.*
+# `gradient_norms`; green: the detected box). Brightness is scaled for each map. x and w light up at the left and
+# right edges, y and h at top and bottom, the score on the whole digit.*
 
 # %%
 own = whole[0].norm(dim=0).float()
 torch.testing.assert_close(norms["x"], own, atol=1e-2 * own.max().item(), rtol=1e-2)
 
 # %% [markdown]
-# Once more: is it so in general? Images of a batch do not touch in evaluation, so one backward pass
+# Once more: is it so in general? Images of one size, without padding, do not touch in evaluation, so one backward pass
 # gives the gradients for all of them. We take the best detection of each of 12 images, and measure in
 # units of its box: $|u| = 1$ is its left or right edge, $|v| = 1$ its top or bottom.
 
@@ -1162,20 +1217,22 @@ for name, values in energy.items():
     ratios[name] = log_ratio[log_ratio.isfinite()].mean().exp().item()
     print(f"{name:5} {share:.2f} of the energy near; sides to ends {ratios[name]:.2f}")
     assert share > 4 * near.float().mean()
-assert ratios["x"] > 1 > max(ratios["y"], ratios["h"]) and ratios["x"] > 2 * ratios["y"]
+assert min(ratios["x"], ratios["w"]) > ratios["score"] > max(ratios["y"], ratios["h"])
 
 # %% [markdown]
-# Most of the energy lies near the object, for every item. And the paper's observation holds: x is
-# decided at the left and right edges, y and the height at the top and bottom. The width shows less of
-# it: compare its ratio with that of the score, which has no reason to prefer any edge.
+# Most of the energy lies near the object, for every item. And the paper's observation holds: x and the
+# width are decided at the left and right edges, y and the height at the top and bottom. The score, which
+# has less reason to prefer an edge, comes out in between.
 #
 # ## Summary
 #
 # - AP: detections choose objects in order of score, duplicates are errors; precision over 101
 #   recalls, ten overlaps, all classes.
-# - The loop is six lines; what makes it learn are groups, warm-up, schedule and clipping.
-# - Large objects come first, small and narrow ones last; duplicates hardly occur.
-# - Sampling points lie in the box by construction in the decoder, by learning in the encoder.
+# - The loop is six lines. The paper's recipe slows the backbone and the sampling and drops the rate once;
+#   the digits' has one rate, a warm-up and a cosine. Both clip.
+# - Small and narrow objects come last; duplicates hardly occur.
+# - Sampling points lie in the box by construction in the decoder, in the encoder mostly because attention
+#   has learned to stay near.
 # - A gradient picture is true only if finite differences agree: follow the references.
 #
 # > **Differs from the paper.** The paper trains 50 epochs on COCO with a ResNet-50, step schedule and

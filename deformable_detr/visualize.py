@@ -169,10 +169,10 @@ def draw_sampling_points(
 ) -> None:
     """The points that one query or token sampled, all heads and levels in one picture (Fig. 6).
 
-    Each point is a filled circle whose colour is its attention weight; points outside the picture
-    are left out. sampling: of one layer; index: of the query or token. padded_size: (H, W) of the
-    batch's images, to which the locations are relative. reference: (x, y), drawn as a green cross,
-    and box: xyxy, as a green rectangle, both in pixels of the image.
+    Each point is a filled circle whose colour and area are its attention weight; points outside the
+    picture are left out. sampling: of one layer; index: of the query or token. padded_size: (H, W)
+    of the batch's images, to which the locations are relative. reference: (x, y), drawn as a green
+    cross, and box: xyxy, as a green rectangle, both in pixels of the image.
     """
     height, width = padded_size
     points = sampling.locations[image_index, index].reshape(-1, 2).cpu() * torch.tensor(
@@ -187,7 +187,7 @@ def draw_sampling_points(
         c=weights[order].numpy(),
         cmap="plasma",
         vmin=0,
-        s=14,
+        s=(4 + 50 * weights[order] / weights.max()).numpy(),
         edgecolors="white",
         linewidths=0.3,
     )

@@ -59,6 +59,8 @@ def check_has_gradient(has_gradient):
     expect(has_gradient(spot, (9.8, 4.3), 4), True, "(9.8 + 0.5) / 4 - 0.5 = 2.075: near cell 3")
     yield "a coarser map sees further"
     expect([has_gradient(spot, (5.0, 4.0), f) for f in (1, 2, 4, 8)], [False, False, False, True])
+    yield "a bright but flat map has no gradient"
+    expect(has_gradient(torch.ones(8, 16), (5.2, 4.3), 2), False, "the value is not the gradient")
 
 
 @checks("1.4")
@@ -73,6 +75,12 @@ def check_from_align_corners(from_align_corners):
     feature_map, points = torch.randn(2, 4, 7), torch.rand(9, 2) * 2 - 1
     wanted = F.grid_sample(feature_map[None], points[None, None], align_corners=True)[0, :, 0].T
     expect(bilinear_sample(feature_map, from_align_corners(points, (4, 7))), wanted)
+
+
+def _has_value(full_map, pixel, factor):
+    place = (torch.tensor([pixel]) + 0.5) / factor - 0.5
+    coarse = F.avg_pool2d(full_map[None], factor)
+    return bool(bilinear_sample(coarse, pixel_to_normalised(place, coarse.shape[-2:])).abs().sum())
 
 
 def _coarse(full_map, pixel, factor, place):
@@ -101,6 +109,7 @@ WRONG = {
             lambda m, p, f: _coarse(m, p, f, (p[0] / f, p[1] / f)),
         ),
         ("the full map always", lambda m, p, f: _coarse(m, p, 1, p)),
+        ("the value", _has_value),
     ],
     "1.4": [
         ("align_corners ignored", lambda g, size: (g + 1) / 2),

@@ -21,6 +21,8 @@ def check_judge(judge):
     yield "a detection may fall back on an object that is still free"
     crowd = torch.tensor([[0.9, 0.6], [0.8, 0.7], [0.7, 0.9]])
     expect(list(judge(crowd, 0.5)), [True, True, False], "its best is taken, the next is not")
+    yield "of several free objects it takes the one that it overlaps most"
+    expect(list(judge(torch.tensor([[0.6, 0.9], [0.7, 0.1]]), 0.5)), [True, True], "not the first")
     yield "no object, or no detection"
     expect(list(judge(torch.zeros(2, 0), 0.5)), [False, False])
     expect(list(judge(torch.zeros(0, 3), 0.5)), [])
@@ -92,6 +94,10 @@ def check_share_inside(share_inside):
     hint = "boxes are (left, top, right, bottom), points (x, y)"
     expect(float(share_inside(points, weights, (0.1, 0.5, 0.4, 1.0))), 0.7, hint)
     expect(float(share_inside(points, weights, (0.5, 0.1, 0.8, 0.4))), 0.0, hint)
+    yield "edges are inside"
+    corner = torch.tensor([0.25, 0.75]).view(1, 1, 1, 2)
+    for box in ((0.25, 0.5, 0.5, 1.0), (0.0, 0.5, 0.25, 0.75)):
+        expect(float(share_inside(corner, torch.ones(1, 1, 1), box)), 1.0, "at least, and at most")
     yield "a share of the whole: heads together have the weight M"
     locations = torch.rand(3, 2, 5, 2) * 1.4 - 0.2
     logits = torch.randn(3, 10).softmax(-1).view(3, 2, 5)
@@ -105,6 +111,15 @@ def check_share_inside(share_inside):
 
 def _every_hit(overlap, threshold):
     return [bool((row >= threshold).any()) for row in overlap]
+
+
+def _first_free(overlap, threshold):
+    taken, correct = set(), []
+    for row in overlap:
+        free = [i for i, x in enumerate(row) if x >= threshold and i not in taken]
+        taken.update(free[:1])
+        correct.append(bool(free))
+    return correct
 
 
 def _no_fallback(overlap, threshold):
@@ -124,6 +139,11 @@ def _objects_choose(overlap, threshold):
     return correct
 
 
+def _strictly(points, box):
+    low, high = torch.tensor(box).split(2)
+    return ((points > low) & (points < high)).all(-1)
+
+
 def _inside(locations, box, swapped=False):
     low, high = torch.tensor(box).float().split(2)
     places = locations.flip(-1) if swapped else locations
@@ -134,6 +154,7 @@ WRONG = {
     "9.1": [
         ("duplicates count", _every_hit),
         ("no second choice", _no_fallback),
+        ("the first free object", _first_free),
         ("objects choose their detections", _objects_choose),
     ],
     "9.2": [
@@ -150,6 +171,7 @@ WRONG = {
         ("points counted", lambda x, a, box: _inside(x, box).float().mean()),
         ("heads summed", lambda x, a, box: (a * _inside(x, box)).sum()),
         ("x and y swapped", lambda x, a, box: (a * _inside(x, box, True)).sum() / len(a)),
+        ("edges are outside", lambda x, a, box: (a * _strictly(x, box)).sum() / len(a)),
     ],
 }
 
