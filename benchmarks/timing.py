@@ -33,17 +33,18 @@ def side_by_side(
     """Milliseconds of each call, in an order that is shuffled in every round.
 
     rounds: how many of them each call takes part in. repeats: how often it is called in a round,
-    before `finish`, which waits for a device. warm: call each once before. memory: also tell each
-    call's peak, as `peak_mib` does; free memory is then given back before every call. All of it is
-    repeated, up to `attempts` times, while any call's quartiles lie further apart than CALM; the
-    calmest attempt is returned. Calls of fewer than five rounds have no say in that.
+    before `finish`, which waits for a device. warm: call each once before. memory: also tell the
+    median of each call's peaks, as `peak_mib` does; free memory is then given back before every
+    call. All of it is repeated, up to `attempts` times, while any call's quartiles lie further
+    apart than CALM; the calmest attempt is returned. Calls of fewer than five rounds have no say in
+    that.
     """
     for call in calls.values() if warm else ():
         call()
     best: dict[str, dict] = {}
     for attempt in range(attempts):
         times, peaks = _rounds(calls, rounds, attempt, repeats, finish or (lambda: None), memory)
-        result = {name: summary(*times[name]) | peaks[name] for name in calls}
+        result = {name: summary(*times[name]) | _median(peaks[name]) for name in calls}
         if not best or worst_spread(result) < worst_spread(best):
             best = result
         if worst_spread(best) <= CALM:
@@ -58,10 +59,10 @@ def _rounds(
     repeats: int,
     finish: Call,
     memory: bool,
-) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, dict]]:
+) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, list[float]]]:
     order = random.Random(seed)
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
-    peaks: dict[str, dict] = {name: {} for name in calls}
+    peaks: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(max(rounds.values())):
         names = [name for name in calls if number < rounds[name]]
         order.shuffle(names)
@@ -73,9 +74,13 @@ def _rounds(
             finish()
             times[name][0].append((time.perf_counter() - wall) * 1e3 / repeats)
             times[name][1].append((time.process_time() - cpu) * 1e3 / repeats)
-            if memory:
-                peaks[name] = {"extra_mib": peak_above(before)}
+            if before is not None:
+                peaks[name].append(peak_above(before))
     return times, peaks
+
+
+def _median(peaks: list[float]) -> dict[str, float]:
+    return {"extra_mib": statistics.median(peaks)} if peaks else {}
 
 
 def summary(wall: list[float], cpu: list[float]) -> dict[str, float | int | list[float]]:
