@@ -211,7 +211,7 @@ def summarise(result: dict) -> dict:
             "times_of_minima": round(theirs["minimum_ms"] / ours["minimum_ms"], 2),
             "times_of_cpu": round(theirs["cpu_median_ms"] / ours["cpu_median_ms"], 2),
         }
-        if ours["extra_mib"] and theirs["extra_mib"]:
+        if ours.get("extra_mib") and theirs.get("extra_mib"):
             ratios[where]["part_of_memory"] = round(ours["extra_mib"] / theirs["extra_mib"], 2)
     return {"ratios": ratios}
 
