@@ -49,8 +49,17 @@ def check_recall(recall):
     assert (box_iou(truth, proposals).amax(1) > 0.5).tolist() == [True, False, False]
     expect(recall(proposals, truth), 1 / 3, "a share of the true boxes, not of the proposals")
     expect(recall(proposals, truth[1:]), 0.0)
+    yield "the threshold"
+    whole, half = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, 1.0, 0.5]])
+    expect(recall(whole / 2, whole), 0.0, "an overlap of 0.25 is too little")
+    expect(recall(half, whole), 1.0, "at least: 0.5 is enough")
+    expect(recall(half, whole, 0.75), 0.0, "the threshold is an argument")
     yield "an image without objects"
     expect(recall(proposals, torch.zeros(0, 4)), 1.0, "nothing to miss")
+
+
+def _any_overlap(proposals, truth):
+    return (box_iou(truth, proposals).amax(1) > 0).float().mean().item()
 
 
 def _refine(detach_result, detach_next):
@@ -82,6 +91,7 @@ WRONG = {
         ("always the first reference", lambda r, heads: [move(r, head(r)) for head in heads]),
     ],
     "10.3": [
+        ("any overlap", lambda p, t, at=0.5: 1.0 if not len(t) else _any_overlap(p, t)),
         ("precision", lambda p, t, at=0.5: (box_iou(p, t).amax(1) >= at).float().mean().item()),
         (
             "no case for no objects",

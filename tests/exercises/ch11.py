@@ -44,6 +44,11 @@ def check_first_difference(first_difference):
     for name in names[2:]:
         other[name] = other[name] + 1
     expect(first_difference(one, other), "layer2", "the first, not the largest")
+    yield "the same numbers in another order, and another tolerance"
+    flipped = one | {"layer1": one["layer1"].flip(0)}
+    expect(first_difference(one, flipped), "layer1", "compare number by number")
+    near = {name: tensor + 1e-2 for name, tensor in one.items()}
+    expect(first_difference(one, near, tolerance=0.1), None, "the tolerance is an argument")
     yield "not a number"
     other["layer1"] = torch.full((3, 4), torch.nan)
     expect(first_difference(one, other), "layer1", "a comparison with NaN is False")
@@ -71,6 +76,11 @@ def _first(mine, theirs):
     return next((name for name, difference in differences if difference > 1e-4), None)
 
 
+def _sums(mine, theirs, tolerance=1e-4):
+    pairs = ((name, (x.sum() - theirs[name].sum()).abs()) for name, x in mine.items())
+    return next((name for name, difference in pairs if not difference <= tolerance), None)
+
+
 def _largest(mine, theirs):
     worst = max(mine, key=lambda name: (mine[name] - theirs[name]).abs().max())
     return worst if (mine[worst] - theirs[worst]).abs().max() > 1e-4 else None
@@ -87,6 +97,7 @@ WRONG = {
     "11.2": [
         ("blind to NaN", _first),
         ("the largest difference", _largest),
+        ("sums compared", _sums),
     ],
     "11.3": [
         (

@@ -31,6 +31,11 @@ def check_looks_like_corners(looks_like_corners):
     expect(
         looks_like_corners(np.array([[2, 3, 10, 12]]), 100, 64), False, "sizes unless impossible"
     )
+    yield "heights, one box of many, and the order of corners"
+    many = np.array([[5, 40, 20, 60], [2, 3, 10, 12]])
+    expect(looks_like_corners(many, 100, 64), True, "40 + 60 is above the height; one is enough")
+    expect(looks_like_corners(np.array([[60, 20, 45, 30]]), 100, 64), False, "right > left")
+    expect(looks_like_corners(np.array([[10, 50, 45, 30]]), 100, 64), False, "bottom > top")
     yield "boxes that fit neither"
     outside = np.array([[10, 20, 60, 50], [90, 50, 120, 80]])
     expect(looks_like_corners(outside, 100, 64), False, "corners must lie inside, all of them")
@@ -57,7 +62,10 @@ def check_kind_of_error(kind_of_error):
     for overlap, label, wanted in (
         (0.8, 1, "found"),
         (0.8, 2, "class"),
+        (0.5, 1, "found"),
+        (0.5, 2, "class"),
         (0.3, 1, "place"),
+        (0.1, 1, "place"),
         (0.3, 2, "background"),
         (0.05, 1, "background"),
     ):
