@@ -292,7 +292,7 @@ for name, found in metrics.items():
 # %%
 assert metrics["fine-tuned"].ap > 0.35 > 0.1 > metrics["from nothing"].ap
 
-# %% mystnb={"image": {"alt": "Two losses over 60 training steps. Left, one minus GIoU: fine-tuned it starts low, and stays low; from nothing it starts far higher, near one, and comes down little. Right, the loss of the classes: fine-tuned it falls steeply."}}
+# %% mystnb={"image": {"alt": "Two losses over 60 training steps. Left, one minus GIoU: fine-tuned it starts low, and stays low; from nothing it starts far higher, near one, and comes down little. Right, the loss of the classes: both fall, the fine-tuned one lower in the end."}}
 figure, axes = plt.subplots(1, 2, figsize=(8, 2.8))
 for axis, term, weight, label in zip(
     axes, ("loss_giou", "loss_class"), (2, 2), ("1 - GIoU", "class loss"), strict=True
@@ -307,8 +307,9 @@ assert sum(tuned[-10:]) < 0.5 * sum(tuned[:10])
 
 # %% [markdown]
 # *Figure 12.2. The losses of boxes and classes. Fine-tuned, the detector knows from the first step where
-# digits are, and even forgets a little of it; what falls is the loss of the names. (It was trained on these
-# images before, with other names. The AP above is of images that it has never seen.)*
+# digits are, and even forgets a little of it; what falls is the loss of the names. From nothing that falls
+# too, while scores take their right size, and stops higher. (The fine-tuned one was trained on these images
+# before, with other names. The AP above is of images that it has never seen.)*
 #
 # ## Exercise 12.2  What may move
 #

@@ -71,9 +71,9 @@ def _replaced(official):
     return name
 
 
-def _first(mine, theirs):
+def _first(mine, theirs, tolerance=1e-4):
     differences = ((name, (x - theirs[name]).abs().max()) for name, x in mine.items())
-    return next((name for name, difference in differences if difference > 1e-4), None)
+    return next((name for name, difference in differences if difference > tolerance), None)
 
 
 def _sums(mine, theirs, tolerance=1e-4):
@@ -81,9 +81,9 @@ def _sums(mine, theirs, tolerance=1e-4):
     return next((name for name, difference in pairs if not difference <= tolerance), None)
 
 
-def _largest(mine, theirs):
+def _largest(mine, theirs, tolerance=1e-4):
     worst = max(mine, key=lambda name: (mine[name] - theirs[name]).abs().max())
-    return worst if (mine[worst] - theirs[worst]).abs().max() > 1e-4 else None
+    return worst if (mine[worst] - theirs[worst]).abs().max() > tolerance else None
 
 
 WRONG = {
