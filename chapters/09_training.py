@@ -1086,7 +1086,7 @@ weight = encoder.weights[tuple(lender)].flatten(1)
 inside = ((points >= token_boxes[:, None, :2]) & (points <= token_boxes[:, None, 2:])).all(-1)
 borrowed = (weight * inside).sum(1) / weight.sum(1)
 print(f"with what background tokens ask: {borrowed.mean():.2f}")
-assert control.mean() < borrowed.mean() < learned.mean()
+assert borrowed.mean() - control.mean() > learned.mean() - borrowed.mean() > 0
 
 # %% mystnb={"image": {"alt": "Three histograms of the share of a token's attention weight that lies in the box of the digit on which the token lies: the untrained encoder's is narrow, between 0.2 and 0.5; the borrowed one is wide and lies to the right of it; the trained one lies a little further to the right."}}
 figure, axis = plt.subplots(figsize=(6, 2.6))

@@ -307,7 +307,7 @@ assert sum(tuned[-10:]) < 0.5 * sum(tuned[:10])
 
 # %% [markdown]
 # *Figure 12.2. The losses of boxes and classes. Fine-tuned, the detector knows from the first step where
-# digits are, and even forgets a little of it; what falls is the loss of the names. From nothing that falls
+# digits are; what falls is the loss of the names. From nothing that falls
 # too, while scores take their right size, and stops higher. (The fine-tuned one was trained on these images
 # before, with other names. The AP above is of images that it has never seen.)*
 #

@@ -3,7 +3,7 @@
     python experiments/digits.py            # what `make results` runs; resumes where it stopped
 
 Writes data/checkpoints/digits_backbone.safetensors, data/checkpoints/digits.safetensors (seed 0),
-their cards beside them, and data/results/digits_training.json. About three hours of one core; the
+their cards beside them, and data/results/digits_training.json. About four hours of one core; the
 two seeds run side by side.
 """
 
@@ -224,7 +224,7 @@ def main() -> None:
     args = parser.parse_args()
     if not DATA.exists():
         raise SystemExit("no digits: run `python data/make_digits.py` first")
-    print("pretraining 2 minutes, then two seeds of about 90 minutes, each on a core of its own")
+    print("pretraining 2 minutes, then two seeds of about 110 minutes, each on a core of its own")
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     pretrain_backbone()
