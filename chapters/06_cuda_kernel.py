@@ -475,7 +475,8 @@ SOURCE = resources.files("deformable_detr.kernels").joinpath("ms_deform_attn.cu"
 
 def show(name):
     """The definition of one function or struct of the kernel."""
-    start = re.search(rf"^(?:struct {name} \{{|__device__ \w+ {name}\()", SOURCE, re.M).start()
+    definition = rf"^(?:struct {name} \{{|(?:template .*\n)?__device__ \w+ {name}\()"
+    start = re.search(definition, SOURCE, re.M).start()
     print(SOURCE[start : SOURCE.index("\n}", start) + 2])
 
 
@@ -633,7 +634,8 @@ check("6.3", lanes_of_a_head)
 # Everything follows from four inner products over channels. The channels of a head lie in different
 # lanes. Lanes of a warp can read each other's registers: a **shuffle**. Three of them sum eight
 # lanes. (`put_sums`, after them, is empty here: it is where the build for a CPU sums four corners at
-# once.)
+# once. And a GPU wants value's sums and the inner products in one loop, `SUMS` and `PRODUCTS` both
+# true; on a CPU one after the other needs half the buffers.)
 
 # %%
 show("backward_head")

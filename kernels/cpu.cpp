@@ -161,6 +161,7 @@ extern "C" void forward(const VALUE* value, const Levels* levels, const REAL* lo
 
 // A worker owns whole heads of an image: no two write to one gradient of value, and the order of its
 // sums, query by query, is the same for any number of workers. No gradient need hold zeros before.
+// Where tokens are gathered, one buffer holds first a head's value, then its gradient.
 extern "C" void backward(const VALUE* value, const Levels* levels, const REAL* locations,
                          const REAL* weights, const VALUE* grad_output, REAL* grad_value,
                          REAL* grad_locations, REAL* grad_weights, long long images, int tokens,
@@ -178,25 +179,29 @@ extern "C" void backward(const VALUE* value, const Levels* levels, const REAL* l
     in_parallel(images * heads, threads, [=](long long begin, long long end) {
         std::vector<Corners> corners(1);
         std::vector<REAL> dots(4 * POINTS);
-        std::vector<VALUE> buffer(gathered ? (size_t)tokens * D : 0), gradients(buffer.size());
+        std::vector<VALUE> buffer(gathered ? (size_t)tokens * D : 0);
         for (long long task = begin; task < end; task++) {
             long long image = task / heads, head = task % heads;
-            long long first = (image * tokens * heads + head) * D;
+            const VALUE* rows = value + (image * tokens * heads + head) * D;
+            REAL* gradients = grad_value + (image * tokens * heads + head) * D;
+            auto for_queries = [&](auto run, const VALUE* from, REAL* to, int stride) {
+                for (int query = 0; query < queries; query++) {
+                    long long item = (image * queries + query) * heads + head;
+                    run(from, *levels, locations + item * POINTS * 2, weights + item * POINTS,
+                        grad_output + item * D, to, grad_locations + item * POINTS * 2,
+                        grad_weights + item * POINTS, nullptr, stride, 0, corners[0],
+                        (REAL(*)[POINTS])dots.data());
+                }
+            };
             if (gathered) {
-                gather(value + first, buffer.data(), tokens, heads * D);
-                std::fill(gradients.begin(), gradients.end(), (REAL)0);
+                gather(rows, buffer.data(), tokens, heads * D);
+                for_queries(backward_head<false, true>, buffer.data(), nullptr, D);
+                std::fill(buffer.begin(), buffer.end(), (REAL)0);
+                for_queries(backward_head<true, false>, nullptr, buffer.data(), D);
+                scatter(buffer.data(), gradients, tokens, heads * D);
+            } else {
+                for_queries(backward_head<true, true>, rows, gradients, heads * D);
             }
-            for (int query = 0; query < queries; query++) {
-                long long item = (image * queries + query) * heads + head;
-                backward_head(gathered ? buffer.data() : value + first, *levels,
-                              locations + item * POINTS * 2, weights + item * POINTS,
-                              grad_output + item * D,
-                              gathered ? gradients.data() : grad_value + first,
-                              grad_locations + item * POINTS * 2, grad_weights + item * POINTS,
-                              nullptr, gathered ? D : heads * D, 0, corners[0],
-                              (REAL(*)[POINTS])dots.data());
-            }
-            if (gathered) scatter(gradients.data(), grad_value + first, tokens, heads * D);
         }
     });
 }

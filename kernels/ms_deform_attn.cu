@@ -263,8 +263,9 @@ __device__ void forward_head(const VALUE* value, const Levels& levels, const REA
     }
 }
 
-// The gradients of one query and head. dots[c][p] receives <grad_output, corner c of point p>, from
-// which follow, a lane a point again, the gradients of the weights and of the locations.
+// The gradients of one query and head: SUMS adds to value's, PRODUCTS writes the weights' and the
+// locations'. These follow, a lane a point again, from dots[c][p] = <grad_output, corner c of point p>.
+template <bool SUMS, bool PRODUCTS>
 __device__ void backward_head(const VALUE* value, const Levels& levels, const REAL* locations,
                               const REAL* weights, const VALUE* grad_output, GRADIENT* grad_value,
                               REAL* grad_locations, REAL* grad_weights, const double* scale,
@@ -286,13 +287,14 @@ __device__ void backward_head(const VALUE* value, const Levels& levels, const RE
             UNROLL
             for (int i = 0; i < COUNT; i++) {
                 if (!EXISTS(lane * VECTOR + i * STEP)) continue;
-                add(products[c], gradient[i], load(value + offset + i * STEP));
-                accumulate(grad_value + offset + i * STEP, weight, gradient[i], scale);
+                if (PRODUCTS) add(products[c], gradient[i], load(value + offset + i * STEP));
+                if (SUMS) accumulate(grad_value + offset + i * STEP, weight, gradient[i], scale);
             }
-            put_sum(products[c], dots[c][p], lane);
+            if (PRODUCTS) put_sum(products[c], dots[c][p], lane);
         }
-        put_sums(products, dots, p);
+        if (PRODUCTS) put_sums(products, dots, p);
     }
+    if (!PRODUCTS) return;
     __syncwarp();
     for (int p = lane; p < POINTS; p += LANES) {
         Neighbours x = neighbours(locations[2 * p], levels.width[p]);
@@ -334,9 +336,10 @@ extern "C" __global__ void __launch_bounds__(LANES* GROUPS)
     long long item = (long long)blockIdx.x * GROUPS + threadIdx.y;
     if (item >= items) return;
     long long first = (item / heads / queries * tokens * heads + item % heads) * D;
-    backward_head(value + first, levels, locations + item * POINTS * 2, weights + item * POINTS,
-                  grad_output + item * D, grad_value + first, grad_locations + item * POINTS * 2,
-                  grad_weights + item * POINTS, scale, heads * D, threadIdx.x,
-                  corners[threadIdx.y], dots[threadIdx.y]);
+    backward_head<true, true>(value + first, levels, locations + item * POINTS * 2,
+                              weights + item * POINTS, grad_output + item * D, grad_value + first,
+                              grad_locations + item * POINTS * 2, grad_weights + item * POINTS,
+                              scale, heads * D, threadIdx.x, corners[threadIdx.y],
+                              dots[threadIdx.y]);
 }
 #endif
