@@ -633,13 +633,14 @@ check("6.3", lanes_of_a_head)
 #
 # Everything follows from four inner products over channels. The channels of a head lie in different
 # lanes. Lanes of a warp can read each other's registers: a **shuffle**. Three of them sum eight
-# lanes. (`put_sums`, after them, is empty here: it is where the build for a CPU sums four corners at
-# once. And a GPU wants value's sums and the inner products in one loop, `SUMS` and `PRODUCTS` both
-# true; on a CPU one after the other needs half the buffers.)
+# lanes. `put_sums` does it after the loop over a point's corners, so that no corner's load waits for
+# another one's sum, and writes the inner products where the weights were: `__syncwarp` makes sure that
+# all lanes have read those. (A GPU runs the loop once, `SUMS` and `PRODUCTS` both true. A CPU runs it
+# twice, which needs half the buffers.)
 
 # %%
 show("backward_head")
-show("put_sum")
+show("put_sums")
 print(SOURCE[SOURCE.index("__device__ REAL sum_over_lanes") :].split("\n}")[0] + "\n}")
 
 # %% [markdown]

@@ -750,7 +750,7 @@ print(row.format("value", "kernel", "registers", "shared", "resident"))
 for entry in built["kernels"]:
     if (entry["architecture"], entry["D"], entry["deterministic"]) == (90, 32, False):
         t = entry["threads"]  # of a block; an sm_90 multiprocessor holds, of each:
-        by_registers = 65536 // (t * entry["registers"])
+        by_registers = 65536 // (t * 8 * math.ceil(entry["registers"] / 8))  # given out by eights
         by_memory = 228 * 1024 // (entry["shared"] + 1024)  # 1 KiB of a block is the system's
         resident = t * min(2048 // t, by_registers, by_memory) / 2048
         values = (entry[k] for k in ("dtype", "kernel", "registers", "shared"))
@@ -759,7 +759,11 @@ assert not any(entry["spilled"] for entry in built["kernels"])
 
 # %% [markdown]
 # The last column is *computed*: which part of the 2048 threads that a multiprocessor can hold finds room.
-# In half precision a head has fewer lanes, a block more heads, and so more shared memory; there it is that which limits.
+# While a load is under way, others' threads can run, so more is better. But a thread can also have several
+# loads under way, which takes registers. The backward kernel sums a point's four inner products after the
+# loop over its corners, and in the instructions for sm_90 all four loads of 16 bytes stand before the first
+# shuffle (a test asserts it). With the sums inside that loop, each load waited for the last one's sum:
+# in float32, 32 registers and all threads resident, with one load each. Which is faster, a GPU must say.
 
 # %% [markdown]
 # On the CPU you can look yourself. On x86 a multiply-add can take an operand straight from memory, and

@@ -86,8 +86,7 @@ static inline void sum_each(const Vector (&x)[4], REAL (*sums)[POINTS], int p,
         }
     }
 }
-__device__ void put_sum(const Vector&, REAL&, int) {}
-__device__ void put_sums(const Vector (&products)[4], REAL (*sums)[POINTS], int p) {
+__device__ void put_sums(const Vector (&products)[4], REAL (*sums)[POINTS], int p, int) {
     sum_each(products, sums, p, std::make_integer_sequence<int, VECTOR>());
 }
 
@@ -178,7 +177,6 @@ extern "C" void backward(const VALUE* value, const Levels* levels, const REAL* l
         });
     in_parallel(images * heads, threads, [=](long long begin, long long end) {
         std::vector<Corners> corners(1);
-        std::vector<REAL> dots(4 * POINTS);
         std::vector<VALUE> buffer(gathered ? (size_t)tokens * D : 0);
         for (long long task = begin; task < end; task++) {
             long long image = task / heads, head = task % heads;
@@ -189,8 +187,7 @@ extern "C" void backward(const VALUE* value, const Levels* levels, const REAL* l
                     long long item = (image * queries + query) * heads + head;
                     run(from, *levels, locations + item * POINTS * 2, weights + item * POINTS,
                         grad_output + item * D, to, grad_locations + item * POINTS * 2,
-                        grad_weights + item * POINTS, nullptr, stride, 0, corners[0],
-                        (REAL(*)[POINTS])dots.data());
+                        grad_weights + item * POINTS, nullptr, stride, 0, corners[0]);
                 }
             };
             if (gathered) {

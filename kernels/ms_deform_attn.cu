@@ -157,13 +157,16 @@ __device__ REAL sum_over_lanes(REAL x) {
     return x;
 }
 
-// Writes the sum of a corner's products over channels and lanes. For cpu.cpp that is too early: it
-// sums the vectors of four corners at once.
-__device__ void put_sum(const Vector& products, REAL& sum, int lane) {
-    REAL all = sum_over_lanes(total(products));
-    if (lane == 0) sum = all;
+// Replaces sums[c][p], which all lanes have read, by the sum of products[c] over channels and lanes.
+__device__ void put_sums(const Vector (&products)[4], REAL (*sums)[POINTS], int p, int lane) {
+    REAL sum[4];
+    UNROLL
+    for (int c = 0; c < 4; c++) sum[c] = sum_over_lanes(total(products[c]));
+    __syncwarp();
+    UNROLL
+    for (int c = 0; c < 4; c++)
+        if (lane == 0) sums[c][p] = sum[c];
 }
-__device__ void put_sums(const Vector (&)[4], REAL (*)[POINTS], int) {}
 #endif
 
 // ---- The first phase: a lane a point ----
@@ -264,12 +267,13 @@ __device__ void forward_head(const VALUE* value, const Levels& levels, const REA
 }
 
 // The gradients of one query and head: SUMS adds to value's, PRODUCTS writes the weights' and the
-// locations'. These follow, a lane a point again, from dots[c][p] = <grad_output, corner c of point p>.
+// locations'. These follow, a lane a point again, from dots[c][p] = <grad_output, corner c of point p>,
+// which takes the place of that corner's weight once the sums have used it.
 template <bool SUMS, bool PRODUCTS>
 __device__ void backward_head(const VALUE* value, const Levels& levels, const REAL* locations,
                               const REAL* weights, const VALUE* grad_output, GRADIENT* grad_value,
                               REAL* grad_locations, REAL* grad_weights, const double* scale,
-                              int stride, int lane, Corners& corners, REAL (*dots)[POINTS]) {
+                              int stride, int lane, Corners& corners) {
     const int COUNT = (D + STEP - 1) / STEP;
     Vector gradient[COUNT];
     UNROLL
@@ -290,12 +294,12 @@ __device__ void backward_head(const VALUE* value, const Levels& levels, const RE
                 if (PRODUCTS) add(products[c], gradient[i], load(value + offset + i * STEP));
                 if (SUMS) accumulate(grad_value + offset + i * STEP, weight, gradient[i], scale);
             }
-            if (PRODUCTS) put_sum(products[c], dots[c][p], lane);
         }
-        if (PRODUCTS) put_sums(products, dots, p);
+        if (PRODUCTS) put_sums(products, corners.weight, p, lane);
     }
     if (!PRODUCTS) return;
     __syncwarp();
+    const REAL(*dots)[POINTS] = corners.weight;
     for (int p = lane; p < POINTS; p += LANES) {
         Neighbours x = neighbours(locations[2 * p], levels.width[p]);
         Neighbours y = neighbours(locations[2 * p + 1], levels.height[p]);
@@ -332,14 +336,12 @@ extern "C" __global__ void __launch_bounds__(LANES* GROUPS)
              REAL* __restrict__ grad_weights, const double* scale, long long items, int tokens,
              int queries, int heads) {
     __shared__ Corners corners[GROUPS];
-    __shared__ REAL dots[GROUPS][4][POINTS];
     long long item = (long long)blockIdx.x * GROUPS + threadIdx.y;
     if (item >= items) return;
     long long first = (item / heads / queries * tokens * heads + item % heads) * D;
     backward_head<true, true>(value + first, levels, locations + item * POINTS * 2,
                               weights + item * POINTS, grad_output + item * D, grad_value + first,
                               grad_locations + item * POINTS * 2, grad_weights + item * POINTS,
-                              scale, heads * D, threadIdx.x, corners[threadIdx.y],
-                              dots[threadIdx.y]);
+                              scale, heads * D, threadIdx.x, corners[threadIdx.y]);
 }
 #endif
