@@ -105,12 +105,15 @@ def worst_spread(result: dict[str, dict]) -> float:
 
 def peak_mib(call: Call) -> float | None:
     """What the process holds at most while `call`, which is warm, runs, above what it held before,
-    in MiB: its result, its gradients and all between. None but on Linux, which keeps count."""
-    before = reset_peak()
-    kept = call()
-    peak = peak_above(before)
-    del kept
-    return peak
+    in MiB: its result, its gradients and all between; the median of five runs, since which pages
+    are large is up to the system. None but on Linux, which keeps count."""
+    peaks = []
+    for _ in range(5):
+        before = reset_peak()
+        kept = call()
+        peaks.append(peak_above(before))
+        del kept
+    return None if before is None else statistics.median(peaks)
 
 
 def reset_peak() -> int | None:

@@ -456,7 +456,7 @@ check("6.2", thread_offsets)
 # %% [markdown]
 # ## 6.6 The real kernel: a lane a point, then a lane a vector
 #
-# The library's kernel is one file of about 270 lines, and the only one: the GPU, the fast CPU build
+# The library's kernel is one file of some 350 lines, and the only one: the GPU, the fast CPU build
 # and this chapter compile the same text. It computes what is common once, and loads 16 bytes at a
 # time instead of 4. The threads of a head are called **lanes**. First, each lane takes some of the head's points and computes corners and weights, once.
 # Then each lane takes 16 bytes of channels and walks over all points. The results of the first phase
