@@ -113,8 +113,8 @@ check("1.1", blend)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# The corners are right, but x and y are swapped: `fx` must move along the columns, which is the
-# second index.
+# The corners are right, but between them you round to the nearest pixel, or forget a factor: each
+# pixel's weight is a product of two distances.
 #
 # </details>
 #
@@ -157,7 +157,8 @@ assert sample_by_loop(small, 4.75, 1.0) == 0.25 * 9
 #
 # The loop over four corners stays, the loop over points goes. Two things need care. The index of a
 # pixel that does not exist must still be a legal index, so it is clamped; and its weight must be
-# zero, so that what is read there does not matter.
+# zero, so that what is read there does not matter (as long as it is finite: zero times infinity is not
+# zero).
 
 
 # %%
@@ -334,7 +335,7 @@ axis.set(xlabel="x in pixels", ylabel="y in pixels")
 plt.show()
 
 # %% [markdown]
-# *Figure 1.2. What to see: circles are starts, stars are ends. Two points feel the spot's slope and
+# *Figure 1.2. What to see: circles are starts, stars are ends (the third star covers its circle). Two points feel the spot's slope and
 # climb to its centre. The third stands where the map is flat: its gradient is exactly zero, and it
 # never moves.*
 #
@@ -438,8 +439,8 @@ print(tuple(torchs.shape), "all three agree")
 # %% [markdown]
 # ## 1.7 The bugs
 #
-# **Half a pixel.** Somebody forgets the -0.5 or sets `align_corners=True`. Nothing crashes, and every
-# sample is a little off. How far off, on a map of width 5?
+# **Half a pixel.** Somebody forgets the -0.5 or sets `align_corners=True`. Nothing crashes, and nearly
+# every sample is a little off. How far off, on a map of width 5?
 
 # %%
 centres = pixel_to_normalised(torch.stack([torch.arange(5.0), torch.ones(5)], -1), (3, 5))

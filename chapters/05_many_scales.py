@@ -373,7 +373,7 @@ print([[round(v, 3) for v in r] for r in references[1, token].tolist()])
 assert torch.allclose(references[1, token, 0], torch.tensor([7.5 / 12, 4.5 / 8]))
 assert not torch.allclose(references[1, token, 0, 1], references[1, token, 2, 1], atol=0.2)
 
-# %% mystnb={"image": {"alt": "Three grids, one for each level, with padded cells grey. A cross marks the same place of the image on each: it lies in the last valid row each time, at a height of 0.56, 0.68 and 0.9 of the map. A circle stays at 0.56, the same pixel of the image, which is the row before on the coarsest level."}}
+# %% mystnb={"image": {"alt": "Three maps, one for each level, with padded cells grey. A cross marks the same place of the image on each: it lies in the last valid row each time, at a height of 0.56, 0.68 and 0.9 of the map. A circle stays at 0.56, the same pixel of the image."}}
 figure, axes = plt.subplots(1, 3)
 for level, (axis, (height, width)) in enumerate(zip(axes, shapes, strict=True)):
     axis.imshow(~masks[level][1], extent=(0, 1, 1, 0), cmap="gray", vmin=-1, aspect=2 / 3)

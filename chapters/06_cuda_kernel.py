@@ -55,8 +55,9 @@ _ = torch.manual_seed(0)
 # ## 6.1 A grid of threads
 #
 # A kernel is a function that many threads run, each with its own number. Threads come in **blocks**,
-# blocks in a **grid**. A thread finds its place from two variables that nobody passes to it:
-# `blockIdx` and `threadIdx`. That is nearly all there is to the language:
+# blocks in a **grid**. A thread finds its place from variables that nobody passes to it: `blockIdx`, its
+# block's number; `threadIdx`, its own number in the block; `blockDim`, how many threads a block has. (A
+# fourth, `gridDim`, counts the blocks.) That is nearly all there is to the language:
 
 # %%
 KERNEL = r"""
@@ -279,7 +280,7 @@ print([round(x, 3) for x in by_thread.flatten().tolist()])
 # The same on sizes that are all different, with some points outside, against the library:
 
 # %%
-shapes, B, Q, M, D, K = [(5, 7), (3, 4), (1, 2)], 2, 5, 3, 6, 4
+shapes, B, Q, M, D, K = [(5, 7), (3, 4), (1, 2)], 2, 5, 7, 6, 4
 S, L = sum(h * w for h, w in shapes), len(shapes)
 value = torch.randn(B, S, M, D)
 locations = torch.rand(B, Q, M, L, K, 2) * 1.4 - 0.2
@@ -295,7 +296,7 @@ print(B * Q * M * D, "threads, equal")
 #
 # `cuda-gdb` stops one thread of thousands and shows its variables. On the CPU any debugger can:
 # build with `-g -O0` and set a breakpoint. Here we let the kernel itself say what a debugger would,
-# by putting `WATCH(x)` behind every line that gives an `x` its value.
+# by putting `WATCH(x)` behind every line that defines an `x`.
 
 
 # %%
@@ -307,12 +308,12 @@ def watch(kernel):
 print(next(line.strip() for line in watch(NAIVE).splitlines() if "attention =" in line))
 
 # %% [markdown]
-# Thread 100 of our 180. Before you run: which image, query, head and channel is that? Count from the
-# back: D = 6, M = 3, Q = 5.
+# Thread 303 of our 420. Before you run: which image, query, head and channel is that? Count from the
+# back: D = 6, M = 7, Q = 5.
 
 # %%
 watched, library = build(watch(NAIVE))
-ctypes.c_int.in_dll(library, "watched").value = 100
+ctypes.c_int.in_dll(library, "watched").value = 303
 run_naive(watched, value, shapes, locations, weights)
 notes = ctypes.c_int.in_dll(library, "notes").value
 names = (ctypes.c_char_p * 4096).in_dll(library, "names")[:notes]
@@ -322,14 +323,14 @@ for name, number in steps[:22]:
     print(f"{name:>9} = {number:g}" if number == int(number) else f"{name:>9} = {number:.3f}")
 
 # %% [markdown]
-# Channel 4 of head 1, and it belongs to item 16, which is query 0 of image 1 and so on: `item` counts
-# (b · Q + q) · M + m. Then comes the first point, at x = −1.066: more than a pixel outside, so it is
-# skipped. The second, p = 193, lies inside, and its corners follow. A watch is a test as well:
+# Channel 3 of head 1, and it belongs to item 50, which is query 2 of image 1: `item` counts
+# (b · Q + q) · M + m. Then comes the first point, at x = −1.009: more than a pixel outside, so it is
+# skipped. The second, p = 601, counts, and its corners follow. A watch is a test as well:
 
 # %%
 first = dict(reversed(steps))  # the first value that each name had
-assert (first["d"], first["m"], first["b"]) == (100 % 6, 100 // 6 % 3, 100 // 6 // 3 // 5)
-assert first["item"] == 16
+assert (first["d"], first["m"], first["b"]) == (303 % 6, 303 // 6 % 7, 303 // 6 // 7 // 5)
+assert first["item"] == 50
 assert sum(n for name, n in steps if name == "attention") > 0.999  # all L * K points were visited
 
 # %% [markdown]
@@ -407,8 +408,8 @@ print("channels first", sectors(channels_first), "sectors")
 assert (sectors(channels_last), sectors(channels_first)) == (4, 32)
 
 # %% [markdown]
-# Eight times the traffic for the same 128 bytes. Chapter 7 times both. It is the right picture that
-# shows a waste: 32 threads each compute the same x, y, corners and weights, 31 times too often.
+# Eight times the traffic for the same 128 bytes. Chapter 7 times both. It is the right half of figure 6.1
+# that shows a waste: 32 threads each compute the same x, y, corners and weights, 31 times too often.
 
 # %% [markdown]
 # ## Exercise 6.2  Where wide loads start
@@ -460,13 +461,14 @@ check("6.2", thread_offsets)
 # and this chapter compile the same text. It computes what is common once, and loads 16 bytes at a
 # time instead of 4. The threads of a head are called **lanes**. First, each lane takes some of the head's points and computes corners and weights, once.
 # Then each lane takes 16 bytes of channels and walks over all points. The results of the first phase
-# lie in **shared memory**, a few kilobytes that all threads of a block can reach.
+# lie in **shared memory**, a small fast memory that the threads of a block share; ours takes 8 KB of it.
 #
-# Words in capitals are set by the build. `VALUE` is the number type of value, `REAL` that of weights
-# and sums, `OFFSET` that of indices, `GRADIENT` that in which value's gradient is summed. A lane loads
-# `VECTOR` channels at once, and all lanes of a head together a `STEP`; with `VECTORS` such vectors each
-# they make one `PASS` over the channels. `EXISTS` is the tail guard for channels. `UNROLL` and
-# `KEEP_LOOP` tell the compiler what to do with a loop.
+# Most words in capitals are set by the build. `VALUE` is the number type of value, `REAL` that of weights
+# and sums, `OFFSET` that of indices, `GRADIENT` that in which value's gradient is summed. `POINTS` is
+# L · K, `LANES` the lanes of a head, `GROUPS` the heads of a block. A lane loads `VECTOR` channels at once,
+# and all lanes of a head together a `STEP`; with `VECTORS` such vectors each they make one `PASS` over the
+# channels. `EXISTS` is the tail guard for channels. `UNROLL` and `KEEP_LOOP` tell the compiler what to do
+# with a loop, and `__device__` marks a function that kernels call.
 
 
 # %%
@@ -485,7 +487,8 @@ show("find_corners")
 
 # %% [markdown]
 # `neighbours` does for one axis what chapter 1 did by hand. Outside pixels get weight zero and the
-# address of some pixel inside: no branch in the hot loop, and every address can be read.
+# address of some pixel inside: no branch in the hot loop, and every address can be read. The price: if
+# that pixel's value is infinite or not a number, zero times it is not a number.
 
 # %%
 show("neighbours")
@@ -520,6 +523,13 @@ assert neighbours(0.5, 4) == (1, 2, 0.5, 0.5)
 show("forward_head")
 
 # %% [markdown]
+# And the kernel itself, which asks: which head? `__shared__` gives an array to a whole block. Blocks
+# have two axes here: `threadIdx.x` is the lane, `threadIdx.y` the head.
+
+# %%
+print(SOURCE[SOURCE.index('extern "C" __global__') :].split("\n}")[0] + "\n}")
+
+# %% [markdown]
 # ## 6.7 Running it, a thread a thread
 #
 # Lanes wait for one another: between the phases stands `__syncwarp()`, a **barrier**. So threads can
@@ -541,8 +551,9 @@ torch.testing.assert_close(result, ms_deform_attn(value, shapes, locations, weig
 print(B * Q * M, "heads, each by", macros["LANES"], "threads: equal")
 
 # %% [markdown]
-# And it writes a trace: who touched what. One block has 64 lanes; each loads from `value` 16 times and
-# stores once. A request of the warp is now 32 lanes of 16 bytes: four whole rows, one of each head.
+# And it writes a trace: who touched what. A block has 16 heads of 8 lanes. Here are only eight heads:
+# 64 lanes have work, the others return. Each of the 64 loads from `value` 16 times and stores once. A
+# request of the warp is now 32 lanes of 16 bytes: four whole rows, one of each head.
 
 # %%
 trace = threads.trace(value, shapes, locations, weights, block=0)
@@ -551,7 +562,9 @@ reads = trace[trace["array"] == "value"]
 own = [reads["offset"][reads["thread"] == t] for t in range(32)]
 wide = 4 * np.stack(own, 1)  # (requests, 32) in bytes
 assert set(reads["bytes"]) == {16} and wide.shape == (L * K * 4, 32)
-assert all(len(np.unique(row // 128)) <= 4 for row in wide)
+for row in wide:  # 8 lanes on each of 4 rows, no byte twice, all sectors full
+    assert (np.unique(row // 128, return_counts=True)[1] == 8).all() and len(np.unique(row)) == 32
+    assert sectors(row, size=16) == 16
 
 # %% mystnb={"image": {"alt": "Two panels, thread number across, address up, one colour a request. Left, the naive kernel: all 32 threads on one row of a head. Right, the library's: 32 lanes cover four rows of four heads, eight lanes on each, at four heights."}}
 figure, axes = plt.subplots(1, 2, sharey=True)
@@ -635,8 +648,8 @@ check("6.3", lanes_of_a_head)
 # lanes. Lanes of a warp can read each other's registers: a **shuffle**. Three of them sum eight
 # lanes. `put_sums` does it after the loop over a point's corners, so that no corner's load waits for
 # another one's sum, and writes the inner products where the weights were: `__syncwarp` makes sure that
-# all lanes have read those. (A GPU runs the loop once, `SUMS` and `PRODUCTS` both true. A CPU runs it
-# twice, which needs half the buffers.)
+# all lanes have read those. (A GPU runs the loop once, `SUMS` and `PRODUCTS` both true. A CPU that has
+# copied the tokens first, see chapter 7, runs it twice, with one buffer instead of two.)
 
 # %%
 show("backward_head")
@@ -785,7 +798,7 @@ if available:
 # > **Differs from the paper.** It has no kernel in its text. **Differs from the official code.** There
 # > one thread owns a channel, index arithmetic is repeated in each, six kernels serve backward by
 # > size of D, the batch must be divisible by `im2col_step`, half precision is missing. Here: lanes
-# > with 16 bytes, one backward, any size, any batch, float32 sums.
+# > with 16 bytes, one backward, any D, any batch, float32 sums.
 #
 # ## Further reading
 #

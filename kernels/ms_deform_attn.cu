@@ -15,10 +15,10 @@
 //   LANES    lanes (threads) that share a head; a power of two, at most 32
 //   GROUPS   heads in a block of LANES * GROUPS threads
 //
-// Two phases, forward and backward alike. In the first a lane takes a point: where are its four
-// corners, and what are their weights? In the second a lane takes a vector of channels, and runs
-// over all points. So nothing is computed twice, and the lanes of a head, side by side, read one
-// corner's channels as one piece of memory.
+// Two phases. In the first a lane takes a point: where are its four corners, and what are their
+// weights? In the second a lane takes a vector of channels, and runs over all points. So a head's
+// lanes compute no point twice, and side by side read one corner's channels as one piece of memory.
+// Backward has a third, again a lane a point, for the gradients of locations and weights.
 
 #ifdef __CUDACC__
 #define UNROLL _Pragma("unroll")
@@ -181,6 +181,7 @@ struct Levels {
 struct Corners {
     OFFSET offset[4][POINTS];
     REAL weight[4][POINTS];
+    REAL padding;  // so that the heads of a warp, at one point, read different banks of shared memory
 };
 
 // The two pixels beside a coordinate. A pixel outside the map has weight zero and slope zero, and
@@ -235,7 +236,7 @@ __device__ void find_corners(const Levels& levels, const REAL* locations, const 
 
 #define STEP (LANES * VECTOR)  // channels that all lanes of a head hold in one vector each
 #define PASS (STEP * VECTORS)
-// Whether a lane's vector is one of the head's D channels; known when compiling, but for odd D.
+// Whether a lane's vector is one of the head's D channels; known when compiling if D fills its passes.
 #define EXISTS(channel) (D % PASS == 0 || (channel) < D)
 
 // One query and head. value: the image's, from this head's first channel; locations (POINTS, 2);

@@ -83,9 +83,9 @@ def check(macros: dict[str, str | int], arch: int) -> dict[str, Built]:
     _, kernels = build(macros, arch)
     assert set(kernels) == {"forward", "backward"}
     real, offset = (8 if macros[name].endswith(("double", "long")) else 4 for name in MEMORY)
-    heads = macros["GROUPS"] * macros["POINTS"]
+    corners = 4 * macros["POINTS"] * (real + offset) + max(real, offset)
     for name, kernel in kernels.items():
-        assert kernel.shared == heads * 4 * (real + offset)
+        assert kernel.shared == macros["GROUPS"] * corners
         assert kernel.spilled == kernel.stack == 0, (name, arch, macros, kernel)
         assert kernel.registers * macros["LANES"] * macros["GROUPS"] <= 65536, (name, macros)
     return kernels
@@ -112,6 +112,16 @@ def test_as_many_points_as_it_takes(huge):
     check(cuda.specialise(torch.float64, 32, cuda.MAX_POINTS, huge, False, 90), 90)
     with pytest.raises(ValueError, match=rf"L \* K <= {cuda.MAX_POINTS}, got 513; backend='ref"):
         cuda.specialise(torch.float64, 32, cuda.MAX_POINTS + 1, huge, False, 90)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_of_a_warp_read_different_banks(dtype):
+    """Shared memory has 32 banks of 4 bytes; a warp's heads read their own corner of one point."""
+    macros = cuda.specialise(dtype, 32, POINTS, False, False, 90)
+    stride = check(macros, 90)["forward"].shared // macros["GROUPS"] // 4  # between heads
+    heads, words = 32 // macros["LANES"], 2 if dtype == torch.float64 else 1
+    banks = {(head * stride + word) % 32 for head in range(heads) for word in range(words)}
+    assert len(banks) == heads * words
 
 
 def test_specialisations_fit_the_machine():

@@ -36,7 +36,8 @@ def specialise(
     chunks = D // vector
     lanes = min(32, 1 << (chunks - 1).bit_length())
     real = 8 if dtype == torch.float64 else 4
-    bytes_each = points * 4 * (real + (8 if huge else 4))  # Corners of a head
+    offset = 8 if huge else 4
+    bytes_each = 4 * points * (real + offset) + max(real, offset)  # Corners of a head
     groups = max(1, min(THREADS // lanes, SHARED // bytes_each))
     macros = {
         "VALUE": NAMES[dtype],

@@ -22,20 +22,27 @@ def check_weighted_rows(weighted_rows):
     run(4, 8, x, weight, padded, 3, 5)
     expect(padded[15:], torch.full((17,), 7.0), "threads behind the end must return")
     expect(padded[:15].reshape(3, 5), weight[:, None] * x, "blocks may have any size")
+    run(9, 2, x, weight, padded.fill_(7), 3, 5)
+    expect(padded[:15].reshape(3, 5), weight[:, None] * x, "a block is no row")
 
 
 @checks("6.2")
 def check_thread_offsets(thread_offsets):
     yield "one row"
-    expect(thread_offsets(8, 16, 128, [0]), np.arange(8) * 16, "threads lie side by side")
+    rows = np.array([0])
+    expect(thread_offsets(8, 16, 128, rows), np.arange(8) * 16, "threads lie side by side")
     yield "several rows"
     expect(
-        thread_offsets(8, 16, 64, [1024, 0]),
+        thread_offsets(8, 16, 64, np.array([1024, 0])),
         np.concatenate([1024 + np.arange(4) * 16, np.arange(4) * 16]),
         "each row starts at its own offset",
     )
     yield "one lane a row"
-    expect(thread_offsets(3, 16, 16, [96, 32, 64]), np.array([96, 32, 64]), "thread // per_row")
+    rows = np.array([96, 32, 64])
+    expect(thread_offsets(3, 16, 16, rows), rows, "thread // per_row")
+    yield "the last row not full"
+    given = thread_offsets(5, 4, 16, np.array([64, 0]))
+    expect(given, np.array([64, 68, 72, 76, 0]), "row_bytes // size threads share a row")
 
 
 @checks("6.3")
@@ -61,10 +68,13 @@ def check_grad_weights(grad_weights):
     def compare(locations, hint):
         weights = torch.rand(B, Q, M, L, K, requires_grad=True)
         ms_deform_attn(value, shapes, locations, weights).backward(grad)
-        given = torch.full((B, Q, M, L, K), torch.nan)
-        blocks = -(-given.numel() // 32)
-        run(blocks, 32, value, shapes, locations, grad, given, B, S, Q, M, D, L, K)
-        expect(given, weights.grad, hint)
+        count = weights.numel()
+        given = torch.full((count + 32,), torch.nan)
+        given[count:] = 7
+        more = [torch.cat([x, x[:1]]) for x in (value, locations, grad)]  # for threads too many
+        run(-(-count // 32), 32, more[0], shapes, *more[1:], given, B, S, Q, M, D, L, K)
+        expect(given[count:], torch.full((32,), 7.0), "threads behind the end must return")
+        expect(given[:count].view_as(weights), weights.grad, hint)
 
     yield "points inside"
     compare(torch.rand(B, Q, M, L, K, 2) * 0.3 + 0.35, "sum over d of grad_output * sample")
@@ -119,6 +129,11 @@ def _offsets(by_row):
     return thread_offsets
 
 
+def _even_offsets(count, size, row_bytes, row_offsets):
+    lane, each = np.arange(count), count // len(row_offsets)
+    return np.asarray(row_offsets)[lane // each] + lane % each * size
+
+
 WRONG = {
     "6.1": [
         ("no tail guard", lambda: ROWS % ("", "i / D")),
@@ -126,11 +141,23 @@ WRONG = {
             "the row and the column swapped",
             lambda: ROWS % ("if (i >= rows * D) return;", "i % rows"),
         ),
+        (
+            "a block a row",
+            lambda: (
+                ROWS
+                % (
+                    "int j = threadIdx.x; if (blockIdx.x >= rows || j >= D) return;"
+                    "i = blockIdx.x * D + j;",
+                    "i / D",
+                )
+            ),
+        ),
         ("another kernel", lambda: "int main() {}"),
     ],
     "6.2": [
         ("only the first row", _offsets(by_row=False)),
         ("never back to a row's start", _offsets(by_row=True)),
+        ("rows share the threads evenly", _even_offsets),
     ],
     "6.3": [
         ("a lane a channel", lambda D, size: (min(32, D), 0)),
@@ -140,5 +167,10 @@ WRONG = {
         ("zeros", lambda: GRAD_WEIGHTS % ("inside = false;" + OUTSIDE, "")),
         ("nothing written outside", lambda: GRAD_WEIGHTS % ("if (!inside) return;", SKIP)),
         ("the border repeated", lambda: GRAD_WEIGHTS % (OUTSIDE, REPEAT)),
+        ("what is no number counts", lambda: GRAD_WEIGHTS % ("", SKIP)),
+        (
+            "no tail guard",
+            lambda: GRAD_WEIGHTS.replace("if (p >= B", "if (0 && p >= B") % (OUTSIDE, SKIP),
+        ),
     ],
 }

@@ -50,10 +50,12 @@ def check_thread_a_point(thread_a_point):
         S, Q, M, D, L, K = sum(h * w for h, w in shapes), 5, 3, 6, len(shapes), 2
         value, weights = torch.randn(1, S, M, D), torch.rand(1, Q, M, L, K)
         locations = torch.rand(1, Q, M, L, K, 2) * 1.6 - 0.3
-        output, sizes = torch.zeros(1, Q, M * D), torch.tensor(shapes, dtype=torch.int32)
-        threads = -(-weights.numel() // 32)
-        run(threads, 32, value, sizes, locations, weights, output, S, Q, M, D, L, K)
-        expect(output, ms_deform_attn(value, shapes, locations, weights), hint)
+        output, sizes = torch.zeros(2, Q, M * D), torch.tensor(shapes, dtype=torch.int32)
+        more = locations.repeat(2, 1, 1, 1, 1, 1), weights.repeat(2, 1, 1, 1, 1)
+        blocks = -(-weights.numel() // 32)
+        run(blocks, 32, value, sizes, *more, output, S, Q, M, D, L, K)
+        expect(output[1:], torch.zeros(1, Q, M * D), "threads behind the end must return")
+        expect(output[:1], ms_deform_attn(value, shapes, locations, weights), hint)
 
     yield "one level"
     compare([(4, 7)], "every point adds its weight times the sample, for all channels")
@@ -130,9 +132,14 @@ WRONG = {
     "7.3": [
         ("every level starts at zero", lambda: POINT % ("2 * l", "2 * l + 1")),
         ("H and W swapped", lambda: POINT % ("2 * l + 1", "2 * l")),
+        (
+            "no tail guard",
+            lambda: POINT.replace("if (p >= Q", "if (0 && p >= Q") % ("2 * l", "2 * l + 1"),
+        ),
     ],
     "7.4": [
         ("rounded towards zero", lambda a, n: 2.0 ** (62 - int(math.log2(a * n)))),
+        ("bits of a whole number", lambda a, n: 2.0 ** (62 - (math.ceil(a * n) - 1).bit_length())),
         ("the number forgotten", lambda a, n: 2.0 ** (62 - math.ceil(math.log2(a)))),
     ],
 }

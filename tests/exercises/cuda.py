@@ -16,6 +16,9 @@ WORDS = """
 #include <algorithm>
 #define __global__
 #define READ(x) (x)
+// Becomes 0 as an int where x is not a number, as on a GPU; C++ leaves that open.
+static float gpu_floor(float x) { return x == x ? std::floor(x) : 0; }
+#define floorf gpu_floor
 struct Dim { int x, y, z; };
 static Dim threadIdx, blockIdx, blockDim, gridDim;
 """
