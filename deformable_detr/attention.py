@@ -35,6 +35,11 @@ class MSDeformAttn(nn.Module):
         self, embed_dim: int = 256, num_levels: int = 4, num_heads: int = 8, num_points: int = 4
     ) -> None:
         super().__init__()
+        if min(embed_dim, num_levels, num_heads, num_points) < 1:
+            raise ValueError(
+                "embed_dim, num_levels, num_heads and num_points must be at least 1, "
+                f"got {embed_dim}, {num_levels}, {num_heads} and {num_points}"
+            )
         if embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}"
@@ -104,7 +109,7 @@ class MSDeformAttn(nn.Module):
         (B, Q, L, 4) as (cx, cy, w, h), normalised to each padded level. input_flatten: (B, S, C),
         the levels one after another. spatial_shapes: L pairs (H, W). padding_mask: (B, S), True
         on padding, whose values count as zero. Returns (B, Q, C); with return_sampling also the
-        Sampling. Raises ValueError on shapes that do not fit.
+        Sampling. Raises ValueError on shapes that do not fit, TypeError on other dtypes.
         """
         sampling = MSDeformAttn.sampling(self, query, reference_points, spatial_shapes)
         if input_flatten.ndim != 3 or input_flatten.shape[-1] != self.embed_dim:
@@ -138,6 +143,8 @@ class MSDeformAttn(nn.Module):
                 f"reference_points must be (B={B}, Q={Q}, L={self.num_levels}, 2 or 4), "
                 f"got {tuple(reference_points.shape)}"
             )
+        if not reference_points.is_floating_point():
+            raise TypeError(f"reference_points must be floating, got {reference_points.dtype}")
 
 
 class DeformAttn(MSDeformAttn):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,13 @@ def write_atomically(path: Path | str, write: Callable[[str], object]) -> None:
         temporary.chmod(allowed)
         temporary.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}") from None
+        full = shutil.disk_usage(path.parent).free < 1 << 20
+        reason = "the disk is full" if full else getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write {path}: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,28 +3,31 @@
 import hashlib
 import json
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 from tqdm import tqdm
 
-from deformable_detr.images import read_image
+from deformable_detr.images import SUFFIXES, read_image
 
 KEYS = {  # what every entry of an annotation file must have
     "images": ("id", "file_name"),
     "annotations": ("id", "image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
+ID, TEXT = ("a whole number or text", int, str), ("text", str)
+NUMBER = ("a finite number or null", int, float, NoneType)
+FLAG = ("0, 1, true, false or null", int, bool, NoneType)
 TYPES = {  # that these may have, where they are
-    "id": (int, str),
-    "image_id": (int, str),
-    "category_id": (int, str),
-    "file_name": (str,),
-    "name": (str,),
+    "images": {"id": ID, "file_name": TEXT, "width": NUMBER, "height": NUMBER},
+    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "area": NUMBER, "iscrowd": FLAG},
+    "categories": {"id": ID, "name": TEXT},
 }
 SAME_BOX = 0.95  # overlap (IoU) from which two boxes are taken for one object annotated twice
 
@@ -35,7 +38,7 @@ def read_annotations(path: Path) -> dict:
         content = json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no annotation file at {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # the latter of lists within lists without end
         raise ValueError(f"{path} is not JSON: {error}") from None
     missing = [key for key in KEYS if not isinstance(content, dict) or key not in content]
     if missing:
@@ -47,12 +50,32 @@ def read_annotations(path: Path) -> dict:
             lacking = [key for key in keys if not isinstance(item, dict) or key not in item]
             if lacking:
                 raise ValueError(f"{path}: {kind}[{i}] has no {', '.join(lacking)}")
-            for key, value in item.items():
-                if key in TYPES and type(value) not in TYPES[key]:
-                    raise ValueError(f"{path}: {kind}[{i}] has the {key} {value!r:.80}")
+            for key, (expected, *types) in TYPES[kind].items():
+                value = item.get(key)
+                if key in item and not (type(value) in types and _is_finite(value)):
+                    given = f"{kind}[{i}] has the {key} {value!r:.80}"
+                    raise ValueError(f"{path}: {given}, expected {expected}")
         if len({type(item["id"]) for item in content[kind]}) > 1:
             raise ValueError(f"{path}: the ids of {kind} are numbers and strings, mixed")
+    _check_area_thresholds(content.get("info"), path)
     return content
+
+
+def _is_finite(value: object) -> bool:
+    """Whether a number fits into a float; also of what is no number at all."""
+    return not isinstance(value, int | float) or abs(value) <= sys.float_info.max
+
+
+def _check_area_thresholds(info: object, path: Path) -> None:
+    """ValueError where a file says at what areas small and medium objects end, and they do not."""
+    if not isinstance(info, dict) or "area_thresholds" not in info:
+        return
+    given = info["area_thresholds"]
+    numbers = isinstance(given, list) and all(type(n) in (int, float) for n in given)
+    if not numbers or len(given) != 2 or not 0 < given[0] < given[1] <= sys.float_info.max:
+        raise ValueError(
+            f"{path}: info.area_thresholds must be two rising numbers above 0, got {given!r:.80}"
+        )
 
 
 @dataclass
@@ -85,7 +108,7 @@ def check_dataset(images_dir: Path | str, annotation_file: Path | str) -> list[F
             faults += found
         pool.close()
         pool.join()
-    return faults + check_annotations(content)
+    return [*faults, *_nothing_to_learn(content), *check_annotations(content)]
 
 
 def check_annotations(content: dict) -> list[Fault]:
@@ -130,6 +153,22 @@ def check_splits(splits: dict[str, tuple[Path, Path]]) -> list[Fault]:
     ]
 
 
+def summary(images_dir: Path | str, content: dict) -> str:
+    """One line with what a data set holds; of the annotation file's content, and of the folder the
+    pictures that no entry names."""
+    annotations = content["annotations"]
+    crowds = sum(bool(a.get("iscrowd")) for a in annotations)
+    empty = {i["id"] for i in content["images"]} - {a["image_id"] for a in annotations}
+    named = {Path(images_dir, image["file_name"]) for image in content["images"]}
+    pictures = (p for p in Path(images_dir).rglob("*") if p.suffix.lower() in SUFFIXES)
+    unnamed = sum(path not in named for path in pictures)
+    return (
+        f"{len(content['images'])} images, {len(empty)} of them without boxes; "
+        f"{len(annotations) - crowds} boxes, and {crowds} of crowds, which training leaves out; "
+        f"{unnamed} pictures in the folder that no entry names"
+    )
+
+
 def label_histogram(content: dict) -> dict[str, int]:
     """How many boxes, crowds left out, each category of an annotation file has, by name."""
     counts = Counter(a["category_id"] for a in content["annotations"] if not a.get("iscrowd", 0))
@@ -169,6 +208,17 @@ def _category_faults(content: dict) -> Iterator[Fault]:
         some = ", ".join(map(str, unused[:10])) + (", ..." if len(unused) > 10 else "")
         text = f"{len(unused)} of {len(names)} categories have no box: {some}"
         yield Fault("unused category", False, text)
+
+
+def _nothing_to_learn(content: dict) -> Iterator[Fault]:
+    """Without a box that is not a crowd's, there is nothing to train on or to choose weights by."""
+    if not content["images"]:
+        yield Fault("no image", True, "the annotation file has no image")
+    elif not any(
+        _is_box(a["bbox"]) and min(a["bbox"][2:]) > 0 and not a.get("iscrowd")
+        for a in content["annotations"]
+    ):
+        yield Fault("no box", True, "no image has a box: there is nothing to learn")
 
 
 def _format_faults(annotations: list[dict], images: dict) -> Iterator[Fault]:
@@ -242,7 +292,7 @@ def check_image(images_dir: Path, image: dict) -> list[Fault]:
 
 def _is_box(box: object) -> bool:
     numbers = isinstance(box, list) and len(box) == 4
-    return numbers and all(isinstance(n, int | float) and math.isfinite(n) for n in box)
+    return numbers and all(isinstance(n, int | float) and _is_finite(n) for n in box)
 
 
 def _stated_size(image: dict) -> tuple[float, float]:
@@ -251,11 +301,11 @@ def _stated_size(image: dict) -> tuple[float, float]:
     return tuple(n if isinstance(n, int | float) else math.inf for n in stated)
 
 
-def _reaches_outside(box: list[float], image: dict, slack: float = 1.0) -> bool:
+def _reaches_outside(box: list[float], image: dict) -> bool:
+    """By more than a pixel, as rounding may do."""
     x, y, width, height = box
     image_width, image_height = _stated_size(image)
-    beyond = x + width > image_width + slack or y + height > image_height + slack
-    return x < -slack or y < -slack or beyond
+    return min(x, y) < -1 or x + width > image_width + 1 or y + height > image_height + 1
 
 
 def _annotation_faults(annotation: dict, images: dict, categories: set) -> Iterator[Fault]:
@@ -268,7 +318,8 @@ def _annotation_faults(annotation: dict, images: dict, categories: set) -> Itera
         yield fault("unknown category", True, f"unknown category {annotation['category_id']}")
     box = annotation["bbox"]
     if not _is_box(box):
-        yield fault("bad box", True, f"bbox must be four finite numbers x, y, w, h, got {box}")
+        text = f"bbox must be four finite numbers x, y, w, h, got {box!r:.80}"
+        yield fault("bad box", True, text)
         return
     x, y, width, height = box
     if width <= 0 or height <= 0:
@@ -276,8 +327,11 @@ def _annotation_faults(annotation: dict, images: dict, categories: set) -> Itera
         swapped = min(width, height) < 0
         hint = "; are its corners swapped?" if swapped else ""
         yield fault("empty box", swapped, f"box of no size: x, y, w, h = {box}{hint}")
-    if annotation.get("iscrowd", 0):
-        yield fault("crowd box", False, "a crowd's box, which training leaves out")
+    area = annotation.get("area")
+    # a mask may fill its box, whose sides were rounded
+    if area is not None and min(width, height) > 0 and not 0 < area <= (width + 1) * (height + 1):
+        text = f"area {area} of a box of {width} x {height}: AP small, medium and large go by it"
+        yield fault("area", False, text)
     if image_id not in images:
         yield fault("unknown image", True, f"unknown image {image_id}")
         return

@@ -1,4 +1,4 @@
-"""The command line: what people may type; `commands` does it."""
+"""The command line: what people may type; the function of that name in `commands` does it."""
 
 import argparse
 import os
@@ -6,14 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from deformable_detr import commands
-from deformable_detr.backend import BackendError
-from deformable_detr.recipes import NAMES, PRECISIONS
-from deformable_detr.train import NonFiniteLossError
-from deformable_detr.tta import MERGES
-
+# the library's own, spelt again: to import it for a --help takes seconds
+RECIPES = ("paper", "modern", "small-data", "digits")
+PRECISIONS = ("no", "bf16", "fp16")
+MERGES = ("fusion", "nms")
 SHIPPED = Path(__file__).parents[1] / "data" / "checkpoints" / "digits.safetensors"
 DATA_HELP = """\
 DATA is a folder in COCO format: images in DATA/train and boxes in DATA/annotations/train.json,
@@ -33,16 +29,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands_of = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable, text: str, example: str, *notes: str) -> object:
-        command = commands_of.add_parser(
+    def add(name: str, text: str, example: str, *notes: str) -> argparse.ArgumentParser:
+        return commands_of.add_parser(
             name,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
             epilog="\n\n".join([*notes, f"example:\n  deformable-detr {name} {example}"]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(run=run)
-        return command
 
     for add_command in (
         add_check,
@@ -61,7 +55,6 @@ def add_check(add: Callable) -> None:
     """deformable-detr check"""
     command = add(
         "check",
-        commands.check,
         "list every fault of a data set, by annotation, and count its objects",
         "data/digits",
         DATA_HELP,
@@ -75,7 +68,6 @@ def add_sheet(add: Callable) -> None:
     """deformable-detr sheet"""
     command = add(
         "sheet",
-        commands.sheet,
         "draw random images with their boxes and names on one sheet, to look at",
         "data/digits --output sheet.png",
         DATA_HELP,
@@ -92,7 +84,6 @@ def add_doctor(add: Callable) -> None:
     """deformable-detr doctor"""
     command = add(
         "doctor",
-        commands.doctor,
         "test data and model in a minute or two before hours are spent, by learning one batch by "
         "heart",
         "data/digits --recipe digits",
@@ -110,7 +101,6 @@ def add_train(add: Callable) -> None:
     """deformable-detr train"""
     command = add(
         "train",
-        commands.train,
         "train a detector, or continue a training that was stopped",
         "data/digits --output runs/first --recipe digits",
         DATA_HELP,
@@ -154,7 +144,6 @@ def add_evaluate(add: Callable) -> None:
     """deformable-detr evaluate"""
     command = add(
         "evaluate",
-        commands.evaluate,
         "compute COCO metrics of a detector, and say what it gets wrong",
         "data/digits --split val --report report.html",
         DATA_HELP,
@@ -162,7 +151,7 @@ def add_evaluate(add: Callable) -> None:
     )
     add_data(command, "val")
     add_model(command)
-    command.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+    add_batch_size(command)
     command.add_argument(
         "--top-k", type=int, default=100, help="detections of an image (default: %(default)s)"
     )
@@ -187,10 +176,10 @@ def add_predict(add: Callable) -> None:
     """deformable-detr predict"""
     command = add(
         "predict",
-        commands.predict,
         "detect objects in images, and save pictures of them",
         "data/samples/000001.png --pictures found/ --json found.json",
         WEIGHTS_HELP,
+        "Files that cannot be read are passed over; the exit code is then 1.",
     )
     command.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them"
@@ -212,7 +201,7 @@ def add_predict(add: Callable) -> None:
     command.add_argument(
         "--json", type=Path, metavar="FILE", help="write what is found as COCO results"
     )
-    command.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+    add_batch_size(command)
     command.add_argument(
         "--top-k", type=int, default=100, help="detections of an image (default: %(default)s)"
     )
@@ -231,7 +220,6 @@ def add_info(add: Callable) -> None:
     """deformable-detr info"""
     command = add(
         "info",
-        commands.info,
         "show what a model is and costs: classes, parameters, FLOPs, seconds, memory",
         "--size 128 128",
         WEIGHTS_HELP,
@@ -274,9 +262,10 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--recipe",
         default="paper",
-        help=f"one of {', '.join(NAMES)}, or a .toml file of your own. paper: the published model "
-        "and schedule, for COCO; modern: its best variant with a gentler schedule; small-data: "
-        "from COCO's weights to few images of your own; digits: a small model for small images "
+        help=f"one of {', '.join(RECIPES)}, or a .toml file of your own. paper: the published "
+        "model and schedule, for COCO; modern: its best variant with a gentler schedule; "
+        "small-data: from COCO's weights to few images of your own; digits: a small model for "
+        "small images "
         "(default: %(default)s)",
     )
     command.add_argument(
@@ -319,6 +308,17 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     model.add_argument("--two-stage", action="store_true", help="two-stage; implies --refine")
 
 
+def add_batch_size(command: argparse.ArgumentParser) -> None:
+    """--batch-size, for the commands that detect."""
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="images at once (default: %(default)s). Those of different sizes are padded to one, "
+        "which changes detections a little, as in the official code; 1 avoids it",
+    )
+
+
 def add_views(command: argparse.ArgumentParser) -> None:
     """Test-time augmentation."""
     views = command.add_argument_group("test-time augmentation: slower, and often better")
@@ -332,7 +332,7 @@ def add_views(command: argparse.ArgumentParser) -> None:
     )
     views.add_argument(
         "--merge",
-        choices=sorted(MERGES),
+        choices=MERGES,
         help="of what the views show: weighted boxes fusion or non-maximum suppression "
         "(default: fusion)",
     )
@@ -346,27 +346,44 @@ def add_device(command: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; errors are one line on stderr and exit code 2, Ctrl-C is 130."""
     args = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name may hold bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = args.run(args)
+        from deformable_detr import commands  # seconds, in which Ctrl-C may come
+
+        code = getattr(commands, args.command)(args)
         sys.stdout.flush()  # here, where its errors are caught
         return code
     except BrokenPipeError:  # `deformable-detr check DATA | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, NonFiniteLossError, BackendError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        text = str(error).partition("\n")[0]
-        # torch's own OutOfMemoryError is of devices; on a CPU it raises a RuntimeError
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "can't allocate memory" not in text:
-            raise
-        print(f"error: out of memory: {text}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not (text := one_line(error)):
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        return 2
+
+
+def one_line(error: Exception) -> str:
+    """What a user can do something about, in one line; "" for an error of the program itself."""
+    import torch  # as in main
+
+    from deformable_detr.backend import BackendError
+    from deformable_detr.train import NonFiniteLossError
+
+    if isinstance(error, ValueError | OSError | NonFiniteLossError | BackendError):
+        return str(error)
+    text = str(error).partition("\n")[0]
+    # torch's own OutOfMemoryError is of devices; on a CPU it raises a RuntimeError
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"out of memory: {text}"
+    if isinstance(error, RuntimeError) and "can't allocate memory" in text:
+        return f"out of memory: {text}"
+    return ""
 
 
 if __name__ == "__main__":

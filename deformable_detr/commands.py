@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,10 +19,19 @@ from tqdm import tqdm
 from deformable_detr import doctor as diagnosing
 from deformable_detr import train as training
 from deformable_detr.checkpoint import write_atomically
-from deformable_detr.checks import check_dataset, check_splits, label_histogram, read_annotations
+from deformable_detr.checks import (
+    Fault,
+    check_annotations,
+    check_dataset,
+    check_splits,
+    label_histogram,
+    read_annotations,
+    summary,
+)
 from deformable_detr.complexity import complexity
 from deformable_detr.datasets import CocoDataset, find_split
 from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
+from deformable_detr.evaluate import same_categories
 from deformable_detr.images import find_images
 from deformable_detr.predict import (
     Detector,
@@ -63,7 +73,7 @@ TTA_SCALES = (0.8, 1.0, 1.25)
 
 
 def check(args: argparse.Namespace) -> int:
-    """Print all faults of a data set and the number of boxes of each category."""
+    """Print all faults of a data set, what it holds, and the boxes of each category."""
     splits = args.split or [s for s in ("train", "val", "test") if has_split(args.data, s)]
     if not splits:
         find_split(args.data, "train")  # says what was expected
@@ -75,7 +85,9 @@ def check(args: argparse.Namespace) -> int:
             print(f"{split}: {fault}")
         fatal += sum(fault.fatal for fault in faults)
         print(f"{split}: {len(faults)} faults, {sum(f.fatal for f in faults)} of them fatal")
-        counts = label_histogram(read_annotations(place[1]))
+        content = read_annotations(place[1])
+        print(f"{split}: {summary(place[0], content)}")
+        counts = label_histogram(content)
         print(f"{split}: boxes: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     for fault in check_splits(places):
         print(fault)
@@ -161,31 +173,27 @@ def refuse_faults(data: Path, splits: tuple[str, ...], accelerator: Accelerator)
     The main process looks; the others wait, and raise with it.
     """
     places = {split: find_split(data, split) for split in splits}
-    faults = [
-        f"{split}: {fault}"
-        for split, place in (places.items() if accelerator.is_main_process else ())
-        for fault in check_dataset(*place)
-        if fault.fatal
-    ]
-    for fault in faults[:20]:
-        print(fault, file=sys.stderr)
-    count = torch.tensor(float(len(faults)), device=accelerator.device)
-    if count := int(accelerator.reduce(count, "sum")):
+    found = 0
+    for split, place in places.items() if accelerator.is_main_process else ():
+        found += print_fatal(split, check_dataset(*place))
+    count = torch.tensor(float(found), device=accelerator.device)
+    refuse_any(int(accelerator.reduce(count, "sum")), data)
+
+
+def print_fatal(split: str, faults: list[Fault]) -> int:
+    """How many of the faults are fatal; the first of those are printed."""
+    fatal = [fault for fault in faults if fault.fatal]
+    for fault in fatal[:20]:
+        print(f"{split}: {fault}", file=sys.stderr)
+    return len(fatal)
+
+
+def refuse_any(count: int, data: Path) -> None:
+    """ValueError if there are fatal faults."""
+    if count:
         raise ValueError(
             f"{count} fatal faults in the data; all of them: deformable-detr check {data}"
         )
-
-
-def same_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
-    """ValueError where two splits name their classes differently."""
-    for one, other in ((train_set, val_set), (val_set, train_set)):
-        known = {(c["id"], c["name"]) for c in other.categories}
-        for category in one.categories:
-            if (category["id"], category["name"]) not in known:
-                raise ValueError(
-                    f"category {category['id']}, {category['name']!r}, is in one of train and val "
-                    "only; both must list the same"
-                )
 
 
 def chosen(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
@@ -225,7 +233,7 @@ def new_model(args: argparse.Namespace, recipe: Recipe, dataset: CocoDataset) ->
 
 def with_backbone(config: DeformableDETRConfig, weights: str | None) -> DeformableDETR:
     """A new model, its ResNet with weights from a file, "imagenet" (the default) or "none"."""
-    from_torchvision = config.backbone != "small" and weights in (None, "imagenet")
+    from_torchvision = weights == "imagenet" or (weights is None and config.backbone != "small")
     try:
         model = DeformableDETR(config, pretrained_backbone=from_torchvision)
     except OSError as error:
@@ -256,6 +264,7 @@ def load_backbone(model: DeformableDETR, path: Path) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Print a report, and write it where asked."""
+    refuse_targets(args.json, args.report)
     if args.keep_threshold and Path(args.model).suffix != ".safetensors":
         raise ValueError(
             f"--keep-threshold needs a .safetensors file that train wrote: {args.model}"
@@ -263,6 +272,8 @@ def evaluate(args: argparse.Namespace) -> int:
     detector = load_detector(args.model)
     transform = make_transform(detector.transforms, detector.short_side)
     dataset = CocoDataset(*find_split(args.data, args.split), transform)
+    faults = check_annotations(dataset.coco.dataset)
+    refuse_any(print_fatal(args.split, faults), args.data)
     detector = detector.for_categories(dataset.categories)
     detector.model.to(choose_device(args.device))
     threshold = detector.threshold if args.threshold is None else args.threshold
@@ -281,6 +292,16 @@ def evaluate(args: argparse.Namespace) -> int:
         update_card(args.model, threshold=found.threshold)
         print(f"{args.model} now has the threshold {found.threshold:.3f}")
     return 0
+
+
+def refuse_targets(*paths: Path | None) -> None:
+    """ValueError where one of these files could not be written, before hours are spent on it."""
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, expected the name of a file")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise ValueError(f"cannot write {path}: {folder} is no folder that can be written")
 
 
 def write_report(found: Report, args: argparse.Namespace) -> None:
@@ -324,32 +345,48 @@ def choose_views(args: argparse.Namespace, detector: Detector) -> list[View] | N
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Print what is found, and save pictures and COCO results of it."""
+    """Print what is found, and save pictures and COCO results of it; also of what there is when it
+    ends early. The exit code is 1 where a file was passed over."""
     pictures = args.pictures or (None if args.json else Path("found"))
     refuse_same_names(args.images, pictures, args.json)
+    refuse_targets(args.json)
     detector = load_detector(args.model)
-    results = []
-    for found in predict_each(
-        detector,
-        args.images,
-        args.threshold,
-        args.batch_size,
-        choose_device(args.device),
-        top_k=args.top_k,
-        views=choose_views(args, detector),
-        merge=args.merge or "fusion",
-        nms=args.nms,
-        on_skip=lambda line: tqdm.write(f"passed over: {line}", sys.stderr),
-        progress=len(args.images) >= 5,
-    ):
-        results += found.to_coco()
-        for line in describe(found, pictures):
-            tqdm.write(line)
-    if args.json:
-        text = json.dumps(results) + "\n"
-        write_atomically(args.json, lambda temporary: Path(temporary).write_text(text, "utf-8"))
-        print(f"{len(results)} detections: {args.json}")
-    return 0
+    results, seen, passed_over = [], 0, []
+
+    def pass_over(line: str) -> None:
+        passed_over.append(line)
+        tqdm.write(f"passed over: {line}", sys.stderr)
+
+    try:
+        for found in predict_each(
+            detector,
+            args.images,
+            args.threshold,
+            args.batch_size,
+            choose_device(args.device),
+            top_k=args.top_k,
+            views=choose_views(args, detector),
+            merge=args.merge or "fusion",
+            nms=args.nms,
+            on_skip=pass_over,
+            progress=len(args.images) >= 5,
+            skip_named=True,
+        ):
+            results += found.to_coco()
+            seen += 1
+            for line in describe(found, pictures):
+                tqdm.write(line)
+    finally:
+        if args.json and (seen or passed_over):  # what was there stays where nothing was done
+            write_results(results, args.json)
+    return 1 if passed_over else 0
+
+
+def write_results(results: list[dict], path: Path) -> None:
+    """--json of predict."""
+    text = json.dumps(results) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
+    print(f"{len(results)} detections: {path}")
 
 
 def describe(found: Prediction, pictures: Path | None) -> Iterator[str]:

@@ -98,7 +98,7 @@ def complexity(
         total, parts = count(model, image_size)
         seconds = memory = None
         if repeats:
-            batch = make_batch(image_size, batch_size, device)
+            batch = make_batch(image_size, batch_size, device, next(model.parameters()).dtype)
             seconds = _seconds(model, batch, repeats) / batch_size
             memory = _peak_memory(model, batch)
     parameters = list(model.parameters())
@@ -116,12 +116,15 @@ def complexity(
 
 
 def make_batch(
-    image_size: tuple[int, int], batch_size: int = 1, device: torch.device | str = "cpu"
+    image_size: tuple[int, int],
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Batch:
     """Black images of one size, (H, W), without padding."""
     height, width = image_size
     return Batch(
-        torch.zeros(batch_size, 3, height, width, device=device),
+        torch.zeros(batch_size, 3, height, width, device=device, dtype=dtype),
         torch.zeros(batch_size, height, width, dtype=torch.bool, device=device),
         torch.tensor([image_size] * batch_size, device=device),
     )
@@ -143,7 +146,8 @@ def count(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, dict[str,
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         }
         with sdpa_kernel(SDPBackend.MATH), counter:  # as two products, which are always counted
-            functional_call(model, state, (make_batch(image_size),))
+            batch = make_batch(image_size, dtype=next(model.parameters()).dtype)
+            functional_call(model, state, (batch,))
     flops = {name: sum(each.values()) // 2 for name, each in counter.get_flop_counts().items()}
     total = counter.get_total_flops() // 2
     names = {name: f"{type(model).__name__}.{name}" for name, _ in model.named_children()}

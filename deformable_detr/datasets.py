@@ -75,7 +75,7 @@ class CocoDataset(Dataset):
         return read_image(self.images_dir / self.coco.imgs[image_id]["file_name"])
 
     def _objects(self, image_id: int) -> tuple[Tensor, Tensor]:
-        found = [a for a in self.coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
+        found = [a for a in self.coco.imgToAnns[image_id] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]  # xywh to xyxy
         return boxes, torch.tensor([self.label_of[a["category_id"]] for a in found]).long()

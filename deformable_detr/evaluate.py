@@ -1,6 +1,7 @@
 """COCO metrics by pycocotools."""
 
 import dataclasses
+import math
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from deformable_detr.datasets import CocoDataset, collate
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.modes import evaluating
+from deformable_detr.order import ignore_interrupt
 from deformable_detr.postprocess import postprocess
 
 COCO_THRESHOLDS = (32**2, 96**2)  # areas at which small and medium objects end, in pixels
@@ -42,15 +44,7 @@ class Metrics:
 
     def to_dict(self) -> dict:
         """For a JSON file: rounded to four digits, None where undefined."""
-
-        def number(value: object) -> object:
-            if isinstance(value, dict):
-                return {key: number(item) for key, item in value.items()}
-            if isinstance(value, float):
-                return None if np.isnan(value) else round(value, 4)
-            return value
-
-        return {key: number(value) for key, value in dataclasses.asdict(self).items()}
+        return rounded(dataclasses.asdict(self))
 
     def rows(self) -> dict[str, float]:
         """Every figure under the name by which people know it."""
@@ -73,6 +67,17 @@ class Metrics:
         return "\n".join([f"{self.images} images", *lines])
 
 
+def rounded(value: object) -> object:
+    """The same JSON with floats rounded to four digits, and None for NaN."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, 4)
+    return value
+
+
 @torch.no_grad()
 def predict_dataset(
     model: DeformableDETR,
@@ -90,6 +95,7 @@ def predict_dataset(
         collate_fn=collate,
         num_workers=num_workers,
         generator=torch.Generator(),  # leaves the global random state alone
+        worker_init_fn=ignore_interrupt,
     )
     results = []
     for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress, leave=False):
@@ -137,6 +143,18 @@ def check_classes(model: DeformableDETR, dataset: CocoDataset) -> None:
             f"the model has {model.config.num_classes} classes, "
             f"the data has {len(dataset.categories)} categories"
         )
+
+
+def same_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
+    """ValueError where two splits name their classes differently."""
+    for one, other in ((train_set, val_set), (val_set, train_set)):
+        known = {(c["id"], c["name"]) for c in other.categories}
+        for category in one.categories:
+            if (category["id"], category["name"]) not in known:
+                raise ValueError(
+                    f"category {category['id']}, {category['name']!r}, is in one of train and val "
+                    "only; both must list the same"
+                )
 
 
 def score(results: list[dict], dataset: CocoDataset) -> Metrics:

@@ -30,8 +30,10 @@ def find_images(images: Picture | Iterable[Picture]) -> Iterator[tuple[Picture, 
             return
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
         if not files:
+            folders = sum(p.is_dir() for p in path.iterdir())
             raise FileNotFoundError(
                 f"no image in the folder {path}: expected {', '.join(SUFFIXES)}"
+                + f"; its {folders} subfolders are not searched" * bool(folders)
             )
         yield from ((file, True) for file in files)
     elif isinstance(images, Iterable) and not isinstance(images, Tensor | bytes | dict):

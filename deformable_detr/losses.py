@@ -5,7 +5,7 @@ import dataclasses
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from deformable_detr.boxes import cxcywh_to_xyxy
 from deformable_detr.matcher import HungarianMatcher, Match
@@ -95,8 +95,9 @@ def box_losses(
     """The L1 distance of matched boxes (normalised cxcywh) and 1 - GIoU, each summed."""
     predicted = torch.cat([boxes[q] for boxes, (q, _) in zip(output.boxes, matches, strict=True)])
     wanted = torch.cat([t.boxes[o] for t, (_, o) in zip(targets, matches, strict=True)])
-    giou = generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)).diagonal()
-    return (predicted - wanted).abs().sum(), (1 - giou).sum()
+    corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)
+    giou = generalized_box_iou_loss(*corners, reduction="sum", eps=0)
+    return (predicted - wanted).abs().sum(), giou
 
 
 def count_boxes(targets: list[Target], device: torch.device) -> float:

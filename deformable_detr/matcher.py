@@ -43,7 +43,8 @@ class HungarianMatcher:
         cost = self.cost(logits.float(), boxes.float(), target).cpu()  # (Q, N)
         if not cost.isfinite().all():
             raise ValueError(
-                f"image {target.image_id}: predictions or boxes are not finite, cannot match them"
+                f"image {target.image_id}: predictions or boxes are not finite or have no size, "
+                "cannot match them"
             )
         queries, objects = linear_sum_assignment(cost.numpy())
         return torch.as_tensor(queries), torch.as_tensor(objects)

@@ -1,6 +1,7 @@
 """The operator: multi-scale deformable attention without its projections. Chapter 5 derives it,
 chapters 6 and 7 build its kernel."""
 
+import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def ms_deform_attn(
     The inner sums of Eq. 3 in "Deformable DETR" (Zhu et al., 2021).
 
     value: (B, S, M, D), the L maps one after another, each flattened row by row;
-        S = sum(H_l * W_l).
+        S = sum(H_l * W_l). Must be finite: a sample outside still multiplies a pixel, by zero.
     spatial_shapes: L pairs (H_l, W_l), or an integer tensor (L, 2). Give pairs under
         torch.compile(fullgraph=True), and to spare a GPU the wait for a tensor's numbers.
     sampling_locations: (B, Q, M, L, K, 2) as (x, y), normalised: (0, 0) is the top-left corner of
@@ -107,13 +108,18 @@ def check_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]
     if hasattr(spatial_shapes, "tolist"):  # a tensor, or an array of numpy
         spatial_shapes = spatial_shapes.tolist()
     try:
-        shapes = [(height, width) for height, width in spatial_shapes]
+        shapes = [(_integer(height), _integer(width)) for height, width in spatial_shapes]
     except (TypeError, ValueError):
-        raise ValueError(f"spatial_shapes must be L pairs (H, W), got {spatial_shapes!r}") from None
-    integers = all(isinstance(n, (int, torch.SymInt)) for shape in shapes for n in shape)
-    if not shapes or not integers or any(height < 1 or width < 1 for height, width in shapes):
+        raise ValueError(
+            f"spatial_shapes must be L pairs (H, W) of ints, got {spatial_shapes!r}"
+        ) from None
+    if not shapes or any(height < 1 or width < 1 for height, width in shapes):
         raise ValueError(f"spatial_shapes must be L >= 1 pairs of positive ints, got {shapes}")
     return shapes
+
+
+def _integer(n: object) -> int | torch.SymInt:
+    return n if isinstance(n, (int, torch.SymInt)) else operator.index(n)  # such as numpy's
 
 
 def _check(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, clip_boxes_to_image
 from tqdm import tqdm
 
 from deformable_detr.checkpoint import load_model, save_model
@@ -99,7 +99,8 @@ class Prediction:
         ]
 
     def to_supervision(self) -> object:
-        """The same as supervision.Detections, the names in data["class_name"].
+        """The same as supervision.Detections, boxes cut at the image's border, the names in
+        data["class_name"].
 
         ImportError, in one line, where that package is not installed.
         """
@@ -110,7 +111,7 @@ class Prediction:
                 "to_supervision needs the package supervision: pip install supervision"
             ) from None
         return supervision.Detections(
-            xyxy=self.boxes.numpy(),
+            xyxy=clip_boxes_to_image(self.boxes, self.size).numpy(),
             confidence=self.scores.numpy(),
             class_id=self.labels.numpy(),
             data={"class_name": np.array(self.names, dtype=str)},
@@ -284,10 +285,12 @@ def predict_each(
     nms: float | None = None,
     on_skip: Callable[[str], object] = lambda line: None,
     progress: bool = False,
+    skip_named: bool = False,
 ) -> Iterator[Prediction]:
     """`predict`, one by one, so that no more than a batch of images is held.
 
-    on_skip is called with a line for each file of a folder that cannot be read.
+    on_skip is called with a line for each file of a folder that cannot be read; with skip_named,
+    files that were named themselves are passed over likewise.
     """
     threshold = detector.threshold if threshold is None else threshold
     if not 0 <= threshold <= 1:
@@ -302,7 +305,7 @@ def predict_each(
     sources = list(find_images(images))
     if device is not None:
         detector.model.to(device)
-    readable = _read_all(sources, on_skip)
+    readable = _read_all(sources, on_skip, skip_named)
     with tqdm(total=len(sources), unit="image", disable=not progress, leave=False) as bar:
         while batch := list(islice(readable, batch_size)):
             all_found = detect(
@@ -343,14 +346,14 @@ def detect(
 
 
 def _read_all(
-    sources: list[tuple[Picture, bool]], on_skip: Callable[[str], object]
+    sources: list[tuple[Picture, bool]], on_skip: Callable[[str], object], skip_named: bool
 ) -> Iterator[tuple[Path | None, Image.Image]]:
-    """Each readable picture and its path; `on_skip` hears of the others in folders."""
+    """Each readable picture and its path; `on_skip` hears of the others."""
     for source, in_folder in sources:
         try:
             image = read_image(source)
         except (ValueError, FileNotFoundError) as error:  # the latter of a link to nowhere
-            if not in_folder:
+            if not (in_folder or skip_named):
                 raise
             on_skip(str(error))
             continue

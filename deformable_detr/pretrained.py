@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deformable_detr.checkpoint import load_model, save_model, write_atomically
+from deformable_detr.checkpoint import first_line, load_model, save_model, write_atomically
 from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
 from deformable_detr.formats import (
     HUGGINGFACE,
@@ -145,7 +145,7 @@ def _resolve(name: str) -> Path:
     except Exception as error:  # of the network, the hub, the cache: many kinds
         raise FileNotFoundError(
             f"{name} is no path here, and the Hugging Face hub did not give it "
-            f"({_first_line(error)}): download config.json and model.safetensors from "
+            f"({first_line(error)}): download config.json and model.safetensors from "
             f"https://huggingface.co/{name} into a folder, and give the folder"
         ) from None
     return config.parent
@@ -181,12 +181,13 @@ def _read_huggingface(folder: Path, changes: dict) -> tuple[DeformableDETR, list
         raise FileNotFoundError(f"{folder} has config.json, but none of {', '.join(WEIGHTS)}")
     try:
         content = json.loads((folder / "config.json").read_text("utf-8"))
-        config = dataclasses.replace(huggingface_config(content), **changes)
+        config = huggingface_config(content)
         labels = content.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
         categories = [{"id": i, "name": str(labels[str(i)])} for i in range(len(labels))]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ValueError(f"{folder / 'config.json'} is not one we can use: {reason}") from None
+    config = dataclasses.replace(config, **changes)
     state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)[0]
     state = {file_name(name): tensor for name, tensor in state.items()}
     if content.get("tie_word_embeddings", True) and config.refine and not config.two_stage:
@@ -205,11 +206,12 @@ def _untie(state: State, layers: int) -> None:
 def _read_official(path: Path, changes: dict) -> tuple[DeformableDETR, list[dict]]:
     state, arguments = _read_pickle(path)
     try:
-        config = dataclasses.replace(official_config(state, arguments), **changes)
+        config = official_config(state, arguments)
     except KeyError as error:
         raise ValueError(f"{path} is no Deformable DETR: it lacks {error}") from None
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not one we can use: {_first_line(error)}") from None
+        raise ValueError(f"{path} is not one we can use: {first_line(error)}") from None
+    config = dataclasses.replace(config, **changes)
     return _build(config, state, OFFICIAL, path), plain_categories(config.num_classes)
 
 
@@ -247,10 +249,6 @@ def _read_pickle(path: Path) -> tuple[State, Mapping]:
     return dict(state), arguments
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _build(
     config: DeformableDETRConfig,
     state: State,
@@ -269,7 +267,7 @@ def _build(
         with torch.device("meta"):  # names and shapes only, whatever size they claim
             model = DeformableDETR(config)
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: no such model can be built: {_first_line(error)}") from None
+        raise ValueError(f"{path}: no such model can be built: {first_line(error)}") from None
     expected = model.state_dict()
     table = foreign_names(expected, config, layout)
     model.load_state_dict(to_ours(state, expected, table, path), assign=True)

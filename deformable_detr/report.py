@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from pycocotools.cocoeval import COCOeval
 
 from deformable_detr.checkpoint import write_atomically, write_json
@@ -30,6 +29,7 @@ from deformable_detr.evaluate import (
     coco_evaluation,
     metrics_of,
     predict_dataset,
+    rounded,
 )
 
 WORST = 12  # images that a report shows at most
@@ -58,8 +58,10 @@ class Confusion:
     """How often an object of one class (row) was detected as another (column), at IoU 0.5.
 
     names: the classes, then "background": as a column objects that were not found, as a row
-    detections of nothing. counts: (classes + 1, classes + 1) int64. Each object and each detection
-    counts once; where several fit, those of one class are paired first, then the best detection.
+    every detection left without an object of its own, whatever its kind: of nothing, out of place,
+    or of an object that another detection has. counts: (classes + 1, classes + 1) int64. Each
+    object and each detection counts once; where several fit, those of one class are paired first,
+    then the best detection.
     """
 
     names: list[str]
@@ -123,7 +125,7 @@ class Report:
             "curves": [dataclasses.asdict(c) | {"ap50": c.ap50} for c in self.curves],
             "worst": [dataclasses.asdict(image) for image in self.worst],
         }
-        return _rounded(content)
+        return rounded(content)
 
     def table(self) -> str:
         """As text for a terminal."""
@@ -167,22 +169,18 @@ def analyse(
     model: DeformableDETR,
     dataset: CocoDataset,
     batch_size: int = 8,
-    device: torch.device | str | None = None,
     threshold: float | None = 0.5,
     progress: bool = True,
     top_k: int = 100,
 ) -> Report:
     """Detect on every image of a data set, once, and say what is wrong with what was found.
 
-    device: to which the model is moved first; by default it stays. threshold: the least score of a
-    detection, in [0, 1], for confusion, error counts and worst images; None takes the one with the
-    best F1 on this data set. top_k: detections of an image at most. ValueError on another number of
-    classes or a threshold out of range.
+    threshold: the least score of a detection, in [0, 1], for confusion, error counts and worst
+    images; None takes the one with the best F1 on this data set. top_k: detections of an image at
+    most. ValueError on another number of classes or a threshold out of range.
     """
     check_classes(model, dataset)
     _check_threshold(threshold)
-    if device is not None:
-        model.to(device)
     results = predict_dataset(model, dataset, batch_size, progress=progress, top_k=top_k)
     return analyse_results(results, dataset, threshold)
 
@@ -254,14 +252,3 @@ def _confusion(images: list[ImageReport], dataset: CocoDataset) -> Confusion:
 def figure(value: float, form: str = ".3f") -> str:
     """A number as text, or n/a for NaN."""
     return "n/a" if math.isnan(value) else format(value, form)
-
-
-def _rounded(value: object) -> object:
-    """The same JSON with floats rounded, and None for NaN."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    if isinstance(value, float):
-        return None if math.isnan(value) else round(value, 4)
-    return value

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from html import escape
 from io import BytesIO
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from deformable_detr.errors import FOUND, KINDS, ImageReport, Judged
 from deformable_detr.report import Confusion, Curve, Report, figure
+from deformable_detr.visualize import draw_boxes
 
 COLOURS = {  # Okabe and Ito's, which colour-blind readers tell apart
     "correct": "#009E73",
@@ -57,7 +58,9 @@ def page(report: Report) -> str:
         "upwards, both from 0 to 1.</p>"
         f"<div class='grid'>{''.join(map(_curve, report.curves))}</div>",
         f"<h2>Confusions</h2><p>Each row holds the objects of one class, each column what they "
-        f"were detected as, {at}.</p><div class='wide'>{_confusion_table(report.confusion)}</div>",
+        f"were detected as, {at}. The row background counts every detection left without an object "
+        "of its own, whatever its kind: of nothing, out of place, or of an object that another "
+        f"detection has.</p><div class='wide'>{_confusion_table(report.confusion)}</div>",
         f"<h2>Worst images</h2><p>Those with the most errors {at}. Thin white boxes are the "
         "annotated objects.</p>" + _pictures(report),
     ]
@@ -152,19 +155,16 @@ def draw(report: Report, image: ImageReport) -> Image.Image:
     scale = min(max(1, SIDES[0] / min(width, height)), SIDES[1] / max(width, height))
     picture = picture.resize((max(1, round(width * scale)), max(1, round(height * scale))))
     brush = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=14)
     for annotation in report.dataset.coco.imgToAnns[image.image_id]:
         brush.rectangle(_corners(annotation["bbox"], scale), outline="white")
-    for each in sorted(image.judged, key=lambda each: each.kind != "correct"):  # errors on top
-        corners = _corners(each.box, scale)
-        brush.rectangle(corners, outline=COLOURS[each.kind], width=3)
-        text = _caption(each, report.confusion.names)
-        left, top, right, bottom = brush.textbbox((0, 0), text, font=font)
-        x = min(max(corners[0], 0), max(0, picture.width - right))
-        y = corners[1] - bottom if corners[1] >= bottom else max(corners[1], 0)
-        box = (x + left, y + top, x + right, y + bottom)
-        brush.rectangle(box, fill=COLOURS[each.kind])
-        brush.text((x, y), text, fill="white" if each.kind == "missed" else "black", font=font)
+    judged = sorted(image.judged, key=lambda each: each.kind == "correct")  # errors on top
+    draw_boxes(
+        picture,
+        [_corners(each.box, scale) for each in judged],
+        [each.label for each in judged],
+        [_caption(each, report.confusion.names) for each in judged],
+        [COLOURS[each.kind] for each in judged],
+    )
     return picture
 
 

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from deformable_detr.checkpoint import save_model, write_atomically
+from deformable_detr.checkpoint import first_line, save_model, write_atomically
 from deformable_detr.datasets import CocoDataset, collate
 from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
-from deformable_detr.evaluate import Metrics, check_classes, evaluate
+from deformable_detr.evaluate import Metrics, check_classes, evaluate, same_categories
 from deformable_detr.finite import first_not_finite, tensors
 from deformable_detr.losses import SetCriterion, count_boxes
 from deformable_detr.optim import averaged, freeze, lr_factor, parameter_groups
@@ -66,7 +66,8 @@ def train(
     `load_model` reads them, last.safetensors and best.safetensors (by AP on val_set); with
     config.ema_decay these two are the averaged weights. With resume, a checkpoint that is there is
     continued as if it had never stopped: model, optimiser, data order and random state; bit for bit
-    on a CPU (on a GPU sums are added in an order that changes).
+    on a CPU (on a GPU sums are added in an order that changes). Without it, what an earlier run has
+    left there is removed.
     on_step is called with the step and its losses. card: what else is stored with the weights,
     such as how images are prepared; see `predict.load_detector`.
     Raises ValueError where a checkpoint is of another run, NonFiniteLossError with the image ids
@@ -75,6 +76,8 @@ def train(
     trainer = Trainer(model, train_set, val_set, Path(output_dir), config, progress, card)
     if resume:
         trainer.load()
+    else:
+        trainer.forget()
     return trainer.run(on_step)
 
 
@@ -97,6 +100,8 @@ class Trainer:
         if not self.steps_per_epoch:
             raise ValueError(f"{len(train_set)} training images are less than a batch of {batch}")
         check_classes(model, train_set)
+        if val_set is not None:
+            same_categories(train_set, val_set)
         self.train_set, self.val_set, self.config = train_set, val_set, config
         self.output_dir, self.progress, self.card = output_dir, progress, card or {}
         self.checkpoint = output_dir / "checkpoint.pt"
@@ -134,6 +139,11 @@ class Trainer:
         )
         writer = SummaryWriter(self.output_dir) if main else nullcontext()
         with CatchInterrupt() as interrupt, writer as board, bar:
+            if self.config.warmup_steps > self.total_steps:
+                bar.write(
+                    f"the warm-up has {self.config.warmup_steps} steps, the training only "
+                    f"{self.total_steps}: it never reaches its learning rate"
+                )
             for batches in self.batches():
                 losses = self.train_step(batches)
                 self.step += 1
@@ -213,7 +223,7 @@ class Trainer:
         norm = self._clip(batches)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average:
+        if self.average and norm.isfinite():  # else the scaler has skipped the step
             self.average.update_parameters(self.bare)
         values = torch.stack([*totals.values()])
         if self.accelerator.num_processes > 1:
@@ -225,7 +235,9 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         learning = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in learning])
-        if not (norm.isfinite() or self.scaler.is_enabled()):  # a scaler tries a smaller scale
+        # a scaler tries smaller scales; where not even 1 will do, the scale is not the reason
+        may_shrink = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if not (norm.isfinite() or may_shrink):
             raise self._bad_gradient(batches)
         nn.utils.clip_grads_with_norm_(learning, self.config.clip_norm, norm)
         return norm
@@ -293,11 +305,12 @@ class Trainer:
         values = losses | {"lr": self.optimizer.param_groups[0]["lr"]}
         for name, value in values.items():
             board.add_scalar(f"train/{name}", value, self.step)
-        self._append({"step": self.step, **values})
+        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        self._append({"step": self.step, **finite})
 
     def _append(self, record: dict) -> None:
         with open(self.output_dir / "log.jsonl", "a") as log:
-            log.write(json.dumps(record) + "\n")
+            log.write(json.dumps(record, allow_nan=False) + "\n")
 
     def _cut_log(self) -> None:
         """Forget what was logged after the checkpoint that is being resumed."""
@@ -315,6 +328,7 @@ class Trainer:
         epoch = self.step // self.steps_per_epoch
         due = epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs
         if self.val_set is not None and due:
+            self.save()  # an evaluation can fail
             better = self.accelerator.is_main_process and self._evaluate(board)
             self.stale = 0 if self._any(better) else self.stale + 1
         if self.accelerator.is_main_process:
@@ -385,6 +399,15 @@ class Trainer:
             state["average"] = self.average.state_dict()
         write_atomically(self.checkpoint, lambda path: torch.save(state, path))
 
+    def forget(self) -> None:
+        """Remove what an earlier run has left in the folder."""
+        if self.accelerator.is_main_process:
+            for name in ("checkpoint.pt", "best.safetensors", "last.safetensors", "log.jsonl"):
+                (self.output_dir / name).unlink(missing_ok=True)
+            for events in self.output_dir.glob("events.out.tfevents.*"):
+                events.unlink()
+        self.accelerator.wait_for_everyone()
+
     def load(self) -> None:
         """Continue from the checkpoint, if there is one."""
         if self.checkpoint.exists():
@@ -404,8 +427,10 @@ class Trainer:
             before = described(TrainConfig(), DeformableDETRConfig())
             before |= {"categories": self.identity()["categories"]} | state["identity"]
         except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{self.checkpoint} is no checkpoint of ours: {reason}") from None
+            raise ValueError(
+                f"{self.checkpoint} is no checkpoint of ours ({first_line(error)}): "
+                "delete it, or start anew without resuming (--fresh)"
+            ) from None
         now = self.identity()
         changed = [
             f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
@@ -413,7 +438,10 @@ class Trainer:
             if before.get(key) != now.get(key)
         ]
         if changed:
-            raise ValueError(f"{self.checkpoint} is of another run: {'; '.join(changed)}")
+            raise ValueError(
+                f"{self.checkpoint} is of another run: {'; '.join(changed)}. Give another folder, "
+                "start anew (--fresh), or train on from last.safetensors (--init)"
+            )
         self.bare.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:

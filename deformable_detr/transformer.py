@@ -281,6 +281,7 @@ class FirstStage(nn.Module):
         best = logits[..., 0].topk(min(num_queries, logits.shape[1]), dim=1).indices
         references = boxes.detach().gather(1, best.unsqueeze(-1).expand(-1, -1, 4))
         waves = sine_embedding(references * 2 * math.pi, self.embed_dim // 2)  # (B, Q, 2 * C)
+        waves = waves.to(self.query.weight.dtype)
         position, queries = self.query_norm(self.query(waves)).chunk(2, dim=-1)
         return queries, position, references
 

@@ -32,7 +32,7 @@ def coco_train_transform(short: int = SHORT_SIDE) -> v2.Transform:
 
 
 def coco_eval_transform(short: int = SHORT_SIDE) -> v2.Transform:
-    """Resize to a shorter side of `short` pixels, the longer at most 1333 / 800 times as many."""
+    """Resize to a shorter side of `short` pixels, a longer of at most about 1333 / 800 of that."""
     longest = round(1333 * short / SHORT_SIDE)
     return v2.Compose([RandomShortSide([short], max_size=longest), TO_TENSOR])
 
@@ -59,9 +59,8 @@ def digits_eval_transform() -> v2.Transform:
 
 
 class RandomShortSide(v2.Transform):
-    """Resize to a shorter side drawn from `sides`, the longer at most `max_size`.
-
-    Rounds as the official code does; v2.RandomShortestSize gives some sizes one pixel less.
+    """Resize to a shorter side drawn from `sides`, the longer at most `max_size`, or a pixel or two
+    more: it rounds as the official code does. v2.RandomShortestSize gives some sizes one less.
     """
 
     def __init__(self, sides: list[int], max_size: int | None = None) -> None:

@@ -5,6 +5,7 @@ several views are merged by non-maximum suppression or weighted boxes fusion. Th
 averaged query by query: a query finds another object in another view.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -51,7 +52,7 @@ def make_views(
     size at which it is evaluated, above 0; that size is short_side, in pixels. ValueError where
     there is none or one is out of range.
     """
-    if not scales or min(scales) <= 0:
+    if not scales or not all(0 < scale < math.inf for scale in scales):
         raise ValueError(f"scales must be one or more numbers above 0, got {tuple(scales)}")
     mirrors = (False, True) if flip else (False,)
     return [

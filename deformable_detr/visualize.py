@@ -5,10 +5,12 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.font_manager import findfont
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -24,6 +26,7 @@ from deformable_detr.structures import Batch, Detections
 PALETTE = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000"]
 SHORTEST_SIDE = 384  # smaller pictures are enlarged, so that their labels can be read,
 LONGEST_SIDE = 4096  # but not beyond this
+SHEET_SIDE, SHEET_COLUMNS = 384, 4  # pixels of a sheet's pictures, and how many are in a row
 ITEMS = ("x", "y", "w", "h", "score")
 
 
@@ -86,17 +89,30 @@ def draw_detections(
     return picture
 
 
+@cache
+def caption_font(size: int) -> ImageFont.FreeTypeFont:
+    """Of that many pixels; with accents, Greek, Cyrillic, Arabic and more, but no Chinese."""
+    return ImageFont.truetype(findfont("DejaVu Sans"), size)  # matplotlib brings it
+
+
 def draw_boxes(
-    picture: Image.Image, boxes: list[list[float]], labels: list[int], texts: list[str]
+    picture: Image.Image,
+    boxes: list[list[float]],
+    labels: list[int],
+    texts: list[str],
+    colours: list[str] | None = None,
 ) -> None:
-    """Draw boxes, xyxy in pixels, on an RGB picture, each with its text; the first on top."""
+    """Draw boxes, xyxy in pixels, on an RGB picture, each with its text; the first on top.
+
+    colours: of the boxes, such as "#E69F00"; by default those of their labels in PALETTE.
+    """
     draw, size = ImageDraw.Draw(picture), picture.size
-    font = ImageFont.load_default(size=max(12, min(size) // 30))
+    font = caption_font(max(12, min(size) // 30))
     width = max(2, min(size) // 200)
-    for box, label, text in reversed(list(zip(boxes, labels, texts, strict=True))):
+    colours = colours or [PALETTE[label % len(PALETTE)] for label in labels]
+    for box, text, colour in reversed(list(zip(boxes, texts, colours, strict=True))):
         x0, y0, x1, y1 = box
         x1, y1 = max(x0, x1), max(y0, y1)
-        colour = PALETTE[label % len(PALETTE)]
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=width)
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         place_x = min(max(x0, 0), max(0, size[0] - right))
@@ -108,25 +124,21 @@ def draw_boxes(
         draw.text((place_x, place_y), text, fill="white" if dark else "black", font=font)
 
 
-def picture_sheet(
-    dataset: CocoDataset, count: int = 24, seed: int = 0, columns: int = 4, side: int = 384
-) -> Image.Image:
+def picture_sheet(dataset: CocoDataset, count: int = 24, seed: int = 0) -> Image.Image:
     """Random images of a data set with their boxes and names, side by side: the first thing to do
     with new data is to look at it.
 
-    Each image fills a square of `side` pixels, its file's name above it; one that cannot be read
-    says why. Crowds are marked as such. ValueError where the data set has no image.
+    Each image fills a square, its file's name above it; one that cannot be read says why. Crowds
+    are marked as such. ValueError where the data set has no image, or count is below 1.
     """
-    if min(count, columns, side) < 1 or not len(dataset):
-        raise ValueError(
-            f"a sheet needs at least one image, column and pixel, got {min(count, len(dataset))} "
-            f"images, {columns} columns and {side} pixels"
-        )
+    if min(count, len(dataset)) < 1:
+        raise ValueError(f"a sheet needs at least one image, got {min(count, len(dataset))}")
     chosen = sorted(random.Random(seed).sample(dataset.image_ids, min(count, len(dataset))))
-    columns, line = min(columns, len(chosen)), 20  # pixels of the file's name
+    side, line = SHEET_SIDE, 20  # pixels of the picture and of the file's name
+    columns = min(SHEET_COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
     sheet = Image.new("RGB", (columns * side, rows * (side + line)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    draw, font = ImageDraw.Draw(sheet), caption_font(12)
     for i, image_id in enumerate(chosen):
         x, y = i % columns * side, i // columns * (side + line)
         try:

@@ -1,5 +1,6 @@
 """The modules against plain float64 loops, and the library's door, the operator's too."""
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -14,9 +15,12 @@ def test_operator_takes_shapes_as_tensor():
     value, locations, weights = make_inputs()
     expected = ms_deform_attn(value, SHAPES, locations, weights)
     assert torch.equal(ms_deform_attn(value, torch.tensor(SHAPES), locations, weights), expected)
+    pairs = [tuple(pair) for pair in np.array(SHAPES)]
+    assert torch.equal(ms_deform_attn(value, pairs, locations, weights), expected)
 
 
 BAD_OPERATOR_INPUTS = {
+    "halves of pixels": ({"shapes": [(5.0, 7), (3, 4), (1, 2)]}, ValueError, "pairs .* of ints"),
     "shapes that do not add up": (
         {"shapes": [(5, 7), (3, 4)]},
         ValueError,
@@ -178,6 +182,10 @@ def test_one_point_per_head_is_a_deformable_convolution():
 BAD_MODULE_INPUTS = {
     "3 coordinates": ({"references": torch.ones(1, 5, 2, 3)}, "2 or 4"),
     "references without levels": ({"references": torch.ones(1, 5, 2)}, "reference_points must be"),
+    "references in pixels": (
+        {"references": torch.ones(1, 5, 2, 2).long()},
+        "reference_points must be floating, got torch.int64",
+    ),
     "another width": ({"query": torch.ones(1, 5, 9)}, r"C=8\), got \(1, 5, 9\)"),
     "another number of levels": ({"shapes": [(3, 4)]}, "expected 2 levels"),
     "features of another width": ({"features": torch.ones(1, 14, 9)}, r"C=8\), got \(1, 14, 9\)"),
@@ -196,7 +204,7 @@ def test_module_refuses(name):
         "shapes": [(3, 4), (1, 2)],
         "mask": None,
     } | changed
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
         module(*given.values())
     assert "\n" not in str(caught.value)
 
@@ -204,3 +212,5 @@ def test_module_refuses(name):
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="divisible"):
         MSDeformAttn(10, num_heads=4)
+    with pytest.raises(ValueError, match="at least 1, got 10, 4, 0 and 4"):
+        MSDeformAttn(10, num_heads=0)

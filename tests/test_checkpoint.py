@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +87,19 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     with pytest.raises(OSError, match=r"cannot write .*No space left"):
         write_atomically(path, fail)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
+    """torch.save would say "unexpected pos 3546432 vs 3546324"."""
+
+    def fail(temporary):
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos")
+
+    with pytest.raises(OSError, match=r"cannot write .*unexpected pos"):
+        write_atomically(tmp_path / "file", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    with pytest.raises(OSError, match=r"cannot write .*file: the disk is full$"):
+        write_atomically(tmp_path / "file", fail)
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

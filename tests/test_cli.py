@@ -15,11 +15,13 @@ import torch
 import torchvision
 from PIL import Image
 
-from deformable_detr import DeformableDETR, commands
+from deformable_detr import DeformableDETR, cli, commands
 from deformable_detr.checkpoint import load_model, save_model
 from deformable_detr.cli import main
 from deformable_detr.predict import read_card, update_card
 from deformable_detr.recipes import FOLDER as RECIPES
+from deformable_detr.recipes import NAMES, PRECISIONS
+from deformable_detr.tta import MERGES
 from tests.conftest import TINY
 
 CATEGORIES = [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}, {"id": 20, "name": "blue"}]
@@ -101,13 +103,86 @@ def test_several_views(coco, model_file, tmp_path, capsys, monkeypatch, merge):
     assert not Path("found").exists()
 
 
-def test_predict_passes_over_what_a_folder_holds_else(coco, model_file, tmp_path, capsys):
-    (coco / "val" / "999.png").write_bytes(b"no picture")
-    options = ["--model", str(model_file), "--output", str(tmp_path / "found")]
-    assert main(["predict", str(coco / "val"), *options]) == 0
-    captured = capsys.readouterr()
-    assert captured.err.strip().startswith("passed over: cannot read image")
+@pytest.mark.parametrize("named", [False, True])
+def test_predict_passes_over_what_is_no_picture(coco, model_file, tmp_path, capsys, named):
+    """In a folder and among files that are named: the others' results are written."""
+    (coco / "val" / "000.png").write_bytes(b"no picture")
+    images = sorted(map(str, (coco / "val").iterdir())) if named else [str(coco / "val")]
+    results = tmp_path / "found.json"
+    options = ["--output", str(tmp_path / "found"), "--json", str(results), "--threshold", "0"]
+    assert main(["predict", *images, "--model", str(model_file), *options]) == 1
+    assert capsys.readouterr().err.count("passed over: cannot read image") == 1
     assert len(list((tmp_path / "found").iterdir())) == 4
+    found = json.loads(results.read_text())
+    assert {result["image_id"] for result in found} == {100, 101, 102, 103}
+
+
+def test_predict_leaves_what_it_found_before_ctrl_c(coco, model_file, tmp_path, monkeypatch):
+    results = tmp_path / "found.json"
+    results.write_text("before")
+    options = ["--model", str(model_file), "--json", str(results), "--threshold", "0"]
+    assert main(["predict", str(coco / "val"), *options, "--nms", "7"]) == 2
+    assert results.read_text() == "before"  # nothing was done
+    seen = []
+
+    def describe(found, pictures):
+        seen.append(found)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr(commands, "describe", describe)
+    assert main(["predict", str(coco / "val"), *options]) == 130
+    assert {result["image_id"] for result in json.loads(results.read_text())} == {100, 101, 102}
+
+
+def test_names_of_bytes_that_are_no_text(coco, model_file, tmp_path):
+    """Latin-1 in a file's name, on a terminal of strict UTF-8."""
+    image = tmp_path / os.fsdecode(b"caf\xe9.png")
+    image.write_bytes((coco / "val" / "100.png").read_bytes())
+    command = [sys.executable, "-m", "deformable_detr.cli", "predict", str(image)]
+    command += ["--model", str(model_file), "--pictures", str(tmp_path / "found")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:strict"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert "caf\\udce9.png: " in process.stdout
+
+
+def test_what_cannot_be_written_is_said_at_the_start(coco, model_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    inside = tmp_path / "file" / "found.json"
+    for command, option in (
+        ("predict", "--json"),
+        ("evaluate", "--json"),
+        ("evaluate", "--report"),
+    ):
+        data = str(coco / "val" if command == "predict" else coco)
+        for target, message in ((tmp_path, "is a folder"), (inside, "no folder that can be")):
+            assert main([command, data, "--model", "not read yet", option, str(target)]) == 2
+            assert message in capsys.readouterr().err
+
+
+def test_the_parser_knows_the_librarys_names():
+    """They are spelt again in it, for nothing of the library is imported to print a help."""
+    assert (cli.RECIPES, cli.PRECISIONS) == (NAMES, PRECISIONS)
+    assert set(cli.MERGES) == set(MERGES)
+    code = "import sys, deformable_detr; before = set(sys.modules); import deformable_detr.cli; "
+    code += "print(sorted(m for m in set(sys.modules) - before if m.startswith('deformable')))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert printed == "['deformable_detr.cli']\n"
+
+
+def test_ctrl_c_while_the_library_is_imported(coco, capsys, monkeypatch):
+    class Interrupt:
+        def find_spec(self, name, *_):
+            if name == "deformable_detr.commands":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "deformable_detr.commands")
+    monkeypatch.delattr("deformable_detr.commands")
+    monkeypatch.setattr(sys, "meta_path", [Interrupt(), *sys.meta_path])
+    assert main(["check", str(coco)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_published_weights_see_the_classes_that_the_data_has(coco, tmp_path, capsys):
@@ -248,13 +323,45 @@ def test_check_lists_faults_and_train_refuses(coco, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_data_without_a_box_is_not_trained_on(coco, model_file, tmp_path, capsys):
+    """Nor validated on; but it can be evaluated on, for what is found there."""
+    path = coco / "annotations" / "val.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    assert main(["check", str(coco)]) == 1
+    text = capsys.readouterr().out
+    assert "train: 6 images, 1 of them without boxes; 5 boxes" in text
+    assert "val: FATAL: no image has a box" in text
+    assert main(["train", str(coco), "--output", str(tmp_path / "run"), *TRAIN]) == 2
+    assert "val: FATAL: no image has a box" in capsys.readouterr().err
+    assert main(["evaluate", str(coco), "--model", str(model_file)]) == 0
+    assert "n/a" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["duplicate id", "box outside", "unknown image"])
+def test_evaluate_refuses_what_train_does(coco, model_file, capsys, kind):
+    def change(content):
+        if kind == "duplicate id":
+            content["categories"].append(content["categories"][0])
+        elif kind == "box outside":
+            content["annotations"][0]["bbox"] = [300, 2, 5, 5]
+        else:
+            content["annotations"][0]["image_id"] = 5
+
+    path = coco / "annotations" / "val.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    assert main(["evaluate", str(coco), "--model", str(model_file)]) == 2
+    error = capsys.readouterr().err
+    assert "val: FATAL: " in error and " fatal faults in the data; all of them: " in error
+
+
 def test_errors_are_one_line(coco, model_file, tmp_path, capsys):
     image = tmp_path / "bad.png"
     image.write_bytes(b"no picture")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(model_file.read_bytes()[:5000])
     cases = [
-        (["predict", str(image), "--model", str(model_file)], "cannot read image"),
         (["predict", str(tmp_path / "no.png"), "--model", str(model_file)], "no image at"),
         (["predict", str(image), "--model", str(image)], "not a readable file of weights"),
         (["predict", str(image), "--model", str(broken)], "not a readable safetensors file"),
@@ -279,6 +386,10 @@ def test_errors_are_one_line(coco, model_file, tmp_path, capsys):
         (
             ["evaluate", str(coco), "--model", str(model_file), "--tta", "--tta-scales", "0"],
             "numbers above 0",
+        ),
+        (
+            ["train", str(coco), "--output", "x", *TRAIN, "--backbone-weights", "imagenet"],
+            "the small backbone has neither",
         ),
         (
             ["train", str(coco), "--output", str(tmp_path / "run"), "--backbone", "vgg"],
@@ -315,11 +426,11 @@ def test_a_full_disk(coco, model_file, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     monkeypatch.setattr(os, "fsync", full)
-    target = str(tmp_path / "new")
+    target, file = str(tmp_path / "new"), str(tmp_path / "file")
     for arguments in (
         ["predict", str(coco / "val"), "--model", str(model_file), "--pictures", target],
-        ["predict", str(coco / "val"), "--model", str(model_file), "--json", target],
-        ["evaluate", str(coco), "--model", str(model_file), "--report", target],
+        ["predict", str(coco / "val"), "--model", str(model_file), "--json", file],
+        ["evaluate", str(coco), "--model", str(model_file), "--report", file],
         ["evaluate", str(coco), "--model", str(model_file), "--keep-threshold"],
         ["sheet", str(coco), "--output", f"{target}.png"],
         ["train", str(coco), "--output", target, *TRAIN],

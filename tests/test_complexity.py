@@ -88,6 +88,13 @@ def test_the_operator_costs_five_per_sample_and_channel_on_every_path(monkeypatc
     assert count(model, (48, 64)) == expected
 
 
+def test_a_model_in_bfloat16_costs_the_same():
+    model = DeformableDETR(TINY)
+    expected = count(model, (48, 64))
+    cost = complexity(model.bfloat16(), (48, 64), repeats=1)
+    assert (cost.multiply_adds, cost.parts) == expected
+
+
 def test_measured_on_a_real_model_and_left_as_it_was():
     model = DeformableDETR(TINY)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,6 +1,7 @@
 """Reading COCO format, transforms with boxes, and the list of faults."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,13 @@ from torchvision import tv_tensors
 
 from deformable_detr import transforms
 from deformable_detr.boxes import cxcywh_to_xyxy
-from deformable_detr.checks import check_dataset, check_splits, label_histogram
+from deformable_detr.checks import (
+    check_dataset,
+    check_splits,
+    label_histogram,
+    read_annotations,
+    summary,
+)
 from deformable_detr.datasets import CocoDataset, collate, find_split
 from deformable_detr.evaluate import score
 from deformable_detr.recipes import make_transform
@@ -79,6 +86,11 @@ def test_training_reads_pictures_as_prediction_does(tmp_path, kind):
         ("images", {"file_name": 3}, r"images\[0\] has the file_name 3"),
         ("annotations", {"image_id": [1]}, r"annotations\[0\] has the image_id \[1\]"),
         ("categories", {"id": "x"}, "the ids of categories are numbers and strings, mixed"),
+        ("annotations", {"iscrowd": "0"}, r"the iscrowd '0', expected 0, 1, true, false or null"),
+        ("annotations", {"area": "12"}, "the area '12', expected a finite number or null"),
+        ("annotations", {"area": math.inf}, "the area inf, expected a finite number or null"),
+        ("images", {"width": "64"}, r"images\[0\] has the width '64', expected a finite number"),
+        ("annotations", {"bbox": [1, 2, 10**400, 3]}, "annotation 1000: bbox must be four finite"),
     ],
 )
 def test_values_of_another_type_are_named(coco, kind, values, message):
@@ -90,7 +102,47 @@ def test_values_of_another_type_are_named(coco, kind, values, message):
 
     edit(coco, change)
     with pytest.raises(ValueError, match=message):
-        check_dataset(*find_split(coco, "train"))
+        load(coco)
+
+
+@pytest.mark.parametrize("given", [None, [1, 2, 3], [9, 9], [1, math.inf], "12"], ids=str)
+def test_area_thresholds_must_be_two_that_rise(coco, given):
+    edit(coco, lambda c: c.update(info={"area_thresholds": given}))
+    with pytest.raises(ValueError, match="must be two rising numbers above 0, got") as error:
+        load(coco)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_a_box_to_learn_from_is_none(coco):
+    def change(content):
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = 1
+        content["annotations"][0].update(iscrowd=0, bbox=[3, 3, 0, 5])
+
+    edit(coco, change)
+    kinds = {fault.kind: fault.fatal for fault in check_dataset(*find_split(coco, "train"))}
+    assert kinds == {"no box": True, "empty box": False, "unused category": False}
+
+
+def test_an_area_may_exceed_its_box_by_rounding_only(coco):
+    edit(coco, lambda c: c["annotations"][0].update(area=21 * 17))
+    assert check_dataset(*find_split(coco, "train")) == []
+    edit(coco, lambda c: c["annotations"][0].update(area=21 * 17 + 1))
+    (fault,) = check_dataset(*find_split(coco, "train"))
+    assert str(fault).startswith("warning: annotation 1000: area 358 of a box of 20 x 16")
+
+
+def test_the_summary_counts_what_is_no_fault(coco):
+    edit(coco, lambda c: c["annotations"][3].update(iscrowd=1))
+    (coco / "train" / "more").mkdir()
+    for name in ("more/a.jpg", "b.PNG", "notes.txt"):
+        (coco / "train" / name).write_bytes(b"")
+    images_dir, path = find_split(coco, "train")
+    assert check_dataset(images_dir, path) == []
+    assert summary(images_dir, read_annotations(path)) == (
+        "6 images, 1 of them without boxes; 4 boxes, and 1 of crowds, which training leaves out; "
+        "2 pictures in the folder that no entry names"
+    )
 
 
 def test_a_crowd_flag_may_be_null(coco):
@@ -124,17 +176,19 @@ def again(content, box, **changes):
 FAULTS = {
     "unknown category": (lambda c: c["annotations"][1].update(category_id=8), True, 1001),
     "empty box": (lambda c: c["annotations"][2].update(bbox=[3, 3, 0, 5]), False, 1002),
-    "box outside": (lambda c: c["annotations"][0].update(bbox=[90, 3, 4, 5]), True, 1000),
-    "box cut": (lambda c: c["annotations"][0].update(bbox=[60, 3, 14, 5]), False, 1000),
+    "box outside": (lambda c: c["annotations"][0].update(bbox=[90, 3, 4, 5], area=9), True, 1000),
+    "box cut": (lambda c: c["annotations"][0].update(bbox=[60, 3, 14, 5], area=9), False, 1000),
+    "area": (lambda c: c["annotations"][4].update(area=0), False, 1004),
     "bad box": (lambda c: c["annotations"][3].update(bbox=[1, 2, float("nan"), 3]), True, 1003),
     "unknown image": (lambda c: c["annotations"][3].update(image_id=5), True, 1003),
     "missing image": (lambda c: c["images"][0].update(file_name="no.png"), True, None),
     "image size": (lambda c: c["images"][0].update(width=65), True, None),
-    "crowd box": (lambda c: c["annotations"][3].update(iscrowd=1), False, 1003),
     "duplicate box": (lambda c: again(c, c["annotations"][1]["bbox"]), False, 1009),
     "unused category": (lambda c: c["categories"].append({"id": 1, "name": "x"}), False, None),
     "duplicate name": (lambda c: c["categories"][0].update(name="red"), True, None),
     "duplicate id": (lambda c: c["annotations"][1].update(id=1000), True, None),
+    "no image": (lambda c: c.update(images=[], annotations=[]), True, None),
+    "no box": (lambda c: c.update(annotations=[]), True, None),
 }
 
 
@@ -182,7 +236,7 @@ def test_corners_in_place_of_sizes_are_seen(coco):
 def test_relative_boxes_are_seen(coco):
     def change(content):
         for annotation in content["annotations"]:
-            annotation["bbox"] = [0.2, 0.1, 0.3, 0.3]
+            annotation.update(bbox=[0.2, 0.1, 0.3, 0.3], area=None)
 
     edit(coco, change)
     (fault,) = check_dataset(*find_split(coco, "train"))
@@ -254,7 +308,13 @@ def test_good_data_has_no_faults(coco):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ("[]", "is not a COCO"), ('{"images": []}', "no annotations, categ")],
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("9" * 5000, "is not JSON"),
+        ("[]", "is not a COCO"),
+        ('{"images": []}', "no annotations, categ"),
+    ],
 )
 def test_other_files_are_refused(coco, text, message):
     (coco / "annotations" / "train.json").write_text(text)

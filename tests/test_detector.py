@@ -125,8 +125,8 @@ def test_gradient_reaches_every_parameter(variant, boxes):
         assert boxes == 0 or model.box_heads[-1].layers[-1].weight.grad.any()
 
 
-def test_padding_pixels_do_not_matter():
-    """What stands where the mask is True must not change what is found."""
+def test_padded_tokens_are_not_sampled():
+    """What stands where the mask is True must not change what encoder and decoder find."""
     torch.manual_seed(0)
     config = DeformableDETRConfig(**SMALL | {"num_levels": 1, "encoder_layers": 1})
     model = DeformableDETR(config).eval()
@@ -140,6 +140,25 @@ def test_padding_pixels_do_not_matter():
     inside = ~tokens.padding_mask
     assert not inside.all()
     torch.testing.assert_close(again[inside], memory[inside])
+    torch.testing.assert_close(tokens.valid_ratios, torch.tensor([[[0.5, 1.0]], [[1.0, 1.0]]]))
+    query, reference = torch.randn(2, 7, 32), torch.rand(2, 7, 2)
+    layer = model.decoder.layers[0]
+    spoilt = memory.masked_fill(tokens.padding_mask.unsqueeze(-1), 100.0)
+    places = reference.unsqueeze(2)
+    given = [
+        layer(query, query, places, x, tokens.spatial_shapes, tokens.padding_mask)
+        for x in (memory, spoilt)
+    ]
+    torch.testing.assert_close(given[1], given[0])
+
+
+@pytest.mark.parametrize("variant", [{}, {"refine": True, "two_stage": True}])
+def test_in_bfloat16_throughout(variant):
+    model = DeformableDETR(DeformableDETRConfig(**SMALL | variant)).eval().bfloat16()
+    batch = make_batch((64, 96))
+    batch.images = batch.images.bfloat16()
+    output = model(batch)
+    assert output.logits.isfinite().all() and output.boxes.isfinite().all()
 
 
 def test_dropout_drops_and_scales_and_keeps_bytes():

@@ -58,13 +58,12 @@ def test_faults_of_the_data_are_counted_by_kind_with_an_example(coco):
     def change(content):
         for annotation in content["annotations"][:2]:
             annotation["bbox"] = [90, 3, 4, 5]
-        content["annotations"][3]["iscrowd"] = 1
 
     edit(coco, change)
     found = examine(coco)
     (fatal,) = texts(found, "fatal")
     assert fatal.startswith("2 x box outside: annotation 1000: box [90, 3, 4, 5] lies outside")
-    assert [text.split(":")[0] for text in texts(found, "warning")] == ["1 x crowd box"]
+    assert [text.split(":")[0] for text in texts(found, "warning")] == ["2 x area"]
     assert not found.losses and found.table().endswith("do not train yet: 1 fatal, 1 warnings")
 
 

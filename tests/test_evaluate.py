@@ -3,12 +3,14 @@
 import copy
 import json
 import math
+import signal
 
 import pytest
 
 from deformable_detr import DeformableDETR
 from deformable_detr.datasets import CocoDataset, find_split
-from deformable_detr.evaluate import evaluate, predict_dataset, score
+from deformable_detr.evaluate import evaluate, predict_dataset, same_categories, score
+from deformable_detr.transforms import TO_TENSOR
 from tests.conftest import TINY, save_annotations, write_coco
 
 
@@ -96,6 +98,23 @@ def test_no_images_have_no_metrics(coco):
     metrics = evaluate(DeformableDETR(TINY), dataset, progress=False)
     assert metrics.images == 0 and all(math.isnan(value) for value in metrics.rows().values())
     assert metrics.to_dict()["ap"] is None and "0 images" in str(metrics)
+
+
+def test_workers_leave_ctrl_c_to_the_main_process(coco):
+    def transform(*sample):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        return TO_TENSOR(*sample)
+
+    dataset = CocoDataset(*find_split(coco, "train"), transform)
+    assert predict_dataset(DeformableDETR(TINY), dataset, num_workers=1, progress=False)
+
+
+def test_splits_must_name_the_same_classes(coco, dataset):
+    val_set = CocoDataset(*find_split(coco, "val"))
+    same_categories(dataset, val_set)
+    val_set.categories[0] = {"id": 3, "name": "pink"}
+    with pytest.raises(ValueError, match="category 3, 'red', is in one of train and val only"):
+        same_categories(dataset, val_set)
 
 
 def test_another_number_of_classes_is_refused(dataset):

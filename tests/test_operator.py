@@ -187,6 +187,19 @@ def test_module_under_autocast(backend, monkeypatch):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
+def test_offsets_are_divided_in_float32_under_autocast():
+    """On a map of 501 pixels, a size that bfloat16 does not have."""
+    torch.manual_seed(0)
+    module = MSDeformAttn(8, num_levels=1, num_heads=2, num_points=3)
+    query, references = torch.randn(1, 5, 8), torch.rand(1, 5, 1, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        offsets = module.sampling_offsets(query).view(1, 5, 2, 1, 3, 2)
+        sampling = module.sampling(query, references, [(3, 501)])
+    assert offsets.dtype == torch.bfloat16
+    expected = references[:, :, None, :, None] + offsets.float() / torch.tensor([501.0, 3.0])
+    torch.testing.assert_close(sampling.locations, expected, atol=1e-6, rtol=0)
+
+
 # What torch makes of it.
 
 

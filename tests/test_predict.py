@@ -229,6 +229,9 @@ def test_files_that_cannot_be_read(finder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no image in the folder .*empty"):
         predict(finder, tmp_path / "empty")
+    (tmp_path / "empty" / "deeper").mkdir()
+    with pytest.raises(FileNotFoundError, match="its 1 subfolders are not searched"):
+        predict(finder, tmp_path / "empty")
     with pytest.raises(TypeError, match="got Tensor"):
         predict(finder, torch.zeros(3, 8, 8))
 
@@ -248,13 +251,16 @@ def test_it_holds_a_batch_at_most(finder, tmp_path, monkeypatch):
 
 def test_to_supervision(finder, monkeypatch):
     (found,) = predict(finder, picture())
+    found.boxes += torch.tensor([-9.0, 0, 50, 0])  # beyond the left and right borders
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match="pip install supervision"):
         found.to_supervision()
     stand_in = types.SimpleNamespace(Detections=lambda **fields: fields)
     monkeypatch.setitem(sys.modules, "supervision", stand_in)
     fields = found.to_supervision()
-    assert fields["xyxy"].tolist() == found.boxes.tolist() and fields["class_id"].tolist() == [1]
+    x0, y0, x1, y1 = found.boxes[0].tolist()
+    assert x0 < 0 and x1 > 64 and fields["xyxy"].tolist() == [[0, y0, 64, y1]]
+    assert fields["class_id"].tolist() == [1]
     assert fields["confidence"].tolist() == found.scores.tolist()
     assert fields["data"]["class_name"].tolist() == ["green"]
 
@@ -369,7 +375,7 @@ def test_sizes_of_views():
     assert make_views("coco", (0.1,))[0].of(image).shape == (3, 80, 107 - 1)
     mirror = View(np.asarray, flip=True).of(image)
     assert np.array_equal(mirror, np.asarray(image)[:, ::-1])
-    for wrong in ((), (1.0, 0.0)):
+    for wrong in ((), (1.0, 0.0), (float("inf"),), (float("nan"), 1.0)):
         with pytest.raises(ValueError, match="scales must be one or more numbers above 0"):
             make_views("coco", wrong)
 

@@ -240,6 +240,11 @@ class Attack:
         return os.mkdir, (self.target,)
 
 
+def test_an_option_that_is_not_there_is_not_the_files_fault(official):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'drop_out'"):
+        load_pretrained(official[0], drop_out=0.0)
+
+
 @pytest.mark.parametrize(
     "write", [torch.save, lambda o, path: path.write_bytes(pickle.dumps(o, 2))]
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -309,7 +310,7 @@ def test_it_learns(coco, tmp_path):
 
 def test_another_run_is_not_continued(coco, tmp_path):
     run(coco, tmp_path / "run", dataclasses.replace(RECIPE, epochs=1))
-    with pytest.raises(ValueError, match=r"another run: recipe epochs was 1, is 4$"):
+    with pytest.raises(ValueError, match=r"another run: recipe epochs was 1, is 4\. Give"):
         run(coco, tmp_path / "run")
     run(coco, tmp_path / "run", resume=False)
     path = coco / "annotations" / "train.json"
@@ -320,9 +321,93 @@ def test_another_run_is_not_continued(coco, tmp_path):
 
 def test_a_broken_checkpoint_is_said_so(coco, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"checkpoint.pt is no checkpoint of ours"):
+    for content in (b"nothing", b""):
+        (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint.pt is no checkpoint of ours \(.+\): del"):
+            run(coco, tmp_path / "run")
+
+
+def test_starting_anew_leaves_nothing_of_the_run_before(coco, tmp_path):
+    run(coco, tmp_path / "run", dataclasses.replace(RECIPE, epochs=1))
+    before = {path for path in (tmp_path / "run").glob("events.*")}
+    model, train_set, _ = make(coco)
+    with pytest.raises(training.Interrupted):
+        train(
+            model,
+            train_set,
+            None,
+            tmp_path / "run",
+            RECIPE,
+            resume=False,
+            progress=False,
+            on_step=stop_at(2),
+        )
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "best.safetensors" not in names and "last.safetensors" not in names
+    assert not before & set((tmp_path / "run").iterdir())
+    log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in log] == [1, 2]
+
+
+def test_an_evaluation_that_fails_loses_no_epoch(coco, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(training, "evaluate", fail)
+    with pytest.raises(MemoryError):
         run(coco, tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == 6
+
+
+HALF = dataclasses.replace(RECIPE, mixed_precision="fp16", ema_decay=0.9, clip_norm=0.1)
+
+
+def test_half_precision_leaves_a_step_out_where_the_scale_is_too_large(coco, tmp_path):
+    """The first gradient overflows: nothing moves, neither weights nor their average."""
+    model, train_set, _ = make(coco)
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    gradients = iter([torch.inf])
+    model.level_embed.register_hook(lambda g: g * next(gradients, 1))
+    trainer = training.Trainer(model, train_set, None, tmp_path / "run", HALF, progress=False)
+    moved = []
+
+    def on_step(step, losses):
+        learned = dict(model.named_parameters())
+        moved.append(any(not torch.equal(before[name], learned[name]) for name in before))
+        assert trainer.average.n_averaged == step - 1
+
+    trainer.run(on_step)
+    assert moved[:2] == [False, True]
+    log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[0]["gradient_norm"] is None
+    # unscaled: of the size that it has in float32, not tens of thousands of times that
+    run(coco, tmp_path / "float", RECIPE)
+    whole = json.loads((tmp_path / "float" / "log.jsonl").read_text().splitlines()[1])
+    assert 0.1 < log[1]["gradient_norm"] / whole["gradient_norm"] < 10
+
+
+def test_half_precision_resumes_with_its_scale(coco, tmp_path):
+    whole, _ = run(coco, tmp_path / "whole", HALF)
+    with pytest.raises(training.Interrupted):
+        run(coco, tmp_path / "parts", HALF, on_step=stop_at(5))
+    state = torch.load(tmp_path / "parts" / "checkpoint.pt")
+    parts, _ = run(coco, tmp_path / "parts", HALF)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, parts.state_dict()[name]), name
+
+    state["scaler"]["scale"] = 2.0**10
+    torch.save(state, tmp_path / "parts" / "checkpoint.pt")
+    trainer = training.Trainer(*make(coco), tmp_path / "parts", HALF, progress=False)
+    trainer.load()
+    assert trainer.scaler.get_scale() == 2**10
+
+
+def test_half_precision_gives_up_where_no_scale_helps(coco, tmp_path):
+    model, train_set, _ = make(coco)
+    model.level_embed.register_hook(lambda gradient: gradient * torch.nan)
+    recipe = dataclasses.replace(HALF, epochs=9)
+    with pytest.raises(training.NonFiniteLossError, match="the gradient is not finite at step 18"):
+        train(model, train_set, None, tmp_path / "run", recipe, progress=False)
 
 
 def test_a_data_set_without_any_box_trains(coco, tmp_path):
@@ -374,6 +459,11 @@ def test_what_is_not_finite_stops_at_once_and_is_named_with_the_images(coco, tmp
         ({"epochs": 0}, "at least 1"),
         ({"accumulate": 4}, "6 training images are less than a batch of 8"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+        ({"patience": -1}, "patience must be at least 0, got -1"),
+        ({"warmup_steps": -10}, "warmup_steps must be at least 0"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
+        ({"lr": math.nan}, "lr must be positive, got nan"),
+        ({"backbone_lr": math.inf}, "backbone_lr must be at least 0, got inf"),
         ({"mixed_precision": "half"}, "mixed_precision must be one of"),
         ({"frozen": ("conv1",)}, r"no \['conv1'\] to freeze; it has \['stem', 'blocks'\]"),
     ],

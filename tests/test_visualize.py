@@ -15,6 +15,8 @@ from PIL import Image
 from deformable_detr import Batch, DeformableDETR, Detections, Output, Sampling
 from deformable_detr.visualize import (
     PALETTE,
+    caption_font,
+    draw_boxes,
     draw_detections,
     draw_gradient_norms,
     draw_sampling_points,
@@ -136,6 +138,20 @@ def test_detections_are_drawn_where_they_are():
         assert picture.getpixel((x, y)) == colour
     assert picture.getpixel((200, 300)) == (128, 128, 128)
     assert image.getpixel((10, 30)) == (128, 128, 128)
+
+
+def test_names_are_drawn_in_their_own_letters():
+    """Of a letter that a font lacks, it draws the same empty box."""
+    font = caption_font(20)
+    drawn = {bytes(font.getmask(letter)) for letter in "eé\u0416\u03a9"}
+    empty = bytes(font.getmask("\ufff0"))
+    assert len(drawn) == 4 and empty not in drawn
+
+
+def test_boxes_may_have_their_own_colours():
+    image = Image.new("RGB", (60, 40), "gray")
+    draw_boxes(image, [[10, 30, 30, 38], [10, 30, 30, 38]], [0, 0], ["", ""], ["#010203", "#fff"])
+    assert image.getpixel((10, 34)) == (1, 2, 3)  # the first is on top
 
 
 def test_a_thin_picture_is_not_enlarged_without_end():

@@ -1,6 +1,7 @@
 """Recipes: how to train which model, as small files with a reason beside each value."""
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,9 +66,17 @@ class TrainConfig:
             raise ValueError(
                 f"mixed_precision must be one of {PRECISIONS}, got {self.mixed_precision!r}"
             )
-        for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for least, names in (
+            (1, ("epochs", "batch_size", "accumulate", "evaluate_every", "top_k")),
+            (0, ("backbone_lr", "sampling_lr_factor", "weight_decay", "drop_epoch")),
+            (0, ("warmup_steps", "patience", "num_workers", "checkpoint_minutes")),
+        ):
+            for name in names:
+                if not least <= getattr(self, name) < math.inf:
+                    raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("lr", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
