@@ -43,7 +43,8 @@ constexpr int THREADS = LANES * GROUPS;  // of a block
 
 struct Warp {
     std::barrier<> barrier;
-    REAL held[WARP];
+    std::atomic<REAL> held[WARP];
+    std::atomic<int> met[WARP] = {};  // for each head, how many came to a shuffle, all in all
     explicit Warp(int threads) : barrier(threads) {}
 };
 static thread_local Warp* warp;
@@ -52,15 +53,27 @@ __device__ int thread_of_block() { return threadIdx.x + threadIdx.y * LANES; }
 
 __device__ void __syncwarp() { warp->barrier.arrive_and_wait(); }
 
+// The lanes of a head wait for one another.
+__device__ void meet() {
+#if defined(PROGRAM) && defined(__x86_64__)
+    // For ThreadSanitizer without any order of memory, which CUDA's shuffles do not promise: else it
+    // would not see where a __syncwarp is missing. Other processors need the order, to be right.
+    std::atomic<int>& met = warp->met[thread_of_block() % WARP / LANES];
+    int all = (met.fetch_add(1, std::memory_order_relaxed) / LANES + 1) * LANES;
+    while (met.load(std::memory_order_relaxed) < all) std::this_thread::yield();
+#else
+    __syncwarp();
+#endif
+}
+
 // What the lane holds whose number differs in the bits of `step`; with step < width it is one of
-// the same `width` lanes. It orders memory, which CUDA's need not: so ThreadSanitizer does not see
-// where a __syncwarp after one is missing.
+// the same `width` lanes.
 __device__ REAL __shfl_xor_sync(unsigned, REAL x, int step, int) {
     int lane = thread_of_block() % WARP;
-    warp->held[lane] = x;
-    __syncwarp();
-    REAL other = warp->held[lane ^ step];
-    __syncwarp();  // before anyone overwrites what another has yet to read
+    warp->held[lane].store(x, std::memory_order_relaxed);
+    meet();
+    REAL other = warp->held[lane ^ step].load(std::memory_order_relaxed);
+    meet();  // before anyone overwrites what another has yet to read
     return other;
 }
 

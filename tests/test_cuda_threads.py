@@ -1,5 +1,8 @@
 """The GPU's specialisation of the kernel, every CUDA thread a thread of the operating system."""
 
+import platform
+from importlib import resources
+
 import numpy as np
 import pytest
 import torch
@@ -213,3 +216,20 @@ def test_thread_sanitizer_finds_a_race_only_where_there_is_one(races):
         assert report.startswith("WARNING: ThreadSanitizer: data race")
         assert "atomicAdd<float> cuda_threads.cpp:" in report and "/" not in report
         assert min(sums) < expected == max(*sums, expected)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="see meet()")
+@pytest.mark.parametrize("barrier", range(4))
+def test_thread_sanitizer_sees_a_missing_barrier(barrier, tmp_path, monkeypatch):
+    folder = resources.files("deformable_detr.kernels")
+    call = "__syncwarp();"
+    parts = folder.joinpath("ms_deform_attn.cu").read_text().split(call)
+    assert len(parts) == 5
+    without = call.join(parts[: barrier + 1]) + call.join(parts[barrier + 1 :])
+    (tmp_path / "ms_deform_attn.cu").write_text(without)
+    (tmp_path / threads.SOURCE).write_bytes(folder.joinpath(threads.SOURCE).read_bytes())
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    try:
+        assert "data race" in threads.races().report
+    except threads.NoSanitizerError as error:
+        pytest.skip(str(error))
