@@ -313,8 +313,8 @@ def test_another_run_is_not_continued(coco, tmp_path):
     with pytest.raises(ValueError, match=r"another run: recipe epochs was 1, is 4\. Give"):
         run(coco, tmp_path / "run")
     run(coco, tmp_path / "run", resume=False)
-    path = coco / "annotations" / "train.json"
-    path.write_text(path.read_text().replace('"red"', '"rot"'))
+    for path in (coco / "annotations").iterdir():
+        path.write_text(path.read_text().replace('"red"', '"rot"'))
     with pytest.raises(ValueError, match=r"another run: categories was \[\[3, 'red'\].* 'rot'\]"):
         run(coco, tmp_path / "run")
 
@@ -471,6 +471,14 @@ def test_what_is_not_finite_stops_at_once_and_is_named_with_the_images(coco, tmp
 def test_recipes_are_refused(coco, tmp_path, recipe, message):
     with pytest.raises(ValueError, match=message):
         run(coco, tmp_path / "run", dataclasses.replace(RECIPE, **recipe))
+
+
+def test_val_must_have_the_categories_of_train(coco, tmp_path):
+    path = coco / "annotations" / "val.json"
+    path.write_text(path.read_text().replace('"red"', '"rot"'))
+    with pytest.raises(ValueError, match="'red', is in one of train and val only"):
+        run(coco, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_classes_must_be_those_of_the_data(coco, tmp_path):

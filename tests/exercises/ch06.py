@@ -130,7 +130,7 @@ def _offsets(by_row):
 
 
 def _even_offsets(count, size, row_bytes, row_offsets):
-    lane, each = np.arange(count), count // len(row_offsets)
+    lane, each = np.arange(count), -(-count // len(row_offsets))
     return np.asarray(row_offsets)[lane // each] + lane % each * size
 
 
