@@ -105,8 +105,8 @@ def worst_spread(result: dict[str, dict]) -> float:
 
 def peak_mib(call: Call) -> float | None:
     """What the process holds at most while `call`, which is warm, runs, above what it held before,
-    in MiB: its result, its gradients and all between; the median of five runs, since which pages
-    are large is up to the system. None but on Linux, which keeps count."""
+    in MiB: its result, its gradients and all between; the median of five runs, since the process
+    holds now more, now less besides. None but on Linux, which keeps count."""
     peaks = []
     for _ in range(5):
         before = reset_peak()

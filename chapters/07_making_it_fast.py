@@ -765,14 +765,21 @@ assert not any(entry["spilled"] for entry in built["kernels"])
 # While a load is under way, others' threads can run, so more is better. But a thread can also have several
 # loads under way, which takes registers. The backward kernel sums a point's four inner products after the
 # loop over its corners, and in the instructions for sm_90 all four loads of 16 bytes stand before the first
-# shuffle (a test asserts it). An earlier version had the sums inside that loop: fewer registers, all threads
-# resident, and each with one load under way, since it waited for the last one's sum. Which is faster, a GPU
-# must say.
+# shuffle (a test asserts it). With the sums inside that loop, each load would wait for the last one's sum,
+# and one would do with fewer registers. Which is faster, a GPU must say.
 #
-# Another count, of **banks**: shared memory answers 32 addresses at once if they lie in 32 different
-# columns of 4 bytes. The four heads of a warp read their own corner of the same point. A head's corners
-# take 4 · 16 · 8 bytes, so all four would lie in one column, and be answered one after another; one
-# number of padding behind each head's corners moves them apart.
+# Another count, of **banks**: shared memory has 32 columns of 4 bytes, and answers a warp's addresses at
+# once if they are equal or lie in different columns. The four heads of a warp read their own corner of the
+# same point: an offset and a weight of 4 bytes for each of 4 corners and 16 points lie between two heads.
+# Before you run: how many columns do the four addresses lie in, and what does one number of padding behind
+# each head's corners change?
+
+# %%
+head_bytes = 4 * 16 * (4 + 4)
+for padding in (0, 4):
+    banks = {head * (head_bytes + padding) // 4 % 32 for head in range(4)}
+    print(f"{padding} bytes of padding: {len(banks)} of 4 banks")
+assert len(banks) == 4
 
 # %% [markdown]
 # On the CPU you can look yourself. On x86 a multiply-add can take an operand straight from memory, and

@@ -31,7 +31,6 @@ from deformable_detr.checks import (
 from deformable_detr.complexity import complexity
 from deformable_detr.datasets import CocoDataset, find_split
 from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
-from deformable_detr.evaluate import same_categories
 from deformable_detr.images import find_images
 from deformable_detr.predict import (
     Detector,
@@ -129,7 +128,6 @@ def train(args: argparse.Namespace) -> int:
     val_set = None
     if has_val:
         val_set = CocoDataset(*find_split(args.data, "val"), recipe.eval_transform())
-        same_categories(train_set, val_set)
     config = train_config(args, recipe)
     torch.manual_seed(config.seed)
     model = new_model(args, recipe, train_set)

@@ -108,6 +108,7 @@ class Trainer:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step, self.best_ap = 0, -1.0
         self.stale = 0  # evaluations since the best one
+        self.epochs_ended = 0  # whose evaluation is done, and whose weights are saved
         self.metrics: Metrics | None = None
         torch.manual_seed(config.seed + self.accelerator.process_index)
         if config.frozen is not None:
@@ -144,6 +145,8 @@ class Trainer:
                     f"the warm-up has {self.config.warmup_steps} steps, the training only "
                     f"{self.total_steps}: it never reaches its learning rate"
                 )
+            if self.step // self.steps_per_epoch > self.epochs_ended:  # an evaluation failed
+                self._end_epoch(board)
             for batches in self.batches():
                 losses = self.train_step(batches)
                 self.step += 1
@@ -328,11 +331,12 @@ class Trainer:
         epoch = self.step // self.steps_per_epoch
         due = epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs
         if self.val_set is not None and due:
-            self.save()  # an evaluation can fail
+            self.save()  # an evaluation can fail: then it is made up for at the resumption
             better = self.accelerator.is_main_process and self._evaluate(board)
             self.stale = 0 if self._any(better) else self.stale + 1
         if self.accelerator.is_main_process:
             self._save_weights("last")
+        self.epochs_ended = epoch
         self.accelerator.wait_for_everyone()
         self.save()
 
@@ -390,6 +394,7 @@ class Trainer:
             "step": self.step,
             "best_ap": self.best_ap,
             "stale": self.stale,
+            "epochs_ended": self.epochs_ended,
             "model": self.bare.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -450,6 +455,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.best_ap = state["step"], state["best_ap"]
         self.stale = state.get("stale", 0)
+        self.epochs_ended = state.get("epochs_ended", self.step // self.steps_per_epoch)
         process = self.accelerator.process_index
         names = [name for name in self._random_states() if name in state]
         self._set_random_states({name: state[name][process] for name in names})

@@ -32,7 +32,7 @@ def coco_train_transform(short: int = SHORT_SIDE) -> v2.Transform:
 
 
 def coco_eval_transform(short: int = SHORT_SIDE) -> v2.Transform:
-    """Resize to a shorter side of `short` pixels, a longer of at most about 1333 / 800 of that."""
+    """Resize to a shorter side of `short` pixels, the longer at most 1333 / 800 times it, about."""
     longest = round(1333 * short / SHORT_SIDE)
     return v2.Compose([RandomShortSide([short], max_size=longest), TO_TENSOR])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from deformable_detr import DeformableDETR, DeformableDETRConfig
@@ -349,14 +350,29 @@ def test_starting_anew_leaves_nothing_of_the_run_before(coco, tmp_path):
     assert [x["step"] for x in log] == [1, 2]
 
 
-def test_an_evaluation_that_fails_loses_no_epoch(coco, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise MemoryError
+@pytest.mark.parametrize("failing", [1, 2])  # the last one, too
+def test_an_evaluation_that_fails_is_made_up_for(coco, tmp_path, monkeypatch, failing):
+    run(coco, tmp_path / "whole")
+    calls = iter(range(1, 9))
+
+    def fail(*given, **options):
+        if next(calls) == failing:
+            raise MemoryError
+        return evaluate(*given, **options)
 
     monkeypatch.setattr(training, "evaluate", fail)
     with pytest.raises(MemoryError):
-        run(coco, tmp_path / "run")
-    assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == 6
+        run(coco, tmp_path / "parts")
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt")["step"] == 6 * failing
+    run(coco, tmp_path / "parts")
+    for name in ("log.jsonl", "last.safetensors", "best.safetensors"):
+        whole, parts = ((tmp_path / folder / name) for folder in ("whole", "parts"))
+        if name == "log.jsonl":
+            assert whole.read_text() == parts.read_text()
+        else:
+            expected, given = load_file(whole), load_file(parts)
+            assert expected.keys() == given.keys()
+            assert all(torch.equal(expected[key], given[key]) for key in expected)
 
 
 HALF = dataclasses.replace(RECIPE, mixed_precision="fp16", ema_decay=0.9, clip_norm=0.1)
