@@ -6,7 +6,9 @@
 Writes data/results/operator_cpu.json and data/results/operator.png, and where there is a CUDA
 device operator_cuda.json. Each part is a process of its own, since the C library reads its
 allocator's settings when a process starts: "default" is the allocator as it comes, "kept" is told
-to keep its memory, which spares the peers that make large temporaries their page faults.
+to keep its memory, which spares the peers that make large temporaries their page faults. Memory is
+counted in a third, "mapped", where every tensor is a mapping of its own: the heap, once told to use
+pages of 2 MiB, holds up to 4 MiB more, now in one call, now in another.
 
 torch-ms-deform-attn takes part where it can be imported. It is built for this alone:
     pip install --no-build-isolation --target FOLDER torch-ms-deform-attn   # setuptools>=77
@@ -57,13 +59,14 @@ PARTS = {
         "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
         "MALLOC_TOP_PAD_": str(256 << 20),
     },
+    "mapped": {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)},
 }
 COPY = 4 << 20  # bytes copied to as many others: what the nearest shared cache can hold
 
 
-def measure(part: str, name: str, threads: list[int], attempts: int, compiled: bool) -> dict:
-    """The rows of one shape, in a process that has this part's allocator."""
-    rows, memory = [], []
+def measure(part: str, name: str, threads: list[int], attempts: int, compiled: bool) -> list[dict]:
+    """Times at one shape, in a process that has this part's allocator."""
+    rows = []
     case, tensors = CASES[name], inputs(CASES[name])
     for mode in MODES:
         for count in threads:
@@ -75,12 +78,22 @@ def measure(part: str, name: str, threads: list[int], attempts: int, compiled: b
             where = {"shape": name, "mode": mode, "threads": count, "allocator": part}
             rows += [{**where, "peer": peer, **figures} for peer, figures in result.items()]
             report(f"{where} {dict((p, r['median_ms']) for p, r in result.items())}")
-            if part == "default" and count == 1:
-                memory += [
-                    {"shape": name, "mode": mode, "peer": peer} | {"extra_mib": peak}
-                    for peer, peak in ((p, timing.peak_mib(run)) for p, run in calls.items())
-                ]
-    return {"rows": rows, "memory": memory}
+    return rows
+
+
+def measure_memory(name: str, compiled: bool) -> list[dict]:
+    """What each peer holds at most beside its inputs, one thread."""
+    torch.set_num_threads(1)
+    memory = []
+    case, tensors = CASES[name], inputs(CASES[name])
+    for mode in MODES:
+        for peer, operator in peers(case.levels, compiled=compiled).items():
+            run = call(operator, tensors, mode)
+            run()  # builds, compiles and imports
+            where = {"shape": name, "mode": mode, "peer": peer}
+            memory.append(where | {"extra_mib": timing.peak_mib(run)})
+            report(str(memory[-1]))
+    return memory
 
 
 def cache_limit() -> dict[str, float]:
@@ -152,16 +165,39 @@ def ratios(rows: list[dict]) -> list[dict]:
     return result
 
 
-def scaling(rows: list[dict]) -> list[dict]:
-    """How many times as fast our two threads are as one."""
-    keys = ("shape", "mode", "allocator")
-    ours = {(row["threads"], *(row[k] for k in keys)): row for row in rows if row["peer"] == OURS}
-    return [
-        dict(zip(keys, where, strict=True))
-        | {"times": round(row["median_ms"] / ours[2, *where]["median_ms"], 2)}
-        for (threads, *where), row in ours.items()
-        if threads == 1 and (2, *where) in ours
-    ]
+def scaling() -> list[dict]:
+    """How many times as fast two threads are as one, in turn: ours at every shape, and what the
+    machine itself can do: a product of matrices that its caches hold, a copy that they do not."""
+    matrix, source = torch.ones(512, 512), torch.ones(16 << 20)
+    target = torch.empty_like(source)
+    works: dict[str, timing.Call] = {
+        "product of matrices": lambda: [matrix @ matrix for _ in range(20)],
+        "copy of 64 MiB": lambda: target.copy_(source),
+    }
+    for name, case in CASES.items():
+        operator, tensors = peers(case.levels)[OURS], inputs(case)
+        works |= {f"{name}, {mode}": call(operator, tensors, mode) for mode in MODES}
+
+    def with_threads(count: int, work: timing.Call) -> timing.Call:
+        def run() -> None:
+            torch.set_num_threads(count)
+            work()
+
+        return run
+
+    calls = {f"{n}: {x}": with_threads(n, work) for x, work in works.items() for n in (1, 2)}
+    times = timing.side_by_side(calls, dict.fromkeys(calls, 21), attempts=1)
+    result = []
+    for work in works:
+        one, two = times[f"1: {work}"], times[f"2: {work}"]
+        ratios = {
+            "times": round(one["median_ms"] / two["median_ms"], 2),
+            "times_of_quartiles": round(one["quartiles_ms"][0] / two["quartiles_ms"][0], 2),
+            "times_of_minima": round(one["minimum_ms"] / two["minimum_ms"], 2),
+        }
+        result.append({"work": work, **ratios})
+        report(str(result[-1]))
+    return result
 
 
 def merge(old: dict, new: dict) -> dict:
@@ -176,7 +212,7 @@ def merge(old: dict, new: dict) -> dict:
     }.items():
         kept = {tuple(row[k] for k in keys): row for row in (*old.get(table, ()), *new[table])}
         merged[table] = list(kept.values())
-    merged["ratios"], merged["scaling"] = ratios(merged["rows"]), scaling(merged["rows"])
+    merged["ratios"] = ratios(merged["rows"])
     encoder = [
         row
         for row in merged["rows"]
@@ -300,13 +336,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         part, shape, output = arguments.worker
-        compiled = part == "default" and not arguments.no_compile
-        result = measure(part, shape, arguments.threads, arguments.attempts, compiled)
+        compiled = part != "kept" and not arguments.no_compile
+        result = {"rows": [], "memory": []}
+        if part == "mapped":
+            result["memory"] = measure_memory(shape, compiled)
+        else:
+            result["rows"] = measure(part, shape, arguments.threads, arguments.attempts, compiled)
         Path(output).write_text(json.dumps(result))
         return
     path = timing.RESULTS / "operator_cpu.json"
     about = timing.provenance(COMMAND, "transformers", PACKAGE)
-    about |= {"build": build_seconds(), "limit": cache_limit()}
+    about |= {"build": build_seconds(), "limit": cache_limit(), "scaling": scaling()}
     for part, shape in itertools.product(arguments.part, arguments.shapes):
         new = about | measure_apart(part, shape, sys.argv[1:])
         old = json.loads(path.read_text()) if path.exists() else {}

@@ -77,7 +77,6 @@ def test_merged_results():
     assert merged["ratios"] == [
         ROW | {"peer": peers.OFFICIAL, "times": 15.0, "times_of_minima": 1.0, "times_of_cpu": 1.0}
     ]
-    assert [x["times"] for x in merged["scaling"]] == [2.0]
     assert [x["part"] for x in merged["part_of_the_limit"]] == [0.25]
 
 
