@@ -162,7 +162,7 @@ check("4.1", attention_vectorised)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# Heads or queries are mixed up: a `reshape` without the `transpose` or `permute` before it gives
+# Heads or queries are mixed up: a `reshape` without the `transpose` before it gives
 # the right shape with the wrong contents.
 #
 # </details>
@@ -314,7 +314,8 @@ assert (~touched).sum() > 300 and torch.allclose(after, before, atol=1e-4)
 #
 # Take $K = 1$. Then the softmax over one point is 1, and weights say nothing. Take one head for each
 # of nine taps, $W'_m$ the identity (each head reads all $C$ channels here, not $C/M$), and let $W_m$ be
-# the weight of tap $m$. What is left is chapter 3.
+# the weight of tap $m$. What is left is chapter 3. (The offsets are given here. Where they come from
+# differs: there a convolution makes them, here a linear layer on the query.)
 
 # %%
 C, outputs = 5, 7
@@ -584,7 +585,8 @@ check("4.3", cross_attention_flops)
 #   sample do not exist for it.
 # - $K = 1$ is a deformable convolution; $K = HW$ on all pixels, with the weights of a dense softmax, is
 #   dense attention.
-# - It starts at weight $1/K$ instead of $1/HW$, and costs linear instead of quadratic time.
+# - It starts at weight $1/K$ instead of $1/HW$, and in an encoder its operations grow
+#   linearly with the pixels, not with their square.
 # - Offsets are pixels of the map: divide x by W and y by H.
 #
 # > **Differs from the paper.** Eq. 2 has reference points in pixels; this module takes normalised

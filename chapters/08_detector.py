@@ -244,7 +244,8 @@ assert torch.allclose(by_hand, normalisation(projected)[1, 15:18], atol=1e-5)
 
 # %% [markdown]
 # The fourth level comes from a 3 × 3 convolution of stride 2 on the backbone's **last map**, before
-# that map was projected (Appendix A.2). There is no feature pyramid: multi-scale attention carries
+# that map was projected (Appendix A.2). There is no feature pyramid (a path down
+# that adds coarse maps to fine ones): multi-scale attention carries
 # information between levels itself.
 
 
@@ -472,7 +473,7 @@ axes[0].set_title("the reference points of all tokens")
 for level in range(L):
     points = sampling.locations[1, asked, :, level].flatten(0, 1) * size
     axes[1].plot(*points.T, "o", ms=3, c=f"C{level}")
-axes[1].plot(*(references[1, asked, 0] * size), "P", c="C6", ms=9)
+axes[1].plot(*(references[1, asked, 0] * size), "P", c="C6", ms=8, mec="white")
 axes[1].set(title="where one token looks", xlim=(-30, width + 30), ylim=(height + 30, -30))
 plt.show()
 
@@ -480,7 +481,8 @@ plt.show()
 # *Figure 8.3. What to see. Left: each level lays its own grid of reference points over image 1.
 # Right: one token of level 0 (black cross) samples all four levels; before training each head looks
 # in its own direction, k pixels of that level away. So coarse levels are asked far out, even
-# outside the image; the farthest points do not fit into the figure.*
+# outside the image; the farthest points do not fit into the figure. Level 3's star hangs lower: its
+# valid ratio rounds to 1, which moves its reference point.*
 
 # %%
 across = sampling.locations[1, asked, ..., 0]  # (M, L, K)
@@ -956,8 +958,8 @@ check("8.4", class_term)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# Your $\alpha$ is the same for yes and no, or the wrong way round. It is ¼ for yes: with γ = 2 the
-# noes are already turned down so far that they can have the larger weight.
+# Your $\alpha$ is ¼ for yes and for no. It is ¼ for yes and ¾ for no: with γ = 2 the noes are
+# already turned down so far that they can have the larger weight.
 #
 # </details>
 #
@@ -1039,7 +1041,7 @@ assert (iou_curve[31:] == 0).all() and (giou_curve.diff() < 0).all()
 
 # %% [markdown]
 # Flat means: no gradient. A prediction beside its object would never learn which way to go.
-# **Before you run**: which of the two gradients is zero?
+# **Before you run**: which edges does GIoU move, and which way?
 
 # %%
 with torch.enable_grad():
@@ -1056,8 +1058,9 @@ with torch.enable_grad():
 # descent moves it left, towards the object. The right edge moves right, away from it, a little: as
 # long as two boxes are apart, GIoU makes the box *grow*, most of all towards the other.
 #
-# L1 and GIoU make up for each other's blindness. The same shift of 0.05, on a large and a small
-# box:
+# L1 and GIoU make up for each other's blindness. GIoU does not see *where* in a box a smaller one
+# lies, since it is then the ratio of their areas; L1 does. L1 does not see sizes. The same shift of
+# 0.05, on a large and a small box:
 
 # %%
 for size in (0.5, 0.1):
@@ -1207,7 +1210,10 @@ for method, color, style in ((greedy, "C1", "--"), (brute_force, "C6", "-")):
 for q, n in itertools.product(range(3), range(2)):
     color = "black" if cost[q, n] > 2.5 else "white"
     matrix.text(n, q, f"{cost[q, n]:.2f}", ha="center", va="center", color=color)
-line.set(yticks=[0, 1], yticklabels=["queries", "objects"], xlabel="x", ylim=(-0.3, 1.3))
+for places, y in ((object_x, 1.14), (query_x, -0.26)):
+    for number, x in enumerate(places):
+        line.text(x, y, number, ha="center")
+line.set(yticks=[0, 1], yticklabels=["queries", "objects"], xlabel="x", ylim=(-0.4, 1.4))
 line.legend(loc="upper left")
 matrix.set(xticks=[0, 1], yticks=[0, 1, 2], xlabel="object", ylabel="query", title="cost")
 plt.show()
@@ -1238,7 +1244,7 @@ print(["up" if g < 0 else "down" for g in twins.grad.flatten().tolist()])
 assert twins.grad[0, 0] > 0 > twins.grad[0, 1]
 
 # %% [markdown]
-# One up, the other down. A classical detector trains many anchors on each object and must remove
+# One up, the other down. A classical detector trains many anchors (preset boxes) on each object and must remove
 # the duplicates afterwards, by non-maximum suppression. Here a duplicate is an *error in training*,
 # and self-attention lets queries settle who answers. Duplicates that remain have low scores; what
 # removes them is a threshold.
@@ -1491,7 +1497,7 @@ for a, b in zip([mine, *mine.auxiliary], [theirs, *theirs.auxiliary], strict=Tru
 print("the same in", 1 + len(mine.auxiliary), "layers")
 
 # %% [markdown]
-# Your functions and this class *are* Deformable DETR, without the variants. The library adds those
+# The chapter's functions and this class *are* Deformable DETR, without the variants. The library adds those
 # by the same path: iterative refinement and the two-stage model are chapter 10. Once more, the
 # whole way in shapes:
 
@@ -1545,7 +1551,8 @@ print(f"{'all':17s}{sum(small_parts.values()):12,}{sum(base_parts.values()):14,}
 assert sum(base_parts.values()) == 40_069_665 and base_parts["backbone"] == 23_454_912
 
 # %% [markdown]
-# More than half is the backbone. One encoder layer of the base model by hand, $C = 256$, $M = 8$,
+# More than half is the backbone. `input_proj` is larger than the encoder: the 3 × 3 convolution of
+# the extra level alone has 9 · 2048 · 256 = 4.7 million. One encoder layer of the base model by hand, $C = 256$, $M = 8$,
 # $L = 4$, $K = 4$, feed-forward 1024: offsets and weights of $MLK = 128$ samples, two projections,
 # two linear layers, two norms.
 
@@ -1563,7 +1570,7 @@ del base
 # ## 8.18 Does it learn?
 #
 # The first test of any detector: can it learn **one batch by heart**? If not, the fault is in the
-# code, not in the data. We train your class from a fresh start. First a single step.
+# code, not in the data. We train our class from a fresh start. First a single step.
 
 # %%
 torch.set_grad_enabled(True)

@@ -404,7 +404,9 @@ np.testing.assert_allclose(official, by_hand, atol=1e-9)
 
 # %% [markdown]
 # With many classes, AP is the mean of the classes' APs; with many images, all detections of a class
-# stand in one list. From here on pycocotools does the counting, through `evaluate`.
+# stand in one list. Four more names: AP50 and AP75 are the AP at that overlap alone; AR is the recall,
+# mean over overlaps and classes, with at most 100 detections an image; AP of small objects counts
+# those alone. From here on pycocotools does the counting, through `evaluate`.
 
 # %% [markdown]
 # ## 9.4 The recipe
@@ -671,7 +673,7 @@ print("after, by size:", ", ".join(f"{name} {ap:.3f}" for name, ap in sizes_of_a
 assert before.ap < 0.005 and after.ap > 0.04
 assert after.ap_large > after.ap_small
 
-# %% mystnb={"image": {"alt": "Three validation images twice. Above, the untrained detector's best boxes: arbitrary, of one size. Below, those after the live run: some digits are boxed, several times even, and not all with the right name."}}
+# %% mystnb={"image": {"alt": "Three validation images twice. Above, the untrained detector's best boxes: arbitrary, most of one size. Below, those after the live run: some digits are boxed, several times even, and not all with the right name."}}
 # NBVAL_IGNORE_OUTPUT
 figure, axes = plt.subplots(2, 3, figsize=(7, 4.8))
 crowded = [i for i in range(20) if 4 <= len(val_set[i][1].labels) <= 6]
@@ -758,7 +760,8 @@ assert card["test"] == runs[0]["test"]
 #
 # One number hides the kinds of mistakes. Take every detection with a score of at least 0.4, best
 # first, and sort it: right; a wrong name on a right place; a second box on a digit that is already
-# found; a box that fits badly; or nothing there at all.
+# found; a box that fits badly; or nothing there at all. (A second box with another name counts as a
+# wrong name.)
 
 
 # %%
@@ -796,6 +799,9 @@ for result in sorted(results, key=lambda result: -result["score"]):
 targets = [part[index][1] for index in range(len(part))]
 sorted_out = [sort_out(answers[target.image_id], target) for target in targets]
 
+# %% [markdown]
+# Before you run: nothing in the model removes duplicates. What part of the detections are duplicates?
+
 # %%
 # NBVAL_IGNORE_OUTPUT
 KINDS = ["right", "wrong name", "duplicate", "loose", "background"]
@@ -810,9 +816,6 @@ missed = [
 all_sides = torch.cat([(t.boxes[:, 2:] * 128).prod(1).sqrt() for t in targets])
 print(counted, "of", len(kinds), "detections")
 print(len(missed), "of", len(all_sides), "digits missed")
-
-# %% [markdown]
-# Before you run: nothing in the model removes duplicates. What part of the detections are duplicates?
 
 # %%
 assert counted["right"] > 0.8 * len(kinds)
@@ -941,7 +944,7 @@ plt.show()
 # *Figure 9.11. What to see: sampling points of the last decoder layer for two detections, and of the
 # last encoder layer for one token of the finest level (green: detected box; cross: the token). Area and
 # colour of a point are its weight. The decoder's points are spread over the box and scale with it; most hardly
-# count, and the heaviest lie at its edges. The token's heaviest points lie close to it.*
+# count, and the heaviest one lies at an edge. The token's heaviest points lie close to it.*
 #
 # Is that so for all detections? Measure distances in half boxes: 0 is the centre, 1 an edge.
 
@@ -958,6 +961,10 @@ print(
     f"at the edges: {at_edge.float().mean():.2f} of the points, {part_of_weight:.2f} of the weight"
 )
 assert part_of_weight > 1.5 * at_edge.float().mean()
+
+# %% [markdown]
+# A point at an edge weighs more than twice as much as another; but half of the weight and more is
+# spread over the inside.
 
 # %% [markdown]
 # ## Exercise 9.4  How much of it is inside?
@@ -1133,11 +1140,11 @@ with torch.no_grad():
     ahead, back = (centre_x(pixels + sign * 1e-4 * direction) for sign in (1, -1))
 measured = float(ahead - back) / 2e-4
 told = gradient.norm().item() / measured
-print("autograd tells the whole change:", abs(told - 1) < 0.05)
+print(f"autograd tells {told:.1f} of the change")
 assert abs(told - 1) > 0.05
 
 # %% [markdown]
-# It does not. Refinement detaches the references (chapter 10): each layer learns to correct what it is
+# Not all of it. Refinement detaches the references (chapter 10): each layer learns to correct what it is
 # given, and no gradient flows through what it is given. Good for training, wrong for this question:
 # the pixels do act through the references. So let `detach` do nothing while the model runs.
 

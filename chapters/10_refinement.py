@@ -53,8 +53,8 @@ torch.set_num_threads(1)
 # %% [markdown]
 # ## 10.1 Adding before the sigmoid
 #
-# A box has four numbers in (0, 1). A head predicts a correction, any real number. Adding it to the
-# box could leave the image; so it is added where there is no border, before the sigmoid (A.4):
+# As in section 8.9, what a head predicts is added where there is no border, before the sigmoid; now to
+# all four numbers of a box (A.4):
 #
 # $$b' = \sigma\big(\sigma^{-1}(b) + \Delta\big), \qquad \sigma^{-1}(b) = \ln\frac{b}{1-b}$$
 #
@@ -217,7 +217,7 @@ assert gain > 0.02 and flattering > 1.5 * gain and steps[-1] < 0.5 * steps[:-1].
 # The first two layers gain alike, the third hardly anything. Chosen by the last box, the gain would be
 # nearly twice as large, by the choice alone. Here the digit that gains most:
 
-# %% mystnb={"image": {"alt": "One digit in close-up, four times: with the first stage's proposal of it, and with the box after each decoder layer, in colour over the true box, dashed in white. From panel to panel the box closes in on the true one, and the overlap in the title rises."}}
+# %% mystnb={"image": {"alt": "One digit in close-up, four times: with the first stage's proposal of it, and with the box after each decoder layer, in colour over the true box, dashed in white. Over the first two layers the box closes in on the true one and the overlap in the title rises; the third changes hardly anything."}}
 digits = [(i, k) for i in range(24) for k in range(len(dataset[i][1].labels))]
 widths = torch.cat([dataset[i][1].boxes[:, 2] for i in range(24)])
 gain = (overlaps[-1] - overlaps[0]).where(widths > 0.1, torch.tensor(0.0))  # large enough to see
@@ -347,7 +347,7 @@ assert len(anchors) == outputs[0].first_stage.boxes.shape[1]
 
 # %% [markdown]
 # The official size is 0.05 on the finest level: 40 pixels of an image of 800. On our 128 it would be
-# 6, less than the smallest digit; this detector starts at twice that.
+# 6, less than the longer side of any digit; this detector starts at twice that.
 #
 # The score says "some object", not which: in the official code first-stage targets all have class 0.
 # Where do the thirty best proposals lie?
@@ -362,11 +362,11 @@ assert torch.equal(cxcywh_to_xyxy(first.boxes[0, best]), boxes_of_layers(outputs
 
 # %% mystnb={"image": {"alt": "Left, a sample image with thirty proposal boxes in three colours for the three levels, several on each digit. Right, the score of all tokens of the finest level as a heat map, bright at small digits only."}}
 figure, axes = plt.subplots(1, 2, figsize=(7, 3.4))
-axes[0].imshow(Image.open(samples / f"{crowded + 1:06}.png"))
+axes[0].imshow(Image.open(samples / f"{crowded + 1:06}.png"), alpha=0.5)
 for index in best.tolist():
     x, y, right, bottom = (128 * cxcywh_to_xyxy(first.boxes[0, index])).tolist()
     colour = f"C{level_of[index]}"
-    axes[0].add_patch(Rectangle((x, y), right - x, bottom - y, fill=False, color=colour))
+    axes[0].add_patch(Rectangle((x, y), right - x, bottom - y, fill=False, color=colour, lw=1.5))
 axes[1].imshow(first.logits[0, :1024, 0].sigmoid().reshape(32, 32), vmin=0)
 for axis, title in zip(axes, ("proposals by level", "scores, stride 4"), strict=True):
     axis.set(title=title, xticks=[], yticks=[])
@@ -470,9 +470,8 @@ assert min(aps["refinement, two stages"]) > max(aps["refinement"])
 
 # %% [markdown]
 # On COCO, after 50 epochs, the README of the official repository of {cite}`zhu2021deformable` reports
-# 44.5 AP for the plain detector, 46.2 with refinement and 46.9 with two stages. Here, early in
-# training, the differences are far larger: what
-# both save is above all the time until boxes are roughly right.
+# 44.5 AP (in hundredths) for the plain detector, 46.2 with refinement and 46.9 with two stages. Here,
+# early in training, the differences are several times as large: what both save is above all the time until boxes are roughly right.
 #
 # ## Summary
 #

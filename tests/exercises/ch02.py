@@ -16,7 +16,7 @@ def check_masked_attention(masked_attention):
     queries, keys, values = torch.randn(2, 3), torch.randn(5, 3), torch.randn(5, 1)
     yield "without padding it is plain attention"
     plain = F.scaled_dot_product_attention(queries[None], keys[None], values[None])[0]
-    hint = "divide by the root of D, softmax along the keys; nan means that all keys are masked"
+    hint = "divide by the root of D, softmax along the keys; nan or zeros: is the mask upside down?"
     expect(masked_attention(queries, keys, values, torch.zeros(5, dtype=torch.bool)), plain, hint)
     yield "padded keys count for nothing, and the other weights still add up to 1"
     padding = torch.tensor([False, True, False, False, True])
@@ -29,7 +29,9 @@ def check_masked_attention(masked_attention):
     expect(ones, torch.ones(2, 1), "an average of ones is one")
     yield "what stands in the padding does not matter, however large"
     loud = torch.where(padding[:, None], 1e4, 1.0)
-    expect(masked_attention(queries, keys * loud, values * loud, padding), left, atol=1e-4)
+    given = masked_attention(queries, keys * loud, values * loud, padding)
+    hint = "a weight that is zeroed after the softmax was in its sum already: mask the scores"
+    expect(given, left, hint, atol=1e-4)
 
 
 @checks("2.2")

@@ -22,7 +22,8 @@ def _inputs(B, Q, M, K, D, size):
 def check_attention_vectorised(attention_vectorised):
     yield "one query, one head"
     inputs = _inputs(1, 1, 1, 3, 2, (4, 6))
-    expect(attention_vectorised(*inputs), _library(*inputs), "align_corners=False; 2 * loc - 1")
+    hint = "2 * loc - 1, align_corners=False, zeros outside; maps are (D, H, W): permute first"
+    expect(attention_vectorised(*inputs), _library(*inputs), hint)
     yield "many queries and heads"
     inputs = _inputs(2, 5, 3, 4, 7, (4, 6))
     expect(attention_vectorised(*inputs), _library(*inputs), "transpose before you reshape")
@@ -59,8 +60,9 @@ def check_cross_attention_flops(cross_attention_flops):
 
     yield "self-attention: as many queries as pixels"
     sizes = (50, 50, 16, 2, 3)
-    for given, wanted in zip(cross_attention_flops(*sizes), counted(*sizes), strict=True):
-        expect(given, wanted, "2 n a b for a linear layer from a to b on n rows")
+    (deformable, dense), wanted = cross_attention_flops(*sizes), counted(*sizes)
+    expect(deformable, wanted[0], "the deformable one first, without sampling; a layer has 2 n a b")
+    expect(dense, wanted[1], "then the dense one: all heads together have C channels")
     yield "few queries, many pixels"
     sizes = (30, 700, 32, 4, 2)
     for given, wanted in zip(cross_attention_flops(*sizes), counted(*sizes), strict=True):

@@ -114,9 +114,9 @@ def check_pairwise_giou(pairwise_giou):
     yield "a box with itself has 1"
     expect(pairwise_giou(a, a), torch.ones(1, 1))
     yield "two boxes that overlap, given as cxcywh"
-    b = torch.tensor([[0.5, 0.4, 0.4, 0.5]])
-    hint = "a third of the union overlaps and the hull is the union; are these corners?"
-    expect(pairwise_giou(a, b), torch.tensor([[1 / 3]]), hint)
+    b = torch.tensor([[0.5, 0.4, 0.2, 0.5]])
+    hint = "a fifth of the union overlaps and the hull is the union; are these corners?"
+    expect(pairwise_giou(a, b), torch.tensor([[1 / 5]]), hint)
     yield "every box of a with every box of b"
     many = torch.tensor([[0.3, 0.4, 0.4, 0.5], [0.4, 0.5, 0.2, 0.4], [0.35, 0.4, 0.1, 0.6]])
     given = pairwise_giou(many, many[:2])

@@ -18,6 +18,8 @@ def check_judge(judge):
     expect(list(judge(twice, 0.5)), [True, False], "the second one is a duplicate")
     yield "the best score chooses first, not the best overlap"
     expect(list(judge(torch.tensor([[0.6], [0.9]]), 0.5)), [True, False], "rows come best first")
+    yield "a detection that is not correct takes nothing"
+    expect(list(judge(torch.tensor([[0.3], [0.9]]), 0.5)), [False, True], "its object stays free")
     yield "a detection may fall back on an object that is still free"
     crowd = torch.tensor([[0.9, 0.6], [0.8, 0.7], [0.7, 0.9]])
     expect(list(judge(crowd, 0.5)), [True, True, False], "its best is taken, the next is not")
@@ -89,7 +91,7 @@ def check_share_inside(share_inside):
     weights = torch.tensor([0.5, 0.3, 0.2]).view(1, 1, 3)
     yield "one head, one level, three points"
     hint = "sum the weights of the points inside, do not count points"
-    expect(float(share_inside(points, weights, (0.1, 0.5, 0.4, 0.8))), 0.5, hint)
+    expect(float(share_inside(points, weights, (0.1, 0.1, 0.65, 0.65))), 0.5, hint)
     yield "x is compared with left and right, y with top and bottom"
     hint = "boxes are (left, top, right, bottom), points (x, y)"
     expect(float(share_inside(points, weights, (0.1, 0.5, 0.4, 1.0))), 0.7, hint)
@@ -131,6 +133,15 @@ def _no_fallback(overlap, threshold):
     return correct
 
 
+def _always_takes(overlap, threshold):
+    free, correct = set(range(overlap.shape[1])), []
+    for row in overlap:
+        best = max(free, key=lambda i: float(row[i]), default=-1)
+        correct.append(best >= 0 and bool(row[best] >= threshold))
+        free.discard(best)
+    return correct
+
+
 def _objects_choose(overlap, threshold):
     correct = [False] * len(overlap)
     for column in overlap.T if len(overlap) else ():
@@ -155,6 +166,7 @@ WRONG = {
         ("duplicates count", _every_hit),
         ("no second choice", _no_fallback),
         ("the first free object", _first_free),
+        ("a loose detection takes its object", _always_takes),
         ("objects choose their detections", _objects_choose),
     ],
     "9.2": [

@@ -49,6 +49,8 @@ def check_recall(recall):
     assert (box_iou(truth, proposals).amax(1) > 0.5).tolist() == [True, False, False]
     expect(recall(proposals, truth), 1 / 3, "a share of the true boxes, not of the proposals")
     expect(recall(proposals, truth[1:]), 0.0)
+    several = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.9]])
+    expect(recall(several[:1], several), 1.0, "one proposal may cover several boxes")
     yield "the threshold"
     whole, half = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, 1.0, 0.5]])
     expect(recall(whole / 2, whole), 0.0, "an overlap of 0.25 is too little")
@@ -60,6 +62,16 @@ def check_recall(recall):
 
 def _any_overlap(proposals, truth):
     return (box_iou(truth, proposals).amax(1) > 0).float().mean().item()
+
+
+def _one_to_one(proposals, truth, at=0.5):
+    free, found = set(range(len(proposals))), 0
+    for row in box_iou(truth, proposals):
+        best = max(free, key=lambda i: float(row[i]), default=None)
+        if best is not None and row[best] >= at:
+            found += 1
+            free.discard(best)
+    return found / len(truth) if len(truth) else 1.0
 
 
 def _refine(detach_result, detach_next):
@@ -92,6 +104,7 @@ WRONG = {
     ],
     "10.3": [
         ("any overlap", lambda p, t, at=0.5: 1.0 if not len(t) else _any_overlap(p, t)),
+        ("a proposal covers one box only", _one_to_one),
         ("precision", lambda p, t, at=0.5: (box_iou(p, t).amax(1) >= at).float().mean().item()),
         (
             "no case for no objects",
