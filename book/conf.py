@@ -22,6 +22,8 @@ bibtex_default_style = "plain"
 bibtex_reference_style = "author_year"
 
 html_theme = "sphinx_book_theme"
+html_static_path = ["book.css"]
+html_css_files = ["book.css"]
 html_theme_options = {
     "show_navbar_depth": 2,
     "use_download_button": True,  # the notebook itself

@@ -358,8 +358,8 @@ check("12.2", train_heads_only)
 # ## 12.7 What it gets wrong
 #
 # One number says how good, not what to do. Errors have kinds {cite}`bolya2020tide`: the class is
-# wrong, the place is wrong, an object is found twice, background is taken for an object, an object is
-# missed.
+# wrong, the place is wrong, both are, an object is found twice, background is taken for an object, an
+# object is missed.
 
 # %%
 trained, _ = runs["fine-tuned"]
@@ -375,7 +375,7 @@ assert report.errors.counts["correct"] > 100
 # %% [markdown]
 # Counts are of detections from the printed score on; "AP50 if mended" is of all scores, as AP is. So an
 # error may count 0 and still cost something, and an object missed at this score may be found at a lower
-# one. Mend first what gains most. What each kind calls for: *class*, more images of the confused classes; *place*, longer training, or
+# one. A confusion counts each object once, so these are fewer than the detections of kind *class*. Mend first what gains most. What each kind calls for: *class*, more images of the confused classes; *place*, longer training, or
 # clearer rules for those who draw boxes; *both*, both; *duplicate*, longer training, in which queries
 # learn to leave an object to one of them; *background*, images without objects; *missed*, more small or
 # covered ones. `deformable-detr evaluate --report report.html` writes all of it with pictures of
@@ -385,7 +385,8 @@ assert report.errors.counts["correct"] > 100
 page = Path(temporary.name) / "report.html"
 report.write_html(page)
 text = page.read_text()
-print("http://" in text or "https://" in text, text.count("<img") > 0)
+links, pictures = "http://" in text or "https://" in text, text.count("<img") > 0
+print("links to other hosts:", links, "and pictures inside:", pictures)
 assert "<script src" not in text
 
 # %% [markdown]
@@ -446,9 +447,10 @@ temporary.cleanup()
 #
 # ```
 # deformable-detr check DATA
+# deformable-detr sheet DATA
 # deformable-detr doctor DATA --recipe small-data --init WEIGHTS
 # deformable-detr train DATA --recipe small-data --init WEIGHTS --output runs/mine
-# deformable-detr evaluate DATA --model runs/mine/best.safetensors --report report.html
+# deformable-detr evaluate DATA --model runs/mine/best.safetensors --split test --report report.html
 # deformable-detr predict photo.jpg --model runs/mine/best.safetensors --output found/
 # ```
 #

@@ -72,7 +72,7 @@ torch.set_num_threads(1)
 # %% [markdown]
 # ## 13.1 What stands in a recipe
 #
-# A recipe is a small file, with a reason beside each value: `deformable_detr/recipes/paper.toml` and
+# A recipe is a small file, with reasons beside the values that need one: `deformable_detr/recipes/paper.toml` and
 # three more. What is not in it has the paper's value. Here is where the four differ:
 
 # %%
@@ -98,6 +98,7 @@ for field in dataclasses.fields(PAPER):
 # | `frozen` | parts that do not learn; None: the model's choice, for a ResNet `conv1` and `layer1` | more of them, with fewer images |
 # | `ema_decay`, `patience` | average the weights; stop when AP does not rise (13.7) | few images |
 # | `mixed_precision` | shorter numbers (13.5) | on a GPU, `bf16` |
+# | `top_k` | detections of an image that an evaluation counts | more, where images are crowded |
 # | `gradient_checkpointing` | recompute instead of keep (13.6) | out of memory |
 #
 # ## 13.2 Three rates and a schedule
@@ -368,7 +369,7 @@ for batches in islice(trainer.batches(), 24):
     trainer.step += 1
 assert min(norms) > 5 * DIGITS.clip_norm  # clipped to a fifth at most
 
-# %% mystnb={"image": {"alt": "The gradient's norm in the first 24 steps of a training, on a logarithmic axis: between five and twelve, far above two dashed lines at 0.5 and 0.1."}}
+# %% mystnb={"image": {"alt": "The gradient's norm in the first 24 steps of a training, on a logarithmic axis: between four and twelve, far above two dashed lines at 0.5 and 0.1."}}
 figure, axis = plt.subplots(figsize=(7, 2.8))
 axis.plot(range(1, 25), norms, "o-")
 for bound, text in ((0.5, "digits: 0.5"), (0.1, "paper: 0.1")):
@@ -519,7 +520,8 @@ with torch.autocast("cpu", torch.bfloat16):
     short = shipped(whole)
 for hook in hooks:
     hook.remove()
-print(dtypes)
+for name, dtype in dtypes.items():
+    print(f"{name:20} {dtype}")
 assert dtypes["value_proj"] == "bfloat16" and short.boxes.dtype == torch.float32
 
 # %%
@@ -982,8 +984,8 @@ assert recipes["modern"].lr == 2e-4 * 16 / 32  # detrex trains 16 images a step
 
 # %% [markdown]
 # > **Asked: I have four GPUs, why is my AP lower?** (fundamentalvision/Deformable-DETR #8, #14, #77, #110.)
-# > *Published* is 44.5 for batch 32. Users report 44.1 and 44.3 with batch 32, 43.5 with 64, and one 37.4
-# > with 16 on four GPUs. Take $\pm 0.4$ as chance. Below that, count your images per step first.
+# > *Published* is 44.5 for batch 32. One user reports 44.1 and 44.3 with batch 32 and 43.5 with 64, another
+# > 37.4 with 16 on four GPUs. Take $\pm 0.4$ as chance. Below that, count your images per step first.
 #
 # ## Exercise 13.5  Plan a step
 #
@@ -1187,7 +1189,7 @@ temporary.cleanup()
 # - Images per step and rate belong together; GPUs, batches and accumulation only share them out.
 # - Divide by the boxes of the whole step, over batches and over processes; a mean of means is wrong.
 # - bfloat16 for products, float32 for coordinates; float16 needs a scale, and unscaling before clipping.
-# - Recomputing more than halves the memory for a third more work, and changes no gradient.
+# - Recomputing more than halves the memory of COCO's image size for a third more work, and changes no gradient.
 # - Memory: 16 bytes a weight, and so many a pixel. Time: images over throughput.
 #
 # > **Differs from the paper.** It says Adam and does not mention clipping; accumulation, mixed precision,

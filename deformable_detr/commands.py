@@ -423,7 +423,8 @@ def info(args: argparse.Namespace) -> int:
     names = ", ".join(category["name"] for category in detector.categories)
     rows = {"model": args.model, "classes": f"{len(detector.categories)}: {names}"}
     rows |= {"threshold": detector.threshold, "prepares images as": detector.transforms}
-    rows |= {"short side": detector.short_side}
+    if detector.transforms != "digits":  # those leave sizes as they are
+        rows |= {"short side": detector.short_side}
     rows |= dataclasses.asdict(detector.model.config)
     for name, value in rows.items():
         print(f"{name:20}{value}")

@@ -64,7 +64,7 @@ def expect(
     Raises:
         AssertionError: they differ. Its message says what was expected and what was given.
     """
-    numbers = (int, float, np.number, np.ndarray, torch.Tensor)
+    numbers = (int, float, np.number, np.bool_, np.ndarray, torch.Tensor)
     if not isinstance(expected, numbers):
         agree = bool(given == expected)
     elif not isinstance(given, numbers):

@@ -13,17 +13,17 @@ from deformable_detr.optim import averaged
 @checks("13.1")
 def check_shares(shares):
     yield "batches with boxes"
-    expect(torch.tensor(shares([1, 3])), torch.tensor([0.25, 0.75]), "each counts by its boxes")
-    expect(torch.tensor(shares([7])), torch.tensor([1.0]))
+    expect(torch.as_tensor(shares([1, 3])), torch.tensor([0.25, 0.75]), "each counts by its boxes")
+    expect(torch.as_tensor(shares([7])), torch.tensor([1.0]))
     yield "a batch without boxes"
     expect(
-        torch.tensor(shares([0, 3, 1])),
+        torch.as_tensor(shares([0, 3, 1])),
         torch.tensor([0.25, 0.75, 0.25]),
         "its loss was divided by 1, and must be divided by 4",
     )
     yield "a step without boxes"
     expect(
-        torch.tensor(shares([0, 0])), torch.tensor([1.0, 1.0]), "divided by 1, and that is right"
+        torch.as_tensor(shares([0, 0])), torch.tensor([1.0, 1.0]), "divided by 1, and that is right"
     )
 
 
@@ -35,7 +35,8 @@ def check_factor_of_batch(factor_of_batch):
 
     yield "without accumulation"
     for number in (0, 3, 9, 50, 99):
-        expect(factor_of_batch(number, 100, 1, 5), wanted(number, 100, 1, 5))
+        hint = "step s has the warm-up (s + 1) / warmup and the cosine of s / S"
+        expect(factor_of_batch(number, 100, 1, 5), wanted(number, 100, 1, 5), hint)
     yield "four batches a step"
     for number in (0, 1, 3, 4, 18, 57, 99):
         expect(
