@@ -77,12 +77,14 @@ class MSDeformAttn(nn.Module):
         """Where these queries look, and with what weights; arguments as in `forward`."""
         shapes = check_spatial_shapes(spatial_shapes)
         self._check(query, reference_points, shapes)
+        if reference_points.dtype != torch.float64:  # autocast must not round coordinates
+            reference_points = reference_points.float()
         B, Q, _ = query.shape
         M, L, K = self.num_heads, self.num_levels, self.num_points
         offsets = self.sampling_offsets(query).view(B, Q, M, L, K, 2)
         logits = self.attention_weights(query).view(B, Q, M, L * K)
         weights = logits.softmax(-1).view(B, Q, M, L, K)  # one softmax over all levels
-        offsets = offsets.to(reference_points.dtype)  # autocast must not round coordinates
+        offsets = offsets.to(reference_points.dtype)
         if reference_points.shape[-1] == 2:  # offsets in pixels of each level
             size = offsets.new_tensor([(width, height) for height, width in shapes])  # (L, 2)
             # flat rows of L * K * 2 numbers: ten times as fast as many small axes
@@ -111,11 +113,21 @@ class MSDeformAttn(nn.Module):
         on padding, whose values count as zero. Returns (B, Q, C); with return_sampling also the
         Sampling. Raises ValueError on shapes that do not fit, TypeError on other dtypes.
         """
-        sampling = MSDeformAttn.sampling(self, query, reference_points, spatial_shapes)
-        if input_flatten.ndim != 3 or input_flatten.shape[-1] != self.embed_dim:
+        sampling = self.sampling(query, reference_points, spatial_shapes)
+        return self._attend(sampling, input_flatten, padding_mask, return_sampling)
+
+    def _attend(
+        self,
+        sampling: Sampling,
+        input_flatten: Tensor,
+        padding_mask: Tensor | None,
+        return_sampling: bool,
+    ) -> Tensor | tuple[Tensor, Sampling]:
+        B, C = sampling.locations.shape[0], self.embed_dim
+        if input_flatten.ndim != 3 or input_flatten.shape[::2] != (B, C):
             given = tuple(input_flatten.shape)
-            raise ValueError(f"input_flatten must be (B, S, C={self.embed_dim}), got {given}")
-        B, S, C = input_flatten.shape
+            raise ValueError(f"input_flatten must be (B={B}, S, C={C}), got {given}")
+        S = input_flatten.shape[1]
         value = self.value_proj(input_flatten)
         if padding_mask is not None:
             if padding_mask.shape != (B, S) or padding_mask.dtype != torch.bool:
@@ -145,6 +157,11 @@ class MSDeformAttn(nn.Module):
             )
         if not reference_points.is_floating_point():
             raise TypeError(f"reference_points must be floating, got {reference_points.dtype}")
+        if (reference_points.dtype == torch.float64) != (query.dtype == torch.float64):
+            raise TypeError(
+                "query and reference_points must be float64 both or neither, got "
+                f"{query.dtype} and {reference_points.dtype}"
+            )
 
 
 class DeformAttn(MSDeformAttn):
@@ -157,6 +174,9 @@ class DeformAttn(MSDeformAttn):
         self, query: Tensor, reference_points: Tensor, spatial_shape: tuple[int, int]
     ) -> Sampling:
         """Where these queries look, and with what weights; arguments as in `forward`."""
+        if reference_points.ndim != 3:
+            given = tuple(reference_points.shape)
+            raise ValueError(f"reference_points must be (B, Q, 2 or 4), got {given}")
         return super().sampling(query, reference_points.unsqueeze(2), [spatial_shape])
 
     def forward(
@@ -174,11 +194,5 @@ class DeformAttn(MSDeformAttn):
         spatial_shape: (H, W). padding_mask: (B, H*W), True on padding. Returns (B, Q, C); with
         return_sampling also the Sampling, of which L = 1.
         """
-        return super().forward(
-            query,
-            reference_points.unsqueeze(2),
-            feature,
-            [spatial_shape],
-            padding_mask,
-            return_sampling,
-        )
+        sampling = self.sampling(query, reference_points, spatial_shape)
+        return self._attend(sampling, feature, padding_mask, return_sampling)

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from itertools import accumulate
 from types import ModuleType
+from typing import ClassVar
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -28,26 +31,49 @@ OUTSIDE = -2.0  # a location off every map: the kernel reads nothing there
 
 
 class Replacement:
-    """What `use_in_transformers` replaced: `count` places; `undo()` puts the old things back.
+    """What `use_in_transformers` replaced: `count` places; `undo()` puts the old things back, but a
+    function that modules of other models call only when the last of them does.
 
     Also a context manager, which does so at the end of the block.
     """
 
+    # of every function that is replaced now: the old one, and the modules that call it
+    _functions: ClassVar[dict[tuple[ModuleType, str], tuple[object, WeakSet[nn.Module]]]] = {}
+
     def __init__(self) -> None:
         self._before: list[tuple[object, str, object]] = []
+        self._calls: list[tuple[tuple[ModuleType, str], nn.Module]] = []
 
     @property
     def count(self) -> int:
         """The number of modules and functions that are replaced now."""
-        return len(self._before)
+        return len(self._before) + len({function for function, _ in self._calls})
 
     def replace(self, owner: object, name: str, new: object) -> None:
         """Set an attribute, and remember the owner's own one, if it had any."""
         self._before.append((owner, name, vars(owner).get(name)))
         setattr(owner, name, new)
 
+    def replace_function(self, file: ModuleType, name: str, new: object, caller: nn.Module) -> None:
+        """Set a function of a file, for a module that calls it."""
+        function = file, name
+        if function not in self._functions:
+            self._functions[function] = getattr(file, name), WeakSet()
+            setattr(file, name, new)
+        callers = self._functions[function][1]
+        if caller not in callers:
+            callers.add(caller)
+            self._calls.append((function, caller))
+
     def undo(self) -> None:
         """Put everything back as it was; a second call does nothing."""
+        while self._calls:
+            function, caller = self._calls.pop()
+            old, callers = self._functions[function]
+            callers.discard(caller)
+            if not callers:
+                setattr(*function, old)
+                del self._functions[function]
         while self._before:
             owner, name, old = self._before.pop()
             if old is None:
@@ -73,7 +99,7 @@ def use_in_transformers(model: nn.Module) -> Replacement:
     Raises ValueError where the model has nothing to replace, and where it samples by the
     "discrete" method (RT-DETRv2, D-FINE, DEIMv2), which is another operator.
     """
-    modules = [m for m in model.modules() if _is_attention(m)]
+    modules = [m for m in model.modules() if _attention(m)]
     for module in modules:
         method = getattr(module, "method", getattr(module, "decoder_method", "default"))
         if method != "default":
@@ -91,15 +117,18 @@ def use_in_transformers(model: nn.Module) -> Replacement:
     return done
 
 
-def _is_attention(module: nn.Module) -> bool:
-    kind = type(module)
-    in_transformers = kind.__module__.startswith("transformers.models.")
-    return in_transformers and kind.__name__.endswith("MultiscaleDeformableAttention")
+def _attention(module: nn.Module) -> type | None:
+    """The class of transformers' that the module is of, itself or by inheritance."""
+    for kind in type(module).__mro__:
+        in_transformers = kind.__module__.startswith("transformers.models.")
+        if in_transformers and kind.__name__.endswith("MultiscaleDeformableAttention"):
+            return kind
+    return None
 
 
 def _replace(module: nn.Module, done: Replacement) -> None:
     """Ours for the part of one attention module that samples, unless it is there already."""
-    file = sys.modules[type(module).__module__]
+    file = sys.modules[_attention(module).__module__]
     if isinstance(getattr(module, "attn", None), nn.Module):  # a submodule without parameters
         if vars(module.attn).get("forward") is not _module_forward:
             done.replace(module.attn, "forward", _module_forward)
@@ -107,12 +136,11 @@ def _replace(module: nn.Module, done: Replacement) -> None:
         if module.ms_deformable_attn_core is not _levels_of_any_size:
             done.replace(module, "ms_deformable_attn_core", _levels_of_any_size)
     elif hasattr(file, "multi_scale_deformable_attention_v2"):
-        old = file.multi_scale_deformable_attention_v2
-        if not hasattr(old, "replaces"):
-            done.replace(file, "multi_scale_deformable_attention_v2", _or_discrete(old))
+        name = "multi_scale_deformable_attention_v2"
+        done.replace_function(file, name, _or_discrete(getattr(file, name)), module)
     elif hasattr(file, "multi_scale_deformable_attention"):
-        if file.multi_scale_deformable_attention is not ms_deform_attn:
-            done.replace(file, "multi_scale_deformable_attention", ms_deform_attn)
+        name = "multi_scale_deformable_attention"
+        done.replace_function(file, name, ms_deform_attn, module)
     else:
         raise ValueError(
             f"{type(module).__name__} is not laid out as in transformers 5, so nothing was replaced"
@@ -171,7 +199,6 @@ def _or_discrete(old: Callable[..., Tensor]) -> Callable[..., Tensor]:
         run = _levels_of_any_size if method == "default" else old
         return run(value, shapes, locations, weights, num_points_list, method)
 
-    ours_or_old.replaces = old
     return ours_or_old
 
 
@@ -189,6 +216,7 @@ def install_official_names() -> ModuleType:
     module = sys.modules.get(OFFICIAL_NAME)
     if module is None:
         module = ModuleType(OFFICIAL_NAME, "The official extension's names on deformable_detr.")
+        module.__spec__ = ModuleSpec(OFFICIAL_NAME, None)  # find_spec looks for it
         module.ms_deform_attn_forward = ms_deform_attn_forward
         module.ms_deform_attn_backward = ms_deform_attn_backward
         sys.modules[OFFICIAL_NAME] = module

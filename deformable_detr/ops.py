@@ -41,9 +41,11 @@ def ms_deform_attn(
     backend: "cuda" and "cpu", the kernel for the tensors' device; "reference", plain PyTorch, on
         any device; "gather", PyTorch without grid_sample, for export. By default, or where the
         environment variable DEFORMABLE_DETR_BACKEND names one, that one; else the kernel where
-        `backends()` has it, "gather" during an ONNX export, and "reference" for all else.
-    Returns (B, Q, M * D) in value's dtype, the heads side by side. Differentiable, twice, in all
-    three float tensors ("reference" twice only where torch's grid_sample is). These may mix
+        `backends()` has it, "gather" during an ONNX export and inside torch.func's transforms and
+        forward-mode derivatives, and "reference" for all else.
+    Returns (B, Q, M * D) in value's dtype, the heads side by side. Differentiable, any
+    number of times, in all three float tensors ("reference" twice only where torch's grid_sample
+    is). These may mix
     float32, float16 and bfloat16, as autocast makes them: coordinates, weights and sums are float32
     inside. float64 goes with float64 only.
     Raises ValueError or TypeError where shapes, dtypes or devices do not fit together, and
@@ -69,10 +71,10 @@ def backends() -> dict[str, str]:
 
 def _choose(backend: str | None, device: str) -> str:
     """The backend for tensors on this device."""
-    asked = backend or os.environ.get(VARIABLE)
+    asked = backend or (os.environ.get(VARIABLE) if device != "meta" else None)
     if asked:
         return _forced(asked, device, "backend" if backend else VARIABLE)
-    if torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export() or _transformed():
         return "gather"
     if device == "meta":
         return "reference"
@@ -88,10 +90,21 @@ def _forced(name: str, device: str, origin: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{origin} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name in KERNELS and device != name:
-        raise BackendError(f"backend {name!r} needs tensors on {name}, got {device}")
+        raise BackendError(f"{origin} {name!r} needs tensors on {name}, got {device}")
     if name in KERNELS and KERNELS[name].why_not():
-        raise BackendError(f"backend {name!r} is not available: {KERNELS[name].why_not()}")
+        raise BackendError(f"{origin} {name!r} is not available: {KERNELS[name].why_not()}")
+    if name in KERNELS and _transformed():
+        raise BackendError(
+            f"{origin} {name!r} has neither forward-mode derivatives nor torch.func's transforms; "
+            "'gather' has"
+        )
     return name
+
+
+def _transformed() -> bool:
+    """Whether derivatives are asked for that only plain operations of torch's have."""
+    functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return functorch or torch.autograd.forward_ad._current_level >= 0
 
 
 # what torch.compiler.assume_constant_result sets, without the two seconds that importing it takes
@@ -125,6 +138,10 @@ def _integer(n: object) -> int | torch.SymInt:
 def _check(
     value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> None:
+    tensors = {"value": value, "sampling_locations": locations, "attention_weights": weights}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if value.ndim != 4:
         raise ValueError(f"value must be (B, S, M, D), got {tuple(value.shape)}")
     B, S, M, _ = value.shape
@@ -168,10 +185,12 @@ def _check(
 def _kernel(
     value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> Tensor:
+    shapes = _pairs(spatial_shapes)
+    _check(value, shapes, locations, weights)  # a traced program comes here by itself
     if value.is_cuda:
-        return cuda.forward(value, _pairs(spatial_shapes), locations, weights)
+        return cuda.forward(value, shapes, locations, weights)
     wide = value.to(locations.dtype)
-    return cpu.forward(wide, _pairs(spatial_shapes), locations, weights).to(value.dtype)
+    return cpu.forward(wide, shapes, locations, weights).to(value.dtype)
 
 
 @torch.library.custom_op("deformable_detr::ms_deform_attn_backward", mutates_args=())
@@ -183,6 +202,10 @@ def _kernel_backward(
     grad_output: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = _pairs(spatial_shapes)
+    _check(value, shapes, locations, weights)
+    B, _, M, D = value.shape
+    if grad_output.shape != (B, locations.shape[1], M * D):
+        raise ValueError(f"grad_output must be (B, Q, M * D), got {tuple(grad_output.shape)}")
     if value.is_cuda:
         return cuda.backward(value, shapes, locations, weights, grad_output)
     wide = value.to(locations.dtype), grad_output.to(locations.dtype)
@@ -224,9 +247,14 @@ def _differentiate(ctx, grad_output: Tensor) -> tuple:
 
 
 def _differentiate_twice(ctx, *grads: Tensor) -> tuple:
-    """Through the gather form: its gradients, written as a function, differentiated once more."""
+    """Through the gather form: its gradients, written as a function, differentiated once more; and
+    as often as one likes, where a graph of that is asked for."""
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        inputs = [
+            x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            for x in ctx.saved_tensors
+        ]
         value, locations, weights, grad_output = inputs
         output = reference.ms_deform_attn_gather(
             value.to(locations.dtype), _pairs(ctx.shapes), locations, weights
@@ -234,7 +262,7 @@ def _differentiate_twice(ctx, *grads: Tensor) -> tuple:
         first = torch.autograd.grad(
             output, inputs[:3], grad_output.to(output.dtype), create_graph=True
         )
-        second = torch.autograd.grad(first, inputs, grads, allow_unused=True)
+        second = torch.autograd.grad(first, inputs, grads, allow_unused=True, create_graph=again)
     return second[0], None, *second[1:]
 
 

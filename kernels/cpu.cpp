@@ -2,9 +2,11 @@
 // channels are the machine's own vectors, and each worker thread runs over a range of heads.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <new>
 #include <sys/mman.h>
 #include <thread>
@@ -91,21 +93,33 @@ __device__ void put_sums(const Vector (&products)[4], REAL (*sums)[POINTS], int 
 
 #include "ms_deform_attn.cu"
 
-// Calls work(begin, end) for `threads` equal parts of [0, count), one of them in this thread. With
-// OpenMP (backend/cpu.py decides) torch's own threads do it, which wait for work without sleeping and
+// Calls work(begin, end) for `threads` equal parts of [0, count), one of them in this thread; false
+// where there is no memory, or no thread, for one of them. With OpenMP (backend/cpu.py decides) torch's own threads do it, which wait for work without sleeping and
 // would take the processors from others.
 template <typename Work>
-static void in_parallel(long long count, int threads, const Work& work) {
+static bool in_parallel(long long count, int threads, const Work& work) {
+    std::atomic<bool> whole{true};
+    auto part = [&](int t) {
+        try {
+            work(count * t / threads, count * (t + 1) / threads);
+        } catch (const std::bad_alloc&) {
+            whole = false;
+        }
+    };
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-    for (int t = 0; t < threads; t++) work(count * t / threads, count * (t + 1) / threads);
+    for (int t = 0; t < threads; t++) part(t);
 #else
     std::vector<std::thread> others;
-    for (int t = 1; t < threads; t++)
-        others.emplace_back(work, count * t / threads, count * (t + 1) / threads);
-    work(0, count / threads);
+    try {
+        for (int t = 1; t < threads; t++) others.emplace_back(part, t);
+        part(0);
+    } catch (const std::exception&) {
+        whole = false;
+    }
     for (std::thread& other : others) other.join();
 #endif
+    return whole;
 }
 
 // Asks for pages of 2 MiB under memory that is about to be written: what was just allocated would
@@ -157,13 +171,13 @@ static void scatter(const VALUE* buffer, VALUE* head, int tokens, int stride) {
 static bool worth_gathering(int tokens, int queries) { return 4LL * POINTS * queries > 16LL * tokens; }
 
 // Arrays as deformable_detr.ms_deform_attn has them, work in the order of image, head, query. Any
-// number of threads gives the same bits.
-extern "C" void forward(const VALUE* value, const Levels* levels, const REAL* locations,
+// number of threads gives the same bits. Returns whether there was memory enough.
+extern "C" bool forward(const VALUE* value, const Levels* levels, const REAL* locations,
                         const REAL* weights, VALUE* output, long long images, int tokens,
                         int queries, int heads, int threads) {
     bool gathered = worth_gathering(tokens, queries);
     large_pages(output, sizeof(VALUE) * images * queries * heads * D);
-    in_parallel(images * heads * queries, threads, [=](long long begin, long long end) {
+    return in_parallel(images * heads * queries, threads, [=](long long begin, long long end) {
         std::vector<Corners> corners(1);  // not on the stack: POINTS may be large
         Buffer buffer(gathered ? (size_t)tokens * D : 0);
         for (long long task = begin; task < end;) {
@@ -184,7 +198,7 @@ extern "C" void forward(const VALUE* value, const Levels* levels, const REAL* lo
 // A worker owns whole heads of an image: no two write to one gradient of value, and the order of its
 // sums, query by query, is the same for any number of workers. No gradient need hold zeros before.
 // Where tokens are gathered, one buffer holds first a head's value, then its gradient.
-extern "C" void backward(const VALUE* value, const Levels* levels, const REAL* locations,
+extern "C" bool backward(const VALUE* value, const Levels* levels, const REAL* locations,
                          const REAL* weights, const VALUE* grad_output, REAL* grad_value,
                          REAL* grad_locations, REAL* grad_weights, long long images, int tokens,
                          int queries, int heads, int threads) {
@@ -198,7 +212,7 @@ extern "C" void backward(const VALUE* value, const Levels* levels, const REAL* l
         in_parallel(values, threads, [=](long long begin, long long end) {
             std::fill(grad_value + begin, grad_value + end, (REAL)0);
         });
-    in_parallel(images * heads, threads, [=](long long begin, long long end) {
+    return in_parallel(images * heads, threads, [=](long long begin, long long end) {
         std::vector<Corners> corners(1);
         Buffer buffer(gathered ? (size_t)tokens * D : 0);
         for (long long task = begin; task < end; task++) {

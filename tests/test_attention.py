@@ -214,3 +214,45 @@ def test_heads_must_divide_the_width():
         MSDeformAttn(10, num_heads=4)
     with pytest.raises(ValueError, match="at least 1, got 10, 4, 0 and 4"):
         MSDeformAttn(10, num_heads=0)
+
+
+@torch.no_grad()
+def test_half_precision_references_are_not_rounded_further():
+    module = MSDeformAttn(16, num_levels=1, num_heads=2, num_points=2).bfloat16()
+    references = torch.rand(1, 50, 1, 2).bfloat16()
+    sampling = module.sampling(torch.zeros(1, 50, 16).bfloat16(), references, [(160, 160)])
+    star = module.sampling_offsets.bias.float().view(2, 1, 2, 2)
+    expected = references.float()[:, :, None, :, None] + star / 160
+    torch.testing.assert_close(sampling.locations, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [MSDeformAttn, DeformAttn])
+def test_a_subclass_may_sample_elsewhere(kind):
+    class Centred(kind):
+        def sampling(self, *arguments):
+            found = super().sampling(*arguments)
+            found.locations.fill_(0.5)
+            return found
+
+    module = Centred(8, num_heads=2)
+    query, features = torch.randn(1, 3, 8), torch.randn(1, 20, 8)
+    shape, references = (4, 5), torch.rand(1, 3, 2)
+    if kind is MSDeformAttn:
+        module = Centred(8, 1, 2)
+        shape, references = [shape], references.unsqueeze(2)
+    _, sampling = module(query, references, features, shape, return_sampling=True)
+    assert (sampling.locations == 0.5).all()
+
+
+def test_errors_name_what_was_given():
+    module = MSDeformAttn(8, 1, 2)
+    query, features = torch.randn(2, 3, 8), torch.randn(2, 20, 8)
+    references = torch.rand(2, 3, 1, 2)
+    with pytest.raises(ValueError, match=r"input_flatten must be \(B=2, S, C=8\), got \(1, 20"):
+        module(query, references, features[:1], [(4, 5)])
+    with pytest.raises(TypeError, match="query and reference_points must be float64 both or"):
+        module(query, references.double(), features, [(4, 5)])
+    for wrong in (torch.rand(2), torch.rand(2, 3, 1, 2)):
+        with pytest.raises(ValueError, match=r"reference_points must be \(B, Q, 2 or 4\), got"):
+            DeformAttn(8, 2)(query, wrong, features, (4, 5))

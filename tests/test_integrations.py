@@ -329,6 +329,28 @@ def test_a_second_replacement_changes_nothing(family, calls):
     assert len(calls) == FAMILIES[family][1]
 
 
+def test_undoing_one_model_leaves_another_alone(calls):
+    models = build("mask2former"), build("mask2former")
+    first, second = (use_in_transformers(model) for model in models)
+    assert first.count == second.count == 1
+    first.undo()
+    run(models[1], "mask2former")
+    assert len(calls) == FAMILIES["mask2former"][1]
+    second.undo()
+    run(models[1], "mask2former")
+    assert len(calls) == FAMILIES["mask2former"][1]
+
+
+def test_a_subclass_of_ones_own_is_found(calls):
+    model = build("deformable_detr")
+    for module in model.modules():
+        if type(module).__name__ == "DeformableDetrMultiscaleDeformableAttention":
+            module.__class__ = type("Mine", (type(module),), {"__module__": "mine"})
+    with use_in_transformers(model):
+        run(model, "deformable_detr")
+    assert len(calls) == FAMILIES["deformable_detr"][1]
+
+
 @pytest.mark.parametrize("name", ["RTDetrV2", "DFine"])
 def test_discrete_sampling_is_refused_and_left_alone(name, calls):
     discrete = rt_detr(name, decoder_method="discrete").eval()
@@ -371,6 +393,7 @@ def msda():
 def test_code_written_for_the_official_extension_runs(msda):
     MSDA = importlib.import_module("MultiScaleDeformableAttention")
     assert MSDA is msda is install_official_names()
+    assert importlib.util.find_spec("MultiScaleDeformableAttention") is MSDA.__spec__
 
     class Function(torch.autograd.Function):  # as such code has it
         @staticmethod

@@ -3,7 +3,10 @@
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
+import sys
+import threading
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -201,7 +204,7 @@ def cache(tmp_path, monkeypatch):
         function.cache_clear()
     yield folder
     if cpu._temporary.cache_info().currsize:
-        cpu._temporary().cleanup()
+        shutil.rmtree(cpu._temporary(), ignore_errors=True)
     for function in remembered:
         function.cache_clear()
 
@@ -307,10 +310,121 @@ def test_without_a_place_to_write_builds_go_to_a_private_folder(tmp_path, cache,
     cpu.ctypes.CDLL(str(library))
 
 
+@pytest.fixture
+def no_home(cache, tmp_path, monkeypatch):
+    """Nowhere to keep builds but a temporary folder."""
+    monkeypatch.delenv("DEFORMABLE_DETR_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".cache").write_text("")
+
+
+def test_threads_share_one_temporary_folder(no_home):
+    barrier, found = threading.Barrier(8), []
+
+    def ask():
+        barrier.wait(timeout=60)
+        found.append(cpu.cache_folder())
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1 and len(found) == 8 and found[0].is_dir()
+
+
+def test_a_fork_leaves_the_temporary_folder_to_its_parent(tmp_path):
+    program = """if True:
+        import os, sys, warnings
+        from deformable_detr.backend import cpu
+        warnings.simplefilter("ignore")
+        folder = cpu.cache_folder()
+        child = os.fork()
+        if not child:
+            sys.exit(0)
+        os.waitpid(child, 0)
+        print(folder, folder.is_dir())
+    """
+    (tmp_path / ".cache").write_text("")
+    environment = {k: v for k, v in os.environ.items() if k != "DEFORMABLE_DETR_CACHE"}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    folder, there = run.stdout.rsplit(maxsplit=1)
+    assert there == "True", run.stderr
+    assert not Path(folder).exists()  # gone with the parent
+
+
+def test_a_folder_that_was_removed_is_made_again(cache):
+    cpu.build(MACROS, QUICK)
+    shutil.rmtree(cache)
+    assert cpu.build(MACROS, QUICK).exists()
+
+
+def test_a_folder_that_is_asked_for_must_be_usable(cache, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BackendError, match=r"DEFORMABLE_DETR_CACHE=.*file cannot hold kernels: "):
+        cpu.cache_folder()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DEFORMABLE_DETR_CACHE", "~/kernels")
+    assert cpu.cache_folder() == (tmp_path / "kernels").resolve()
+
+
+def test_root_may_be_unknown_in_a_container(tmp_path, cache, monkeypatch):
+    if os.geteuid():
+        pytest.skip("only root can give folders away")
+    outer = tmp_path / "outer"
+    outer.mkdir(mode=0o755)
+    monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(outer / "cache"))
+    os.chown(outer, 65534, 65534)
+    with pytest.raises(BackendError, match="user 65534 owns"):
+        cpu.cache_folder()
+    monkeypatch.setattr(cpu, "_unmapped_root", lambda: {65534})
+    assert cpu.cache_folder() == (outer / "cache").resolve()
+    os.chown(outer / "cache", 65534, 65534)  # what holds the kernels must be the user's own
+    with pytest.raises(BackendError, match="user 65534 owns"):
+        cpu.refuse_unsafe(outer / "cache")
+
+
+def test_kernels_are_found_in_a_source_tree_too(monkeypatch):
+    installed = cpu.sources().joinpath("cpu.cpp").read_bytes()
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(cpu.resources, "files", missing)
+    assert cpu.sources().joinpath("cpu.cpp").read_bytes() == installed
+
+
+def test_without_memory_it_is_an_error_and_no_abort():
+    program = """if True:
+        import resource, torch
+        from deformable_detr import ms_deform_attn
+        shapes, mib = [(1000, 1000)], 1 << 20
+        inputs = torch.zeros(1, 10**6, 1, 32), torch.zeros(1, 1 << 18, 1, 1, 16, 2)
+        weights = torch.zeros(1, 1 << 18, 1, 1, 16)
+        torch.set_num_threads(1)
+        ms_deform_attn(inputs[0], shapes, inputs[1], weights, backend="cpu")
+        held = next(int(x.split()[1]) for x in open("/proc/self/status") if x[:6] == "VmSize")
+        resource.setrlimit(resource.RLIMIT_AS, (held * 1024 + 64 * mib,) * 2)  # the output's 32
+        try:
+            ms_deform_attn(inputs[0], shapes, inputs[1], weights, backend="cpu")
+        except RuntimeError as error:
+            print(error)
+    """
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "ms_deform_attn can't allocate memory" in run.stdout, run.stderr
+
+
 def test_a_broken_library_is_one_clear_error(cache, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(cpu.ctypes, "CDLL", Path)
-        cpu.load(torch.float32, 1, 1).write_text("not a library")
+        patch.setattr(cpu.ctypes, "CDLL", lambda path, **_: Mock(path=path))
+        Path(cpu.load(torch.float32, 1, 1).path).write_text("not a library")
     cpu.load.cache_clear()
     with pytest.raises(RuntimeError, match=r"does not load .*; remove .*\.so to build") as caught:
         cpu.load(torch.float32, 1, 1)

@@ -293,7 +293,7 @@ def test_variable_forces_and_argument_wins(backend, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("cuda", RuntimeError, "backend 'cuda' needs tensors on cuda, got cpu"),
+        ("cuda", RuntimeError, "'cuda' needs tensors on cuda, got cpu"),
         ("fastest", ValueError, "must be one of cuda, cpu, .*, got 'fastest'"),
     ],
 )
@@ -369,3 +369,99 @@ def test_a_compiler_that_is_asked_for_and_not_there_is_named(no_compiler, monkey
     monkeypatch.setenv("CXX", "no-such-compiler")
     cpu.compiler.cache_clear()
     assert backends()["cpu"].startswith("no C++ compiler: no-such-compiler not on the path")
+
+
+@pytest.fixture
+def simple():
+    """Float64 inputs of one level, and the operator as a function of its three tensors."""
+    inputs = make_inputs(B=1, Q=2, M=2, D=3, K=2, shapes=[(4, 5)])
+    return inputs, lambda *x: ms_deform_attn(x[0], [(4, 5)], *x[1:])
+
+
+@needs_compiler
+def test_third_derivatives(simple):
+    inputs, _ = simple
+
+    def third(backend):
+        value, locations, weights = (x.detach().requires_grad_() for x in inputs)
+        output = ms_deform_attn(value, [(4, 5)], locations, weights, backend=backend)
+        first = torch.autograd.grad(output.pow(3).sum(), value, create_graph=True)[0]
+        second = torch.autograd.grad(first.pow(2).sum(), weights, create_graph=True)[0]
+        return torch.autograd.grad(second.pow(2).sum(), (value, locations, weights))
+
+    torch.testing.assert_close(third("cpu"), third("gather"))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of torch's own
+def test_forward_mode_derivatives(simple):
+    inputs, operator = simple
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    given, step = torch.func.jvp(operator, inputs, tangents)[1], 1e-6
+    ahead, back = (
+        operator(*(x + sign * step * t for x, t in zip(inputs, tangents, strict=True)))
+        for sign in (1, -1)
+    )
+    torch.testing.assert_close(given, (ahead - back) / (2 * step), rtol=1e-5, atol=1e-6)
+    with torch.autograd.forward_ad.dual_level():
+        dual = [
+            torch.autograd.forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)
+        ]
+        tangent = torch.autograd.forward_ad.unpack_dual(operator(*dual)).tangent
+    torch.testing.assert_close(tangent, given)
+
+
+def test_transforms_of_functions(simple):
+    inputs, operator = simple
+    gradient = torch.func.grad(lambda *x: operator(*x).pow(2).sum())(*inputs)
+    value = inputs[0].clone().requires_grad_()
+    expected = torch.autograd.grad(operator(value, *inputs[1:]).pow(2).sum(), value)[0]
+    torch.testing.assert_close(gradient, expected)
+    many = [torch.stack([x, x.flip(1)]) for x in inputs]
+    expected = torch.stack([operator(*x) for x in zip(*many, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(operator)(*many), expected)
+
+
+@needs_compiler
+def test_a_forced_kernel_is_not_transformed(simple):
+    inputs, _ = simple
+    forced = lambda *x: ms_deform_attn(x[0], [(4, 5)], *x[1:], backend="cpu").sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="backend 'cpu' has neither forward-mode"):
+        torch.func.grad(forced)(*inputs)
+
+
+@needs_compiler
+def test_a_traced_program_is_checked_too():
+    value, locations, weights = make_inputs(dtype=torch.float32, shapes=[(4, 5)])
+    run = torch.ops.deformable_detr.ms_deform_attn
+    with pytest.raises(ValueError, match="hold 10000 tokens, but value has S=20"):
+        run(value, [100, 100], locations, weights)
+    backward = torch.ops.deformable_detr.ms_deform_attn_backward
+    with pytest.raises(ValueError, match="grad_output must be"):
+        backward(value, [4, 5], locations, weights, torch.zeros(1))
+
+
+def test_what_is_no_tensor_is_refused():
+    value, locations, weights = make_inputs()
+    with pytest.raises(TypeError, match="value must be a Tensor, got ndarray"):
+        ms_deform_attn(value.numpy(), SHAPES, locations, weights)
+    with pytest.raises(TypeError, match="attention_weights must be a Tensor, got NoneType"):
+        ms_deform_attn(value, SHAPES, locations, None)
+
+
+def test_the_variable_is_named_and_leaves_shapes_alone(monkeypatch):
+    monkeypatch.setenv(ops.VARIABLE, "cuda")
+    inputs = make_inputs()
+    with pytest.raises(RuntimeError, match=f"{ops.VARIABLE} 'cuda' needs tensors on cuda, got cpu"):
+        ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
+    value, locations, weights = (x.to("meta") for x in inputs)
+    assert ms_deform_attn(value, SHAPES, locations, weights).is_meta
+
+
+def test_gather_counts_tokens_beyond_what_float32_holds():
+    value = torch.zeros(1, 4200 * 4200, 1, 1)
+    value[0, 4100 * 4200 + 4001] = 1
+    locations = (torch.tensor([4001, 4100]) + 0.5) / 4200
+    output = ms_deform_attn(
+        value, [(4200, 4200)], locations.view(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1), "gather"
+    )
+    assert output.item() > 0.99

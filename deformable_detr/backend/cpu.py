@@ -4,7 +4,9 @@ One library for each (dtype, D, L * K), about a second each, kept in a folder of
 $DEFORMABLE_DETR_CACHE, or deformable_detr in $XDG_CACHE_HOME or ~/.cache.
 """
 
+import atexit
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -13,9 +15,13 @@ import stat
 import subprocess
 import tempfile
 import textwrap
+import threading
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,11 +50,12 @@ def forward(
     output, table = value.new_empty(B, Q, M * D), levels(shapes, K)
     if output.numel():
         library = load(value.dtype, D, len(shapes) * K, S * M * D >= 2**31)
-        library.forward(
+        done = library.forward(
             *pointers(value, table, locations, weights, output),
             *sizes(B, S, Q, M),
             _threads(weights.numel() * D),
         )
+        _memory_sufficed(done)
     return output
 
 
@@ -68,11 +75,12 @@ def backward(
     gradients, table = [make(x) for x in (value, locations, weights)], levels(shapes, K)
     if value.numel():
         library = load(value.dtype, D, len(shapes) * K, S * M * D >= 2**31)
-        library.backward(
+        done = library.backward(
             *pointers(value, table, locations, weights, grad_output, *gradients),
             *sizes(B, S, Q, M),
             _threads(weights.numel() * D),
         )
+        _memory_sufficed(done)
     return tuple(gradients)
 
 
@@ -93,11 +101,34 @@ def sizes(B: int, S: int, Q: int, M: int) -> tuple[ctypes.c_longlong | ctypes.c_
     return ctypes.c_longlong(B), ctypes.c_int(S), ctypes.c_int(Q), ctypes.c_int(M)
 
 
+def _memory_sufficed(done: bool) -> None:
+    if not done:
+        raise RuntimeError("ms_deform_attn can't allocate memory: a head's channels did not fit")
+
+
 def _threads(work: int) -> ctypes.c_int:
     return ctypes.c_int(1 if work < SMALL else torch.get_num_threads())
 
 
-@cache
+P = ParamSpec("P")
+R = TypeVar("R")
+LOCK = threading.RLock()
+
+
+def once(function: Callable[P, R]) -> Callable[P, R]:
+    """functools.cache, which several threads at once may each compute, for one at a time."""
+    cached = cache(function)
+
+    @functools.wraps(function)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with LOCK:
+            return cached(*args, **kwargs)
+
+    locked.cache_clear, locked.cache_info = cached.cache_clear, cached.cache_info
+    return locked
+
+
+@once
 def why_not() -> str | None:
     """Why this backend cannot run here, or None where it can, as building the paper's shows."""
     if os.name != "posix":
@@ -125,7 +156,7 @@ def compiler() -> str:
     return found
 
 
-@cache
+@once
 def load(dtype: torch.dtype, D: int, points: int, huge: bool = False) -> ctypes.CDLL:
     """The library for one dtype, D channels a head, and L * K points; built where it is not yet.
 
@@ -134,14 +165,19 @@ def load(dtype: torch.dtype, D: int, points: int, huge: bool = False) -> ctypes.
     """
     macros = {"VALUE": NAMES[dtype], "REAL": NAMES[dtype], "D": D, "POINTS": points}
     macros["OFFSET"] = "long long" if huge else "int"
-    library = build(macros, openmp())
     try:
-        return ctypes.CDLL(str(library))
+        library = build(macros, openmp())
+    except OSError as error:
+        raise BackendError(f"the kernel could not be built: {error}") from None
+    try:
+        loaded = ctypes.CDLL(str(library))
     except OSError as error:
         raise BackendError(
             f"the built kernel does not load ({error}); remove {library} to build it anew, or set "
             "DEFORMABLE_DETR_CACHE to a folder from which programs may run"
         ) from None
+    loaded.forward.restype = loaded.backward.restype = ctypes.c_bool
+    return loaded
 
 
 @cache
@@ -170,7 +206,7 @@ def build(
     flags: beside, and stronger than, FLAGS. source: the file that includes ms_deform_attn.cu.
     program: a program instead. Raises BackendError where the compiler fails.
     """
-    sources = resources.files("deformable_detr.kernels")
+    folder_of_sources = sources()
     command = [
         compiler(),
         *FLAGS,
@@ -181,12 +217,13 @@ def build(
     ]
     key = hashlib.sha256("\0".join([*command, *_machine()]).encode())
     for name in ("ms_deform_attn.cu", source):
-        key.update(sources.joinpath(name).read_bytes())
+        key.update(folder_of_sources.joinpath(name).read_bytes())
     folder = cache_folder()
+    folder.mkdir(mode=0o700, exist_ok=True)  # whoever removed it since
     library = folder / f"{key.hexdigest()[:32]}.so"
     if not library.exists():
         with (
-            resources.as_file(sources) as source_folder,
+            resources.as_file(folder_of_sources) as source_folder,
             tempfile.TemporaryDirectory(dir=folder, prefix="building-") as temporary,
         ):
             made = Path(temporary) / "kernel.so"
@@ -196,13 +233,20 @@ def build(
                 text=True,
             )
             if run.returncode:
-                raise BackendError(
-                    f"{command[0]} could not build the kernel:\n{run.stderr[-2000:]}"
-                )
+                said = run.stderr[-2000:] or f"it said nothing, and returned {run.returncode}"
+                raise BackendError(f"{command[0]} could not build the kernel:\n{said}")
             made.chmod(0o700)  # whatever the umask
             os.replace(made, library)  # whole or not at all, also with several processes at once
     refuse_unsafe(library)
     return library
+
+
+def sources() -> Traversable:
+    """The folder of the kernels' sources: the package's, or the source tree's, not installed."""
+    try:
+        return resources.files("deformable_detr.kernels")
+    except ModuleNotFoundError:
+        return Path(__file__).parents[2] / "kernels"
 
 
 def _native() -> str:
@@ -221,29 +265,52 @@ def _machine() -> tuple[str, ...]:
     return version, platform.machine(), *processor
 
 
-@cache
+@once
 def cache_folder() -> Path:
-    """The folder of built libraries, made if need be, or else a private temporary one."""
+    """The folder of built libraries, made if need be: the one that is asked for, BackendError where
+    it cannot be written to; or else the user's own, or a private temporary one."""
+    asked = os.environ.get("DEFORMABLE_DETR_CACHE")
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(os.environ.get("DEFORMABLE_DETR_CACHE") or Path(base) / "deformable_detr")
-        folder = folder.resolve()
+        folder = Path(asked or Path(base) / "deformable_detr").expanduser().resolve()
         for place in reversed((folder, *folder.parents)):
             if not place.is_dir():
                 place.mkdir(exist_ok=True, mode=0o700)  # mkdir(parents=True) would heed the umask
-        writable = os.access(folder, os.W_OK)
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
-        writable = False
-    if not writable:
-        return Path(_temporary().name)
+        reason = None if os.access(folder, os.W_OK) else "it cannot be written to"
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        reason = str(error)
+    if reason and asked:
+        raise BackendError(f"DEFORMABLE_DETR_CACHE={asked} cannot hold kernels: {reason}")
+    if reason:
+        return _temporary()
     refuse_unsafe(folder)
     return folder
 
 
+@once
+def _temporary() -> Path:
+    """Removed when this process ends, not a fork of it: a home that cannot be written to costs a
+    build each time."""
+    folder, owner = Path(tempfile.mkdtemp(prefix="deformable_detr-")), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
 @cache
-def _temporary() -> tempfile.TemporaryDirectory:
-    """Kept while the process lives: a home that cannot be written to costs a build each time."""
-    return tempfile.TemporaryDirectory(prefix="deformable_detr-")
+def _unmapped_root() -> set[int]:
+    """The user as whom root's folders appear in a container that does not know root (Apptainer,
+    bubblewrap, `unshare --user`)."""
+    try:
+        maps = Path("/proc/self/uid_map").read_text().split()
+        unknown = int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError):
+        return set()
+    return set() if "0" in maps[1::3] else {unknown}
 
 
 def refuse_unsafe(path: Path) -> None:
@@ -253,7 +320,8 @@ def refuse_unsafe(path: Path) -> None:
         status = place.stat()
         others = stat.S_IWGRP | stat.S_IWOTH
         shared = status.st_mode & others and not (place != path and status.st_mode & stat.S_ISVTX)
-        if shared or status.st_uid not in (0, os.geteuid()):
+        owners = {0, os.geteuid()} | (_unmapped_root() if place != path else set())
+        if shared or status.st_uid not in owners:
             wrong = "other users can write to" if shared else f"user {status.st_uid} owns"
             raise BackendError(
                 f"kernels are not loaded from {path}: {wrong} {place}; "

@@ -1,7 +1,6 @@
 """The kernel for NVIDIA GPUs: kernels/ms_deform_attn.cu, which NVRTC builds through CuPy."""
 
 from functools import cache
-from importlib import resources
 
 import numpy as np
 import torch
@@ -64,7 +63,7 @@ def options(macros: dict[str, str | int]) -> tuple[str, ...]:
 
 def source() -> str:
     """The kernel's text."""
-    return resources.files("deformable_detr.kernels").joinpath("ms_deform_attn.cu").read_text()
+    return cpu.sources().joinpath("ms_deform_attn.cu").read_text()
 
 
 @cache

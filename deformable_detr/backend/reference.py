@@ -61,9 +61,9 @@ def ms_deform_attn_gather(
                     part[..., 1] if bottom else 1 - part[..., 1]
                 )
                 exists = inside & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-                token = start + y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
-                index = token.long().flatten(2).unsqueeze(-1).expand(-1, -1, -1, D)
-                rows = heads.gather(2, index).reshape(B, M, Q, K, D)
+                column, row = x.clamp(0, width - 1).long(), y.clamp(0, height - 1).long()
+                token = (start + row * width + column).flatten(2).unsqueeze(-1)
+                rows = heads.gather(2, token.expand(-1, -1, -1, D)).reshape(B, M, Q, K, D)
                 weight = (weight * weights).where(exists, torch.zeros_like(weight))
                 output = output + (rows * weight.unsqueeze(-1)).sum(3)  # (B, M, Q, D)
         start += height * width
