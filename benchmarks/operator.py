@@ -165,8 +165,8 @@ def ratios(rows: list[dict]) -> list[dict]:
     return result
 
 
-def scaling() -> list[dict]:
-    """How many times as fast two threads are as one, in turn: ours at every shape, and what the
+def scaling(shapes: list[str]) -> list[dict]:
+    """How many times as fast two threads are as one, in turn: ours at these shapes, and what the
     machine itself can do: a product of matrices that its caches hold, a copy that they do not."""
     matrix, source = torch.ones(512, 512), torch.ones(16 << 20)
     target = torch.empty_like(source)
@@ -174,7 +174,8 @@ def scaling() -> list[dict]:
         "product of matrices": lambda: [matrix @ matrix for _ in range(20)],
         "copy of 64 MiB": lambda: target.copy_(source),
     }
-    for name, case in CASES.items():
+    for name in shapes:
+        case = CASES[name]
         operator, tensors = peers(case.levels)[OURS], inputs(case)
         works |= {f"{name}, {mode}": call(operator, tensors, mode) for mode in MODES}
 
@@ -205,7 +206,7 @@ def merge(old: dict, new: dict) -> dict:
     same = ("cpu", "vectors", "cores", "versions")
     if any(old.get(key) != new[key] for key in same):
         old = {}
-    merged = dict(new)
+    merged = {"scaling": old.get("scaling", [])} | new
     for table, keys in {
         "rows": ("shape", "mode", "threads", "allocator", "peer"),
         "memory": ("shape", "mode", "peer"),
@@ -346,7 +347,9 @@ def main() -> None:
         return
     path = timing.RESULTS / "operator_cpu.json"
     about = timing.provenance(COMMAND, "transformers", PACKAGE)
-    about |= {"build": build_seconds(), "limit": cache_limit(), "scaling": scaling()}
+    about |= {"build": build_seconds(), "limit": cache_limit()}
+    if "default" in arguments.part and 2 in arguments.threads:
+        about["scaling"] = scaling(arguments.shapes)
     for part, shape in itertools.product(arguments.part, arguments.shapes):
         new = about | measure_apart(part, shape, sys.argv[1:])
         old = json.loads(path.read_text()) if path.exists() else {}

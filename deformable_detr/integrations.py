@@ -10,12 +10,12 @@ also adds the query's position before, and dropout and the identity after: that 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from itertools import accumulate
 from types import ModuleType
 from typing import ClassVar
-from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -32,48 +32,47 @@ OUTSIDE = -2.0  # a location off every map: the kernel reads nothing there
 
 class Replacement:
     """What `use_in_transformers` replaced: `count` places; `undo()` puts the old things back, but a
-    function that modules of other models call only when the last of them does.
+    function that it was called for several times only after the last of their undos.
 
     Also a context manager, which does so at the end of the block.
     """
 
-    # of every function that is replaced now: the old one, and the modules that call it
-    _functions: ClassVar[dict[tuple[ModuleType, str], tuple[object, WeakSet[nn.Module]]]] = {}
+    # for how many, of every function that is replaced now, and the old one
+    _users: ClassVar[Counter[tuple[ModuleType, str]]] = Counter()
+    _old: ClassVar[dict[tuple[ModuleType, str], object]] = {}
 
     def __init__(self) -> None:
         self._before: list[tuple[object, str, object]] = []
-        self._calls: list[tuple[tuple[ModuleType, str], nn.Module]] = []
+        self._functions: set[tuple[ModuleType, str]] = set()
 
     @property
     def count(self) -> int:
         """The number of modules and functions that are replaced now."""
-        return len(self._before) + len({function for function, _ in self._calls})
+        return len(self._before) + len(self._functions)
 
     def replace(self, owner: object, name: str, new: object) -> None:
         """Set an attribute, and remember the owner's own one, if it had any."""
         self._before.append((owner, name, vars(owner).get(name)))
         setattr(owner, name, new)
 
-    def replace_function(self, file: ModuleType, name: str, new: object, caller: nn.Module) -> None:
-        """Set a function of a file, for a module that calls it."""
+    def replace_function(self, file: ModuleType, name: str, new: object) -> None:
+        """Set a function of a file, unless it is set already."""
         function = file, name
-        if function not in self._functions:
-            self._functions[function] = getattr(file, name), WeakSet()
+        if function in self._functions:
+            return
+        if not self._users[function]:
+            self._old[function] = getattr(file, name)
             setattr(file, name, new)
-        callers = self._functions[function][1]
-        if caller not in callers:
-            callers.add(caller)
-            self._calls.append((function, caller))
+        self._users[function] += 1
+        self._functions.add(function)
 
     def undo(self) -> None:
         """Put everything back as it was; a second call does nothing."""
-        while self._calls:
-            function, caller = self._calls.pop()
-            old, callers = self._functions[function]
-            callers.discard(caller)
-            if not callers:
-                setattr(*function, old)
-                del self._functions[function]
+        while self._functions:
+            function = self._functions.pop()
+            self._users[function] -= 1
+            if not self._users[function]:
+                setattr(*function, self._old.pop(function))
         while self._before:
             owner, name, old = self._before.pop()
             if old is None:
@@ -137,10 +136,10 @@ def _replace(module: nn.Module, done: Replacement) -> None:
             done.replace(module, "ms_deformable_attn_core", _levels_of_any_size)
     elif hasattr(file, "multi_scale_deformable_attention_v2"):
         name = "multi_scale_deformable_attention_v2"
-        done.replace_function(file, name, _or_discrete(getattr(file, name)), module)
+        done.replace_function(file, name, _or_discrete(getattr(file, name)))
     elif hasattr(file, "multi_scale_deformable_attention"):
         name = "multi_scale_deformable_attention"
-        done.replace_function(file, name, ms_deform_attn, module)
+        done.replace_function(file, name, ms_deform_attn)
     else:
         raise ValueError(
             f"{type(module).__name__} is not laid out as in transformers 5, so nothing was replaced"

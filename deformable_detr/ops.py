@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -54,6 +55,11 @@ def ms_deform_attn(
     shapes = check_spatial_shapes(spatial_shapes)
     _check(value, shapes, sampling_locations, attention_weights)
     chosen = _choose(backend, value.device.type)
+    tensors = value, sampling_locations, attention_weights
+    if chosen in KERNELS and not torch.compiler.is_compiling() and _has_tangent(*tensors):
+        if backend or os.environ.get(VARIABLE):
+            _refuse_transform(chosen)
+        chosen = "gather"
     real = torch.float64 if value.dtype == torch.float64 else torch.float32
     locations, weights = sampling_locations.to(real), attention_weights.to(real)
     if chosen in KERNELS:
@@ -94,17 +100,30 @@ def _forced(name: str, device: str, origin: str) -> str:
     if name in KERNELS and KERNELS[name].why_not():
         raise BackendError(f"{origin} {name!r} is not available: {KERNELS[name].why_not()}")
     if name in KERNELS and _transformed():
-        raise BackendError(
-            f"{origin} {name!r} has neither forward-mode derivatives nor torch.func's transforms; "
-            "'gather' has"
-        )
+        _refuse_transform(name)
     return name
 
 
 def _transformed() -> bool:
-    """Whether derivatives are asked for that only plain operations of torch's have."""
-    functorch = torch._C._functorch.peek_interpreter_stack() is not None
-    return functorch or torch.autograd.forward_ad._current_level >= 0
+    """Whether one of torch.func's transforms is at work, which plain operations alone know."""
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    return any(level.key() != functorch.TransformType.Functionalize for level in stack)
+
+
+def _has_tangent(*tensors: Tensor) -> bool:
+    """Whether a forward-mode derivative is under way."""
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _refuse_transform(name: str) -> NoReturn:
+    raise BackendError(
+        f"backend {name!r} has neither forward-mode derivatives nor torch.func's transforms; "
+        "'gather' has"
+    )
 
 
 # what torch.compiler.assume_constant_result sets, without the two seconds that importing it takes
@@ -185,8 +204,7 @@ def _check(
 def _kernel(
     value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    shapes = _pairs(spatial_shapes)
-    _check(value, shapes, locations, weights)  # a traced program comes here by itself
+    shapes = _checked(value, spatial_shapes, locations, weights)
     if value.is_cuda:
         return cuda.forward(value, shapes, locations, weights)
     wide = value.to(locations.dtype)
@@ -201,16 +219,36 @@ def _kernel_backward(
     weights: Tensor,
     grad_output: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = _pairs(spatial_shapes)
-    _check(value, shapes, locations, weights)
+    shapes = _checked(value, spatial_shapes, locations, weights)
     B, _, M, D = value.shape
-    if grad_output.shape != (B, locations.shape[1], M * D):
-        raise ValueError(f"grad_output must be (B, Q, M * D), got {tuple(grad_output.shape)}")
+    like = (B, locations.shape[1], M * D), value.dtype, value.device
+    if (grad_output.shape, grad_output.dtype, grad_output.device) != like:
+        raise ValueError(
+            f"grad_output must be (B, Q, M * D) as value is, {like}, got "
+            f"{(tuple(grad_output.shape), grad_output.dtype, grad_output.device)}"
+        )
     if value.is_cuda:
         return cuda.backward(value, shapes, locations, weights, grad_output)
     wide = value.to(locations.dtype), grad_output.to(locations.dtype)
     grad_value, *others = cpu.backward(wide[0], shapes, locations, weights, wide[1])
     return grad_value.to(value.dtype), *others
+
+
+def _checked(
+    value: Tensor, flat: Sequence[int], locations: Tensor, weights: Tensor
+) -> list[tuple[int, int]]:
+    """The levels' sizes, of arguments that a traced program may have brought here by itself."""
+    shapes = check_spatial_shapes(_pairs(flat))
+    _check(value, shapes, locations, weights)
+    real = torch.float64 if value.dtype == torch.float64 else torch.float32
+    if not locations.dtype == weights.dtype == real:
+        raise TypeError(
+            f"sampling_locations and attention_weights must be {real} for the kernel, got "
+            f"{locations.dtype} and {weights.dtype}"
+        )
+    if _has_tangent(value, locations, weights):
+        _refuse_transform(value.device.type)
+    return shapes
 
 
 def _pairs(flat: Sequence[int]) -> list[tuple[int, int]]:

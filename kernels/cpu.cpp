@@ -93,9 +93,10 @@ __device__ void put_sums(const Vector (&products)[4], REAL (*sums)[POINTS], int 
 
 #include "ms_deform_attn.cu"
 
-// Calls work(begin, end) for `threads` equal parts of [0, count), one of them in this thread; false
-// where there is no memory, or no thread, for one of them. With OpenMP (backend/cpu.py decides) torch's own threads do it, which wait for work without sleeping and
-// would take the processors from others.
+// Calls work(begin, end) for `threads` equal parts of [0, count), one of them in this thread. With
+// OpenMP (backend/cpu.py decides) torch's own threads do it, which wait for work without sleeping and
+// would take the processors from others. Returns false where memory ran out, or std::thread's threads
+// (OpenMP ends the process without one).
 template <typename Work>
 static bool in_parallel(long long count, int threads, const Work& work) {
     std::atomic<bool> whole{true};
@@ -144,13 +145,17 @@ class Buffer {
     void* mapping;
 
 public:
-    explicit Buffer(size_t count) : bytes(sizeof(VALUE) * count + ALIGNMENT) {
+    explicit Buffer(size_t count) : bytes(count ? sizeof(VALUE) * count + ALIGNMENT : 0) {
+        mapping = nullptr;
+        if (!count) return;
         mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
         if (mapping == MAP_FAILED) throw std::bad_alloc();
         large_pages(data(), sizeof(VALUE) * count);
     }
     Buffer(const Buffer&) = delete;
-    ~Buffer() { munmap(mapping, bytes); }
+    ~Buffer() {
+        if (mapping) munmap(mapping, bytes);
+    }
     VALUE* data() const {
         return (VALUE*)(((uintptr_t)mapping + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     }
@@ -208,10 +213,11 @@ extern "C" bool backward(const VALUE* value, const Levels* levels, const REAL* l
     large_pages(grad_value, sizeof(REAL) * values);
     large_pages(grad_locations, sizeof(REAL) * samples * 2);
     large_pages(grad_weights, sizeof(REAL) * samples);
-    if (!gathered)  // else every token's gradient is copied there
-        in_parallel(values, threads, [=](long long begin, long long end) {
-            std::fill(grad_value + begin, grad_value + end, (REAL)0);
-        });
+    auto clear = [=](long long begin, long long end) {
+        std::fill(grad_value + begin, grad_value + end, (REAL)0);
+    };
+    // else every token's gradient is copied there
+    if (!gathered && !in_parallel(values, threads, clear)) return false;
     return in_parallel(images * heads, threads, [=](long long begin, long long end) {
         std::vector<Corners> corners(1);
         Buffer buffer(gathered ? (size_t)tokens * D : 0);

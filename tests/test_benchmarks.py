@@ -80,6 +80,27 @@ def test_merged_results():
     assert [x["part"] for x in merged["part_of_the_limit"]] == [0.25]
 
 
+def test_scaling(monkeypatch):
+    def timed(calls, rounds, attempts):
+        calls["2: copy of 64 MiB"]()
+        assert torch.get_num_threads() == 2
+        figures = {"median_ms": 3.0, "quartiles_ms": [2.0, 4.0], "minimum_ms": 1.0}
+        halves = {"median_ms": 2.0, "quartiles_ms": [1.0, 4.0], "minimum_ms": 1.0}
+        return {name: figures if name.startswith("1") else halves for name in calls}
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(timing, "side_by_side", timed)
+    rows = operator.scaling(["training"])
+    torch.set_num_threads(before)
+    assert [found["work"] for found in rows[2:]] == [f"training, {mode}" for mode in peers.MODES]
+    assert all(
+        (found["times"], found["times_of_quartiles"], found["times_of_minima"]) == (1.5, 2.0, 1.0)
+        for found in rows
+    )
+    old, new = result() | {"scaling": rows}, result(row(peers.OURS, 4.0))
+    assert operator.merge(old, new)["scaling"] == rows  # what was not measured again stays
+
+
 def test_results_of_another_machine_are_dropped():
     old = result(row(peers.OFFICIAL, 60.0)) | {"cpu": "another"}
     assert len(operator.merge(old, result(row(peers.OURS, 4.0)))["rows"]) == 1

@@ -257,7 +257,9 @@ def test_a_backend_that_is_not_there_is_one_line(model_file, coco, monkeypatch, 
     monkeypatch.setenv("DEFORMABLE_DETR_BACKEND", "cuda")
     image = str(coco / "train" / "100.png")
     assert main(["predict", image, "--model", str(model_file)]) == 2
-    assert capsys.readouterr().err == "error: backend 'cuda' needs tensors on cuda, got cpu\n"
+    assert capsys.readouterr().err == (
+        "error: DEFORMABLE_DETR_BACKEND 'cuda' needs tensors on cuda, got cpu\n"
+    )
 
 
 def test_doctor(coco, capsys):

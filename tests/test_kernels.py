@@ -4,9 +4,11 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -203,7 +205,7 @@ def cache(tmp_path, monkeypatch):
     for function in remembered:
         function.cache_clear()
     yield folder
-    if cpu._temporary.cache_info().currsize:
+    if cpu._temporary.results:
         shutil.rmtree(cpu._temporary(), ignore_errors=True)
     for function in remembered:
         function.cache_clear()
@@ -319,19 +321,84 @@ def no_home(cache, tmp_path, monkeypatch):
     (tmp_path / ".cache").write_text("")
 
 
-def test_threads_share_one_temporary_folder(no_home):
-    barrier, found = threading.Barrier(8), []
+def in_threads(function, count=4):
+    """What `function` returns in threads that start it together."""
+    barrier, found = threading.Barrier(count), []
 
     def ask():
         barrier.wait(timeout=60)
-        found.append(cpu.cache_folder())
+        found.append(function())
 
-    threads = [threading.Thread(target=ask) for _ in range(8)]
+    threads = [threading.Thread(target=ask) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 1 and len(found) == 8 and found[0].is_dir()
+    assert len(found) == count
+    return found
+
+
+def test_threads_share_one_temporary_folder(no_home, monkeypatch):
+    make = cpu.tempfile.mkdtemp
+    slow = lambda **options: time.sleep(0.05) or make(**options)  # noqa: E731
+    monkeypatch.setattr(cpu.tempfile, "mkdtemp", slow)
+    found = in_threads(cpu.cache_folder)
+    assert len(set(found)) == 1 and found[0].is_dir()
+
+
+def test_threads_share_one_build(cache, monkeypatch):
+    built = []
+    made = cpu.build(MACROS, QUICK)
+
+    def build(*_):
+        built.append(time.sleep(0.05))
+        return made
+
+    monkeypatch.setattr(cpu, "build", build)
+    assert len({id(x) for x in in_threads(lambda: cpu.load(torch.float32, 1, 1, False))}) == 1
+    assert len(built) == 1
+
+
+def test_a_loaded_kernel_does_not_wait_for_another_build(cache, monkeypatch):
+    loaded = cpu.load(torch.float32, 1, 1)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def build(*_):
+        begun.set()
+        assert go_on.wait(60)
+        return made
+
+    made = cpu.build(MACROS, QUICK)
+    monkeypatch.setattr(cpu, "build", build)
+    other = threading.Thread(target=cpu.load, args=(torch.float32, 2, 1))
+    other.start()
+    assert begun.wait(60)
+    assert cpu.load(torch.float32, 1, 1) is loaded  # would else wait until the test is stopped
+    go_on.set()
+    other.join()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork beside threads
+def test_a_fork_during_a_build_can_load(cache, monkeypatch):
+    begun = threading.Event()
+    made = cpu.build(MACROS, QUICK)
+
+    def build(*_):
+        begun.set()
+        time.sleep(0.2)
+        return made
+
+    monkeypatch.setattr(cpu, "build", build)
+    other = threading.Thread(target=cpu.load, args=(torch.float32, 2, 1))
+    other.start()
+    assert begun.wait(60)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # a child that waits for ever is ended, and counts as failed
+        cpu.load(torch.float32, 3, 1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    other.join()
 
 
 def test_a_fork_leaves_the_temporary_folder_to_its_parent(tmp_path):
@@ -387,6 +454,29 @@ def test_root_may_be_unknown_in_a_container(tmp_path, cache, monkeypatch):
     os.chown(outer / "cache", 65534, 65534)  # what holds the kernels must be the user's own
     with pytest.raises(BackendError, match="user 65534 owns"):
         cpu.refuse_unsafe(outer / "cache")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0 0 4294967295", set()),  # no container
+        ("1000 1000 1", {65534}),  # Apptainer
+        ("0 1000 1\n1 100000 65536", set()),  # podman: 65534 is a user in there
+        ("1000 0 1", set()),  # root, by another number
+    ],
+)
+def test_who_root_is_in_a_container(monkeypatch, text, expected):
+    texts = {"/proc/self/uid_map": text, "/proc/sys/kernel/overflowuid": "65534"}
+    monkeypatch.setattr(Path, "read_text", lambda path: texts[str(path)])
+    assert cpu._unmapped_root.__wrapped__() == expected
+
+
+def test_a_folder_for_reading_serves_what_it_holds(cache, monkeypatch):
+    library = cpu.build(MACROS, QUICK)
+    cpu.cache_folder.cache_clear()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("built again"))
+    assert cpu.build(MACROS, QUICK) == library
 
 
 def test_kernels_are_found_in_a_source_tree_too(monkeypatch):

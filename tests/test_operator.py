@@ -407,6 +407,13 @@ def test_forward_mode_derivatives(simple):
             torch.autograd.forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)
         ]
         tangent = torch.autograd.forward_ad.unpack_dual(operator(*dual)).tangent
+        forced = lambda: ms_deform_attn(dual[0], [(4, 5)], *dual[1:], backend="cpu")  # noqa: E731
+        if cpu.why_not() is None:
+            with pytest.raises(RuntimeError, match="backend 'cpu' has neither forward-mode"):
+                forced()
+            with pytest.raises(RuntimeError, match="has neither forward-mode"):  # and no silence
+                torch.ops.deformable_detr.ms_deform_attn(dual[0], [4, 5], *dual[1:])
+            ms_deform_attn(inputs[0], [(4, 5)], *inputs[1:], backend="cpu")  # without tangents
     torch.testing.assert_close(tangent, given)
 
 
@@ -435,9 +442,20 @@ def test_a_traced_program_is_checked_too():
     run = torch.ops.deformable_detr.ms_deform_attn
     with pytest.raises(ValueError, match="hold 10000 tokens, but value has S=20"):
         run(value, [100, 100], locations, weights)
+    with pytest.raises(ValueError, match="pairs of positive ints"):
+        run(
+            value,
+            [10, 10, -8, 10],
+            *(x.expand(-1, -1, -1, 2, -1, *x.shape[5:]) for x in (locations, weights)),
+        )
+    for half in ((locations, weights.half()), (locations.bfloat16(), weights)):
+        with pytest.raises(TypeError, match=r"must be torch.float32 for the kernel, got"):
+            run(value, [4, 5], *half)
     backward = torch.ops.deformable_detr.ms_deform_attn_backward
-    with pytest.raises(ValueError, match="grad_output must be"):
-        backward(value, [4, 5], locations, weights, torch.zeros(1))
+    output = run(value, [4, 5], locations, weights)
+    for wrong in (torch.zeros(1), output.half()):
+        with pytest.raises(ValueError, match="grad_output must be"):
+            backward(value, [4, 5], locations, weights, wrong)
 
 
 def test_what_is_no_tensor_is_refused():

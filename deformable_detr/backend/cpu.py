@@ -21,7 +21,7 @@ from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -103,29 +103,35 @@ def sizes(B: int, S: int, Q: int, M: int) -> tuple[ctypes.c_longlong | ctypes.c_
 
 def _memory_sufficed(done: bool) -> None:
     if not done:
-        raise RuntimeError("ms_deform_attn can't allocate memory: a head's channels did not fit")
+        raise RuntimeError("ms_deform_attn can't allocate memory, or start a thread")
 
 
 def _threads(work: int) -> ctypes.c_int:
     return ctypes.c_int(1 if work < SMALL else torch.get_num_threads())
 
 
-P = ParamSpec("P")
 R = TypeVar("R")
 LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):  # or a fork during a build would wait for it for ever
+    os.register_at_fork(
+        before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release
+    )
 
 
-def once(function: Callable[P, R]) -> Callable[P, R]:
-    """functools.cache, which several threads at once may each compute, for one at a time."""
-    cached = cache(function)
+def once(function: Callable[..., R]) -> Callable[..., R]:
+    """Remember results, as functools.cache does, computed by one thread while others wait."""
+    results: dict[tuple, R] = {}
 
     @functools.wraps(function)
-    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
-        with LOCK:
-            return cached(*args, **kwargs)
+    def remembered(*args: object) -> R:
+        if args not in results:
+            with LOCK:
+                if args not in results:
+                    results[args] = function(*args)
+        return results[args]
 
-    locked.cache_clear, locked.cache_info = cached.cache_clear, cached.cache_info
-    return locked
+    remembered.results, remembered.cache_clear = results, results.clear
+    return remembered
 
 
 @once
@@ -134,8 +140,8 @@ def why_not() -> str | None:
     if os.name != "posix":
         return "needs Linux or macOS"
     try:
-        load(torch.float32, D=32, points=16)
-    except (OSError, BackendError) as error:
+        load(torch.float32, 32, 16)
+    except BackendError as error:
         return textwrap.shorten(str(error), 500)
     return None
 
@@ -219,9 +225,9 @@ def build(
     for name in ("ms_deform_attn.cu", source):
         key.update(folder_of_sources.joinpath(name).read_bytes())
     folder = cache_folder()
-    folder.mkdir(mode=0o700, exist_ok=True)  # whoever removed it since
     library = folder / f"{key.hexdigest()[:32]}.so"
     if not library.exists():
+        folder.mkdir(mode=0o700, exist_ok=True)  # whoever removed it since
         with (
             resources.as_file(folder_of_sources) as source_folder,
             tempfile.TemporaryDirectory(dir=folder, prefix="building-") as temporary,
@@ -268,7 +274,8 @@ def _machine() -> tuple[str, ...]:
 @once
 def cache_folder() -> Path:
     """The folder of built libraries, made if need be: the one that is asked for, BackendError where
-    it cannot be written to; or else the user's own, or a private temporary one."""
+    there is none; or else the user's own, or where that cannot be written to a private temporary
+    one."""
     asked = os.environ.get("DEFORMABLE_DETR_CACHE")
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -276,12 +283,14 @@ def cache_folder() -> Path:
         for place in reversed((folder, *folder.parents)):
             if not place.is_dir():
                 place.mkdir(exist_ok=True, mode=0o700)  # mkdir(parents=True) would heed the umask
-        reason = None if os.access(folder, os.W_OK) else "it cannot be written to"
+        usable = bool(asked) or os.access(folder, os.W_OK)  # an image's may be for reading only
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-        reason = str(error)
-    if reason and asked:
-        raise BackendError(f"DEFORMABLE_DETR_CACHE={asked} cannot hold kernels: {reason}")
-    if reason:
+        if asked:
+            raise BackendError(
+                f"DEFORMABLE_DETR_CACHE={asked} cannot hold kernels: {error}"
+            ) from None
+        usable = False
+    if not usable:
         return _temporary()
     refuse_unsafe(folder)
     return folder
@@ -303,14 +312,16 @@ def _temporary() -> Path:
 
 @cache
 def _unmapped_root() -> set[int]:
-    """The user as whom root's folders appear in a container that does not know root (Apptainer,
-    bubblewrap, `unshare --user`)."""
+    """The user as whom root's folders, and other users' whom it does not know either, appear in a
+    container that does not know root (Apptainer, bubblewrap, `unshare --user`)."""
     try:
-        maps = Path("/proc/self/uid_map").read_text().split()
         unknown = int(Path("/proc/sys/kernel/overflowuid").read_text())
+        lines = Path("/proc/self/uid_map").read_text().splitlines()
+        rows = [[int(number) for number in line.split()] for line in lines]
     except (OSError, ValueError):
         return set()
-    return set() if "0" in maps[1::3] else {unknown}
+    known = any(first <= unknown < first + count for first, _, count in rows)
+    return set() if known or any(outside == 0 for _, outside, _ in rows) else {unknown}
 
 
 def refuse_unsafe(path: Path) -> None:
