@@ -206,12 +206,14 @@ def merge(old: dict, new: dict) -> dict:
     same = ("cpu", "vectors", "cores", "versions")
     if any(old.get(key) != new[key] for key in same):
         old = {}
-    merged = {"scaling": old.get("scaling", [])} | new
+    merged = dict(new)
     for table, keys in {
         "rows": ("shape", "mode", "threads", "allocator", "peer"),
         "memory": ("shape", "mode", "peer"),
+        "scaling": ("work",),
     }.items():
-        kept = {tuple(row[k] for k in keys): row for row in (*old.get(table, ()), *new[table])}
+        both = *old.get(table, ()), *new.get(table, ())
+        kept = {tuple(row[k] for k in keys): row for row in both}
         merged[table] = list(kept.values())
     merged["ratios"] = ratios(merged["rows"])
     encoder = [

@@ -31,13 +31,13 @@ OUTSIDE = -2.0  # a location off every map: the kernel reads nothing there
 
 
 class Replacement:
-    """What `use_in_transformers` replaced: `count` places; `undo()` puts the old things back, but a
-    function that it was called for several times only after the last of their undos.
+    """What `use_in_transformers` replaced: `count` places; `undo()` puts the old things back; a
+    function that several calls share, when the last of them is undone.
 
     Also a context manager, which does so at the end of the block.
     """
 
-    # for how many, of every function that is replaced now, and the old one
+    # of every function that is replaced now: how many share it, and the old one
     _users: ClassVar[Counter[tuple[ModuleType, str]]] = Counter()
     _old: ClassVar[dict[tuple[ModuleType, str], object]] = {}
 

@@ -539,6 +539,25 @@ def test_the_key_holds_what_a_build_depends_on(cache, monkeypatch):
     assert cpu.build(MACROS, QUICK) != first
 
 
+@pytest.mark.parametrize("Q", [400, 3], ids=["gathered", "not gathered"])
+def test_threads_of_ones_own_give_the_same_bits_as_openmp(monkeypatch, Q):
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    inputs = make_inputs(B=2, Q=Q, M=3, D=8, K=4)
+    before, found = torch.get_num_threads(), []
+    for flags in (cpu.openmp(), ()):
+        monkeypatch.setattr(cpu, "openmp", lambda flags=flags: flags)
+        cpu.load.cache_clear()
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            output = ms_deform_attn(leaves[0], SHAPES, *leaves[1:], backend="cpu")
+            found.append((output.detach(), *torch.autograd.grad(output.pow(2).sum(), leaves)))
+    torch.set_num_threads(before)
+    cpu.load.cache_clear()
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
 def test_nan_in_value_stays_where_it_is_sampled():
     """A point beside a NaN has it; one elsewhere in the map does not."""
     value = torch.zeros(1, 20, 1, 4)
