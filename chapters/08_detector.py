@@ -488,6 +488,7 @@ plt.show()
 across = sampling.locations[1, asked, ..., 0]  # (M, L, K)
 spread = across.amax((0, 2)) - across.amin((0, 2))
 print("share of the width that is asked:", [round(v, 2) for v in spread.tolist()])
+assert references[1, asked, 3, 1] - references[1, asked, 0, 1] > 0.05  # level 3's reference
 assert spread.diff().gt(0).all()  # each coarser level is asked over a wider part of the image
 assert torch.allclose(sampling.weights.sum((-1, -2)), torch.ones(B, S, config.num_heads))
 
@@ -1066,6 +1067,8 @@ with torch.enable_grad():
 for size in (0.5, 0.1):
     box, moved = (0.0, 0.0, size, size), (0.05, 0.0, size + 0.05, size)
     print(f"size {size}: L1 0.05, 1 - GIoU {1 - giou(box, moved):.2f}")
+inside = [giou((x, x, x + 1, x + 1), (0.0, 0.0, 4.0, 4.0)) for x in (0.0, 1.0, 3.0)]
+assert max(inside) - min(inside) < 1e-6  # wherever the small box lies
 
 # %% [markdown]
 # ## Exercise 8.5  GIoU, every box with every box
@@ -1563,6 +1566,7 @@ feed_forward = (C_base + 1) * inner + (inner + 1) * C_base
 by_hand = attention_size + feed_forward + 2 * 2 * C_base
 print(f"{by_hand:,}")
 assert 6 * by_hand == base_parts["encoder"]
+assert base_parts["input_proj"] > base_parts["encoder"] and 9 * 2048 * 256 > 4.7e6
 assert base_parts["backbone"] > 0.5 * sum(base_parts.values())
 del base
 

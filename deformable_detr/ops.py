@@ -46,9 +46,8 @@ def ms_deform_attn(
         forward-mode derivatives, and "reference" for all else.
     Returns (B, Q, M * D) in value's dtype, the heads side by side. Differentiable, any
     number of times, in all three float tensors ("reference" twice only where torch's grid_sample
-    is). These may mix
-    float32, float16 and bfloat16, as autocast makes them: coordinates, weights and sums are float32
-    inside. float64 goes with float64 only.
+    is). These may mix float32, float16 and bfloat16, as autocast makes them: coordinates, weights
+    and sums are float32 inside. float64 goes with float64 only.
     Raises ValueError or TypeError where shapes, dtypes or devices do not fit together, and
     BackendError, a RuntimeError, where a backend is asked for that cannot run.
     """

@@ -142,11 +142,10 @@ typedef std::vector<VALUE> Buffer;
 class Buffer {
     static constexpr size_t ALIGNMENT = 2 << 20;
     size_t bytes;
-    void* mapping;
+    void* mapping = nullptr;
 
 public:
     explicit Buffer(size_t count) : bytes(count ? sizeof(VALUE) * count + ALIGNMENT : 0) {
-        mapping = nullptr;
         if (!count) return;
         mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
         if (mapping == MAP_FAILED) throw std::bad_alloc();
