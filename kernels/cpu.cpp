@@ -12,6 +12,9 @@
 #include <thread>
 #include <utility>
 #include <vector>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 #define __device__ static inline
 #define __syncwarp()
@@ -89,6 +92,15 @@ static inline void sum_each(const Vector (&x)[4], REAL (*sums)[POINTS], int p,
 }
 __device__ void put_sums(const Vector (&products)[4], REAL (*sums)[POINTS], int p, int) {
     sum_each(products, sums, p, std::make_integer_sequence<int, VECTOR>());
+}
+
+// Rows that are not gathered (below) lie anywhere in memory, and a sum of theirs would wait for each:
+// two points before they are wanted they are asked for.
+#define LOOK_AHEAD(rows, p) \
+    if (stride != D && p + 2 < POINTS) \
+        for (int c = 0; c < 4; c++) prefetch(rows + corners.offset[c][p + 2])
+__device__ void prefetch(const VALUE* row) {
+    for (int i = 0; i < D; i += 64 / sizeof(VALUE)) __builtin_prefetch(row + i);
 }
 
 #include "ms_deform_attn.cu"
@@ -171,6 +183,22 @@ static void scatter(const VALUE* buffer, VALUE* head, int tokens, int stride) {
     for (long long t = 0; t < tokens; t++) memcpy(head + t * stride, buffer + t * D, sizeof(VALUE) * D);
 }
 
+constexpr size_t TOO_MUCH = 8 << 20;  // bytes, for caches that other data want too
+
+// Fills memory with zeros, past the caches or through them: there a store first fetches what it will
+// overwrite. (On ARM the C library's own way does not.)
+static void clear(REAL* begin, REAL* end, bool past_caches) {
+#ifdef __AVX__
+    const int step = 32 / sizeof(REAL);
+    if (past_caches) {
+        for (; begin < end && (uintptr_t)begin % 32; begin++) *begin = 0;
+        for (; end - begin >= step; begin += step) _mm256_stream_si256((__m256i*)begin, __m256i{});
+        _mm_sfence();
+    }
+#endif
+    std::fill(begin, end, (REAL)0);
+}
+
 // Whether samples are so many that copying every token first pays.
 static bool worth_gathering(int tokens, int queries) { return 4LL * POINTS * queries > 16LL * tokens; }
 
@@ -212,11 +240,11 @@ extern "C" bool backward(const VALUE* value, const Levels* levels, const REAL* l
     large_pages(grad_value, sizeof(REAL) * values);
     large_pages(grad_locations, sizeof(REAL) * samples * 2);
     large_pages(grad_weights, sizeof(REAL) * samples);
-    auto clear = [=](long long begin, long long end) {
-        std::fill(grad_value + begin, grad_value + end, (REAL)0);
+    auto clear_gradients = [=](long long begin, long long end) {
+        clear(grad_value + begin, grad_value + end, sizeof(REAL) * values > TOO_MUCH);
     };
     // else every token's gradient is copied there
-    if (!gathered && !in_parallel(values, threads, clear)) return false;
+    if (!gathered && !in_parallel(values, threads, clear_gradients)) return false;
     return in_parallel(images * heads, threads, [=](long long begin, long long end) {
         std::vector<Corners> corners(1);
         Buffer buffer(gathered ? (size_t)tokens * D : 0);

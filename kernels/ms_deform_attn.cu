@@ -42,6 +42,9 @@ __device__ unsigned short float_to_half(float x) {
 #ifndef KEEP_LOOP
 #define KEEP_LOOP
 #endif
+#ifndef LOOK_AHEAD  // cpu.cpp asks for a later point's rows; a GPU has other warps to run meanwhile
+#define LOOK_AHEAD(rows, p)
+#endif
 
 // ---- A vector of channels, held in registers. cpu.cpp has the machine's own. ----
 
@@ -252,6 +255,7 @@ __device__ void forward_head(const VALUE* value, const Levels& levels, const REA
         for (int v = 0; v < VECTORS; v++) sum[v] = zeros();
         KEEP_LOOP
         for (int p = 0; p < POINTS; p++) {
+            LOOK_AHEAD(value, p);
             UNROLL
             for (int c = 0; c < 4; c++) {
                 const VALUE* row = value + corners.offset[c][p] + first;
@@ -283,6 +287,8 @@ __device__ void backward_head(const VALUE* value, const Levels& levels, const RE
     find_corners(levels, locations, weights, stride, lane, corners);
     __syncwarp();
     for (int p = 0; p < POINTS; p++) {
+        if (PRODUCTS) LOOK_AHEAD(value, p);
+        if (SUMS) LOOK_AHEAD(grad_value, p);
         Vector products[4];
         UNROLL
         for (int c = 0; c < 4; c++) {

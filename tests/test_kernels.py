@@ -167,6 +167,11 @@ int main(int argc, char** argv) {
             for (auto* array : {&output, &gradient, &place, &weight})
                 for (REAL x : *array) sum += x;
         }
+    for (int begin = 1; begin < 9; begin++) {
+        std::vector<REAL> row(40, 1);
+        clear(row.data() + begin, row.data() + 39, true);
+        for (int i = 0; i < 40; i++) if (row[i] != (i < begin || i == 39)) sum = NAN;
+    }
     printf("%s", std::isfinite(sum) ? "finite" : "not finite");
 }
 """
@@ -179,7 +184,11 @@ def test_sanitizers_find_nothing(tmp_path, real, D, offset):
     macros = {"VALUE": real, "REAL": real, "OFFSET": offset, "D": D, "POINTS": 6}
     with resources.as_file(resources.files("deformable_detr.kernels")) as kernels:
         command = [cpu.compiler(), "-std=c++17", "-O1", "-g", "-pthread", f"-I{kernels}"]
-        command += ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+        command += [
+            cpu._native(),
+            "-fsanitize=address,undefined,float-cast-overflow",
+            "-fno-sanitize-recover=all",
+        ]
         command += [f"-D{name}={x}" for name, x in macros.items()]
         built = subprocess.run(
             [*command, str(source), "-o", str(program)], capture_output=True, text=True
@@ -231,7 +240,7 @@ def test_several_processes_build_at_once(cache):
     assert [str(path) for path in cache.iterdir()] == list(found)  # one library, nothing left over
     tensors = (
         torch.tensor([3.0]),  # value
-        cpu.levels([(1, 1)], 1),
+        cpu.levels(((1, 1),), 1),
         torch.tensor([0.5, 0.5]),  # the one pixel's centre
         torch.tensor([2.0]),
         torch.zeros(1),
@@ -556,6 +565,29 @@ def test_threads_of_ones_own_give_the_same_bits_as_openmp(monkeypatch, Q):
     cpu.load.cache_clear()
     for other in found[1:]:
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("side", [100, 700], ids=["through the caches", "past them"])
+@pytest.mark.parametrize("dtype, D", [(torch.float32, 7), (torch.float64, 6)])
+def test_gradients_may_hold_anything_before(monkeypatch, side, dtype, D):
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, math.nan))
+    before, shapes = torch.get_num_threads(), [(side, side), (3, 4)]
+    value, locations, weights = make_inputs(B=1, Q=5, M=1, D=D, K=3, shapes=shapes, dtype=dtype)
+    grad_output = torch.ones(1, 5, D, dtype=dtype)
+    found = []
+    for threads in (1, 3):  # of odd sizes: not every part begins where a vector may
+        torch.set_num_threads(threads)
+        found.append(cpu.backward(value, shapes, locations, weights, grad_output))
+    torch.set_num_threads(before)
+    leaves = [x.requires_grad_() for x in (value, locations, weights)]
+    output = ms_deform_attn(leaves[0], shapes, *leaves[1:], backend="reference")
+    for one, other, expected in zip(
+        *found, torch.autograd.grad(output, leaves, grad_output), strict=True
+    ):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, expected, atol=1e-4, rtol=1e-4)
+        assert ((one == 0) == (expected == 0)).all()
 
 
 def test_nan_in_value_stays_where_it_is_sampled():

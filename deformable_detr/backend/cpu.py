@@ -17,7 +17,7 @@ import tempfile
 import textwrap
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -47,7 +47,7 @@ def forward(
     value, locations, weights = (x.contiguous() for x in (value, locations, weights))
     B, S, M, D = value.shape
     Q, K = locations.shape[1], locations.shape[4]
-    output, table = value.new_empty(B, Q, M * D), levels(shapes, K)
+    output, table = value.new_empty(B, Q, M * D), levels(tuple(shapes), K)
     if output.numel():
         library = load(value.dtype, D, len(shapes) * K, S * M * D >= 2**31)
         done = library.forward(
@@ -72,7 +72,7 @@ def backward(
     B, S, M, D = value.shape
     Q, K = locations.shape[1], locations.shape[4]
     make = torch.empty_like if value.numel() else torch.zeros_like
-    gradients, table = [make(x) for x in (value, locations, weights)], levels(shapes, K)
+    gradients, table = [make(x) for x in (value, locations, weights)], levels(tuple(shapes), K)
     if value.numel():
         library = load(value.dtype, D, len(shapes) * K, S * M * D >= 2**31)
         done = library.backward(
@@ -84,8 +84,9 @@ def backward(
     return tuple(gradients)
 
 
-def levels(shapes: list[tuple[int, int]], K: int) -> Tensor:
-    """The kernel's struct Levels: height, width and first token of every point's level."""
+@lru_cache(1024)
+def levels(shapes: tuple[tuple[int, int], ...], K: int) -> Tensor:
+    """The kernel's struct Levels: height, width and first token of every point's level. Read only."""
     starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
     rows = [h for h, _ in shapes], [w for _, w in shapes], starts
     return torch.tensor([[n for n in row for _ in range(K)] for row in rows], dtype=torch.int32)

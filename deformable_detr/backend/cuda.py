@@ -159,7 +159,7 @@ def accumulators(
 
 def _levels(shapes: list[tuple[int, int]], K: int) -> np.ndarray:
     """The kernel's struct Levels as one element, which CuPy passes by value."""
-    table = cpu.levels(shapes, K).numpy().reshape(-1)
+    table = cpu.levels(tuple(shapes), K).numpy().reshape(-1)
     return table.view(f"V{table.nbytes}")
 
 

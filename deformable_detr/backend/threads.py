@@ -205,7 +205,7 @@ def _launch(
     value, locations, *others = arrays
     _, S, M, _ = value.shape
     B, Q, _, _, K, _ = locations.shape
-    table = cpu.levels(shapes, K)  # kept until the kernel has run
+    table = cpu.levels(tuple(shapes), K)  # kept until the kernel has run
     run(
         ctypes.c_int(blocks.start),
         ctypes.c_int(blocks.stop),
