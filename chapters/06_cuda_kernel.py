@@ -468,7 +468,8 @@ check("6.2", thread_offsets)
 # L · K, `LANES` the lanes of a head, `GROUPS` the heads of a block. A lane loads `VECTOR` channels at once,
 # and all lanes of a head together a `STEP`; with `VECTORS` such vectors each they make one `PASS` over the
 # channels. `EXISTS` is the tail guard for channels. `UNROLL` and `KEEP_LOOP` tell the compiler what to do
-# with a loop, and `__device__` marks a function that kernels call.
+# with a loop, and `__device__` marks a function that kernels call. `LOOK_AHEAD` is nothing on a GPU, which
+# runs other warps while one waits for memory; the fast CPU build asks there for a later point's rows.
 
 
 # %%

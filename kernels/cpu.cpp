@@ -94,14 +94,14 @@ __device__ void put_sums(const Vector (&products)[4], REAL (*sums)[POINTS], int 
     sum_each(products, sums, p, std::make_integer_sequence<int, VECTOR>());
 }
 
-// Rows that are not gathered (below) lie anywhere in memory, and a sum of theirs would wait for each:
-// two points before they are wanted they are asked for.
+// Asks for memory before it is wanted, by lines of the cache.
+static void prefetch(const REAL* memory, int count) {
+    for (int i = 0; i < count; i += 64 / sizeof(REAL)) __builtin_prefetch(memory + i);
+}
+// Rows that are not gathered (below) lie anywhere, and each sum would wait for its own.
 #define LOOK_AHEAD(rows, p) \
     if (stride != D && p + 2 < POINTS) \
-        for (int c = 0; c < 4; c++) prefetch(rows + corners.offset[c][p + 2])
-__device__ void prefetch(const VALUE* row) {
-    for (int i = 0; i < D; i += 64 / sizeof(VALUE)) __builtin_prefetch(row + i);
-}
+        for (int c = 0; c < 4; c++) prefetch(rows + corners.offset[c][p + 2], D)
 
 #include "ms_deform_attn.cu"
 
@@ -199,6 +199,10 @@ static void clear(REAL* begin, REAL* end, bool past_caches) {
     std::fill(begin, end, (REAL)0);
 }
 
+// A head's queries lie too far apart for the processor to see that it will want them one by one: a
+// worker asks for what belongs to a query so many queries before.
+constexpr int LATER = 8;
+
 // Whether samples are so many that copying every token first pays.
 static bool worth_gathering(int tokens, int queries) { return 4LL * POINTS * queries > 16LL * tokens; }
 
@@ -219,6 +223,12 @@ extern "C" bool forward(const VALUE* value, const Levels* levels, const REAL* lo
             long long stop = std::min(end, (task / queries + 1) * queries);
             for (; task < stop; task++) {
                 long long item = (image * queries + task % queries) * heads + head;
+                if (task + LATER < stop) {
+                    long long later = item + LATER * heads;
+                    prefetch(locations + later * POINTS * 2, POINTS * 2);
+                    prefetch(weights + later * POINTS, POINTS);
+                    prefetch(output + later * D, D);
+                }
                 forward_head(gathered ? buffer.data() : rows, *levels, locations + item * POINTS * 2,
                              weights + item * POINTS, output + item * D, gathered ? D : heads * D, 0,
                              corners[0]);
@@ -255,6 +265,14 @@ extern "C" bool backward(const VALUE* value, const Levels* levels, const REAL* l
             auto for_queries = [&](auto run, const VALUE* from, REAL* to, int stride) {
                 for (int query = 0; query < queries; query++) {
                     long long item = (image * queries + query) * heads + head;
+                    if (query + LATER < queries) {
+                        long long later = item + LATER * heads;
+                        prefetch(locations + later * POINTS * 2, POINTS * 2);
+                        prefetch(weights + later * POINTS, POINTS);
+                        prefetch(grad_output + later * D, D);
+                        if (from) prefetch(grad_locations + later * POINTS * 2, POINTS * 2);
+                        if (from) prefetch(grad_weights + later * POINTS, POINTS);
+                    }
                     run(from, *levels, locations + item * POINTS * 2, weights + item * POINTS,
                         grad_output + item * D, to, grad_locations + item * POINTS * 2,
                         grad_weights + item * POINTS, nullptr, stride, 0, corners[0]);
