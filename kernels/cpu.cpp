@@ -186,7 +186,7 @@ static void scatter(const VALUE* buffer, VALUE* head, int tokens, int stride) {
 constexpr size_t TOO_MUCH = 8 << 20;  // bytes, for caches that other data want too
 
 // Fills memory with zeros, past the caches or through them: there a store first fetches what it will
-// overwrite. (On ARM the C library's own way does not.)
+// overwrite. (Where there is no AVX, as the C library likes.)
 static void clear(REAL* begin, REAL* end, bool past_caches) {
 #ifdef __AVX__
     const int step = 32 / sizeof(REAL);
@@ -199,8 +199,8 @@ static void clear(REAL* begin, REAL* end, bool past_caches) {
     std::fill(begin, end, (REAL)0);
 }
 
-// A head's queries lie too far apart for the processor to see that it will want them one by one: a
-// worker asks for what belongs to a query so many queries before.
+// A head's queries lie too far apart for the processor to foresee the next: a worker asks for what
+// belongs to a query this many queries before.
 constexpr int LATER = 8;
 
 // Whether samples are so many that copying every token first pays.
