@@ -57,7 +57,7 @@ def ms_deform_attn(
     tensors = value, sampling_locations, attention_weights
     if chosen in KERNELS and not torch.compiler.is_compiling() and _has_tangent(*tensors):
         if backend or os.environ.get(VARIABLE):
-            _refuse_transform(chosen)
+            _refuse_transform(chosen, "backend" if backend else VARIABLE)
         chosen = "gather"
     real = torch.float64 if value.dtype == torch.float64 else torch.float32
     locations, weights = sampling_locations.to(real), attention_weights.to(real)
@@ -99,7 +99,7 @@ def _forced(name: str, device: str, origin: str) -> str:
     if name in KERNELS and KERNELS[name].why_not():
         raise BackendError(f"{origin} {name!r} is not available: {KERNELS[name].why_not()}")
     if name in KERNELS and _transformed():
-        _refuse_transform(name)
+        _refuse_transform(name, origin)
     return name
 
 
@@ -118,9 +118,9 @@ def _has_tangent(*tensors: Tensor) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def _refuse_transform(name: str) -> NoReturn:
+def _refuse_transform(name: str, origin: str = "backend") -> NoReturn:
     raise BackendError(
-        f"backend {name!r} has neither forward-mode derivatives nor torch.func's transforms; "
+        f"{origin} {name!r} has neither forward-mode derivatives nor torch.func's transforms; "
         "'gather' has"
     )
 

@@ -429,11 +429,17 @@ def test_transforms_of_functions(simple):
 
 
 @needs_compiler
-def test_a_forced_kernel_is_not_transformed(simple):
-    inputs, _ = simple
+def test_a_forced_kernel_is_not_transformed(simple, monkeypatch):
+    inputs, operator = simple
     forced = lambda *x: ms_deform_attn(x[0], [(4, 5)], *x[1:], backend="cpu").sum()  # noqa: E731
     with pytest.raises(RuntimeError, match="backend 'cpu' has neither forward-mode"):
         torch.func.grad(forced)(*inputs)
+    monkeypatch.setenv("DEFORMABLE_DETR_BACKEND", "cpu")
+    refusal = pytest.raises(RuntimeError, match="DEFORMABLE_DETR_BACKEND 'cpu' has neither")
+    with refusal:
+        torch.func.grad(lambda *x: operator(*x).sum())(*inputs)
+    with torch.autograd.forward_ad.dual_level(), refusal:
+        operator(torch.autograd.forward_ad.make_dual(inputs[0], inputs[0]), *inputs[1:])
 
 
 @needs_compiler
