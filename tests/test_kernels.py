@@ -587,7 +587,6 @@ def test_gradients_may_hold_anything_before(monkeypatch, side, dtype, D):
     ):
         assert torch.equal(one, other)
         torch.testing.assert_close(one, expected, atol=1e-4, rtol=1e-4)
-        assert ((one == 0) == (expected == 0)).all()
 
 
 def test_nan_in_value_stays_where_it_is_sampled():
