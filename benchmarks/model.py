@@ -29,8 +29,8 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 from benchmarks import timing
 from benchmarks.peers import HUGGING_FACE, OURS, report
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, MSDeformAttn
-from deformable_detr.checkpoint import write_json
-from deformable_detr.formats import file_name, to_huggingface
+from deformable_detr.files import write_json
+from deformable_detr.weights.formats import file_name, to_huggingface
 
 COMMAND = "python benchmarks/model.py"
 HEIGHT, WIDTH = 800, 1066

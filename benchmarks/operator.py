@@ -49,7 +49,7 @@ from benchmarks.peers import (
     peers,
     report,
 )
-from deformable_detr.checkpoint import write_json
+from deformable_detr.files import write_json
 
 COMMAND = "python benchmarks/operator.py"
 PARTS = {

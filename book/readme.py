@@ -95,11 +95,13 @@ def draw_picture(path: Path) -> None:
     import matplotlib.pyplot as plt
     import torch
 
-    from deformable_detr import Batch, postprocess
-    from deformable_detr.checkpoint import load_model
-    from deformable_detr.images import read_image
-    from deformable_detr.transforms import digits_eval_transform
-    from deformable_detr.visualize import draw_detections, draw_sampling_points, record_sampling
+    from deformable_detr import Batch
+    from deformable_detr.data.images import read_image
+    from deformable_detr.data.transforms import digits_eval_transform
+    from deformable_detr.inference import postprocess
+    from deformable_detr.look.pictures import draw_detections
+    from deformable_detr.look.sampling import draw_sampling_points, record_sampling
+    from deformable_detr.weights.ours import load_model
 
     model, categories = load_model(ROOT / "data" / "checkpoints" / "digits.safetensors")
     names = [category["name"] for category in categories]

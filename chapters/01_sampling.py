@@ -32,7 +32,11 @@ import torch
 import torch.nn.functional as F
 
 from deformable_detr.exercises import check
-from deformable_detr.sampling import bilinear_sample, normalised_to_pixel, pixel_to_normalised
+from deformable_detr.layers.sampling import (
+    bilinear_sample,
+    normalised_to_pixel,
+    pixel_to_normalised,
+)
 
 plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)

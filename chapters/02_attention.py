@@ -433,7 +433,7 @@ def place_code(row, column, height, width, num_features, temperature=10_000):
 # that are not padding count.
 
 # %%
-from deformable_detr.position import SinePositionEncoding
+from deformable_detr.layers.position import SinePositionEncoding
 
 no_padding = torch.zeros(1, 4, 7, dtype=torch.bool)
 codes = SinePositionEncoding(num_features=6)(no_padding)  # (B, 2 * num_features, H, W)

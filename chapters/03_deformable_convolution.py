@@ -35,7 +35,7 @@ from torch import nn
 from torchvision.ops import deform_conv2d
 
 from deformable_detr.exercises import check
-from deformable_detr.sampling import bilinear_sample, pixel_to_normalised
+from deformable_detr.layers.sampling import bilinear_sample, pixel_to_normalised
 
 plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)

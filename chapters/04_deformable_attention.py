@@ -40,7 +40,7 @@ from torchvision.ops import deform_conv2d
 
 from deformable_detr import DeformAttn, ms_deform_attn
 from deformable_detr.exercises import check
-from deformable_detr.sampling import bilinear_sample
+from deformable_detr.layers.sampling import bilinear_sample
 
 plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)

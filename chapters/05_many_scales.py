@@ -40,13 +40,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from deformable_detr import Batch, MSDeformAttn, ms_deform_attn
-from deformable_detr.checkpoint import load_model
-from deformable_detr.detector import valid_ratio
+from deformable_detr.data.images import read_image
+from deformable_detr.data.transforms import TO_TENSOR
 from deformable_detr.exercises import check
-from deformable_detr.images import read_image
-from deformable_detr.sampling import bilinear_sample
-from deformable_detr.transformer import token_centres
-from deformable_detr.transforms import TO_TENSOR
+from deformable_detr.layers.sampling import bilinear_sample
+from deformable_detr.models.deformable_detr import valid_ratio
+from deformable_detr.models.transformer import token_centres
+from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)

@@ -44,9 +44,9 @@ import numpy as np
 import torch
 
 from deformable_detr import ms_deform_attn
-from deformable_detr.backend import cuda, threads
-from deformable_detr.backend.cpu import compiler
 from deformable_detr.exercises import check
+from deformable_detr.ops import cuda, threads
+from deformable_detr.ops.cpu import compiler
 
 plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)

@@ -44,12 +44,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from deformable_detr import Batch, attention, ms_deform_attn
-from deformable_detr.backend import threads
-from deformable_detr.backend.cpu import compiler
-from deformable_detr.checkpoint import load_model
+from deformable_detr import Batch, ms_deform_attn
 from deformable_detr.exercises import check
 from deformable_detr.exercises.cuda import WORDS, build
+from deformable_detr.layers import attention
+from deformable_detr.ops import threads
+from deformable_detr.ops.cpu import compiler
+from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")
 torch.manual_seed(0)

@@ -387,7 +387,7 @@ check("8.1", token_place)
 # same place on different levels have the **same** sine code:
 
 # %%
-from deformable_detr.position import SinePositionEncoding
+from deformable_detr.layers.position import SinePositionEncoding
 
 sine = SinePositionEncoding(C // 2)
 fine = sine(torch.zeros(1, 3, 5, dtype=torch.bool))[0, :, 1, 2]  # the middle of 3 × 5 cells
@@ -411,7 +411,7 @@ print(tuple(position.shape))
 
 
 # %%
-from deformable_detr.transformer import Tokens
+from deformable_detr.structures import Tokens
 
 padding = torch.cat([m.flatten(1) for m in masks], 1)  # (B, S)
 tokens = Tokens(features, position, padding, shapes, ratios)
@@ -443,7 +443,7 @@ assert math.isclose(by_hand[level, 0], (column + 0.5) / width_2, rel_tol=1e-6)
 # points. For all tokens:
 
 # %%
-from deformable_detr.transformer import token_centres
+from deformable_detr.models.transformer import token_centres
 
 centres = token_centres(shapes, ratios)  # (B, S, 2), relative to the image
 references = centres[:, :, None] * ratios[:, None]  # (B, S, L, 2)
@@ -859,7 +859,7 @@ for p, wanted in [(0.9, 1), (0.1, 1), (0.5, 0), (0.01, 0)]:
 # %%
 from torchvision.ops import sigmoid_focal_loss
 
-from deformable_detr.losses import class_loss
+from deformable_detr.losses.criterion import class_loss
 from deformable_detr.structures import Output
 
 # Output(logits, boxes, auxiliary): what the heads say of a batch, and in auxiliary what earlier layers say
@@ -1132,7 +1132,7 @@ check("8.5", pairwise_giou)
 # one row, all scores 0.1.
 
 # %%
-from deformable_detr.matcher import HungarianMatcher
+from deformable_detr.losses.matcher import HungarianMatcher
 
 object_x, query_x = [0.40, 0.60], [0.52, 0.78, 0.10]
 object_boxes = torch.tensor([[x, 0.5, 0.2, 0.4] for x in object_x])
@@ -1236,7 +1236,7 @@ assert total[brute_force] < total[greedy] - 0.5
 # way does the loss push their scores?
 
 # %%
-from deformable_detr.losses import SetCriterion
+from deformable_detr.losses.criterion import SetCriterion
 
 target = Target(0, torch.tensor([0]), object_boxes[:1], (88, 120))
 with torch.enable_grad():
@@ -1340,7 +1340,7 @@ print("flat index", index.tolist(), "query", (index // 3).tolist(), "class", (in
 assert (index // 3).tolist() == [0, 0, 1]  # query 0 appears twice, as class 0 and as class 1
 
 # %%
-from deformable_detr import postprocess
+from deformable_detr.inference import postprocess
 
 sizes = [target.original_size for target in batch.targets]
 found = postprocess(output, sizes, top_k=100)
@@ -1407,9 +1407,9 @@ check("8.6", detections)
 # All functions exist. The detector is a list of parts and one path through them.
 
 # %%
-from deformable_detr.backbone import build_backbone
-from deformable_detr.detector import BoxHead, build_input_projections
-from deformable_detr.transformer import DecoderLayer, EncoderLayer
+from deformable_detr.backbones import build_backbone
+from deformable_detr.models.deformable_detr import BoxHead, build_input_projections
+from deformable_detr.models.transformer import DecoderLayer, EncoderLayer
 
 
 class Parts(nn.Module):

@@ -51,23 +51,19 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 from torchvision.ops import box_iou
 
-from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, postprocess
+from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig
 from deformable_detr.boxes import cxcywh_to_xyxy
-from deformable_detr.checkpoint import load_model
-from deformable_detr.checks import check_dataset
-from deformable_detr.datasets import CocoDataset, collate, find_split
-from deformable_detr.evaluate import evaluate, predict_dataset, score
+from deformable_detr.data.checks import check_dataset
+from deformable_detr.data.coco import CocoDataset, collate, find_split
+from deformable_detr.data.transforms import MEAN, STD, digits_eval_transform, digits_train_transform
+from deformable_detr.evaluation.coco import evaluate, predict_dataset, score
 from deformable_detr.exercises import check
-from deformable_detr.losses import SetCriterion
-from deformable_detr.train import DIGITS, PAPER, lr_factor, parameter_groups, train
-from deformable_detr.transforms import MEAN, STD, digits_eval_transform, digits_train_transform
-from deformable_detr.visualize import (
-    FollowReferences,
-    draw_gradient_norms,
-    draw_sampling_points,
-    gradient_norms,
-    record_sampling,
-)
+from deformable_detr.inference import postprocess
+from deformable_detr.look.gradients import FollowReferences, draw_gradient_norms, gradient_norms
+from deformable_detr.look.sampling import draw_sampling_points, record_sampling
+from deformable_detr.losses.criterion import SetCriterion
+from deformable_detr.training.loop import DIGITS, PAPER, lr_factor, parameter_groups, train
+from deformable_detr.weights.ours import load_model
 
 # %%
 plt.style.use("book.mplstyle")

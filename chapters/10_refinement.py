@@ -40,11 +40,11 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from deformable_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid
-from deformable_detr.checkpoint import load_model
-from deformable_detr.datasets import CocoDataset, collate
+from deformable_detr.data.coco import CocoDataset, collate
+from deformable_detr.data.transforms import digits_eval_transform
 from deformable_detr.exercises import check
-from deformable_detr.transformer import move
-from deformable_detr.transforms import digits_eval_transform
+from deformable_detr.models.transformer import move
+from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")
 torch.manual_seed(0)

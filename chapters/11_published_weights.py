@@ -45,8 +45,8 @@ from transformers.utils import logging as transformers_logging
 
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig
 from deformable_detr.exercises import check
-from deformable_detr.formats import to_huggingface, to_official
-from deformable_detr.pretrained import load_pretrained, save_pretrained
+from deformable_detr.weights.formats import to_huggingface, to_official
+from deformable_detr.weights.published import load_pretrained, save_pretrained
 
 plt.style.use("book.mplstyle")
 transformers_logging.disable_progress_bar()

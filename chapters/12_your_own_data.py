@@ -43,16 +43,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from deformable_detr.checkpoint import load_model
-from deformable_detr.checks import check_dataset
-from deformable_detr.datasets import CocoDataset, find_split
-from deformable_detr.detector import DeformableDETR
-from deformable_detr.doctor import doctor
-from deformable_detr.evaluate import evaluate
+from deformable_detr.data.checks import check_dataset
+from deformable_detr.data.coco import CocoDataset, find_split
+from deformable_detr.data.transforms import digits_eval_transform, digits_train_transform
+from deformable_detr.evaluation.coco import evaluate
+from deformable_detr.evaluation.report import analyse
 from deformable_detr.exercises import check
-from deformable_detr.report import analyse
-from deformable_detr.train import DIGITS, train
-from deformable_detr.transforms import digits_eval_transform, digits_train_transform
+from deformable_detr.models.deformable_detr import DeformableDETR
+from deformable_detr.training.doctor import doctor
+from deformable_detr.training.loop import DIGITS, train
+from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")
 torch.manual_seed(0)

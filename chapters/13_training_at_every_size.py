@@ -55,15 +55,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
 
 from deformable_detr import DeformableDETR, DeformableDETRConfig, ms_deform_attn
-from deformable_detr.checkpoint import load_model
-from deformable_detr.complexity import PAPER_SIZE, LiveTensors, make_batch
-from deformable_detr.datasets import CocoDataset, collate, find_split
+from deformable_detr.data.coco import CocoDataset, collate, find_split
+from deformable_detr.data.transforms import digits_eval_transform
+from deformable_detr.evaluation.complexity import PAPER_SIZE, LiveTensors, make_batch
 from deformable_detr.exercises import check
-from deformable_detr.losses import SetCriterion
-from deformable_detr.optim import averaged, lr_factor, parameter_groups
-from deformable_detr.recipes import NAMES, load_recipe
-from deformable_detr.train import DIGITS, PAPER, Trainer
-from deformable_detr.transforms import digits_eval_transform
+from deformable_detr.losses.criterion import SetCriterion
+from deformable_detr.training.loop import DIGITS, PAPER, Trainer
+from deformable_detr.training.optimiser import averaged, lr_factor, parameter_groups
+from deformable_detr.training.recipes import NAMES, load_recipe
+from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")
 torch.manual_seed(0)

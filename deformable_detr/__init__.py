@@ -1,36 +1,36 @@
-"""Deformable attention and Deformable DETR.
+"""Deformable attention, Deformable DETR, and the family that grew from it.
 
-The operator and its modules need torch and numpy alone; the detector is imported when it is asked
-for, and with it what it needs.
+What is exported is imported when it is asked for, and with it what it needs: the operator and its
+modules need torch and numpy alone.
 """
 
 from importlib import import_module
 from typing import Any
 
-from deformable_detr.attention import DeformAttn, MSDeformAttn, Sampling
-from deformable_detr.backend import BackendError
-from deformable_detr.ops import backends, ms_deform_attn
-from deformable_detr.postprocess import postprocess
-from deformable_detr.structures import Batch, Detections, Output, Target
+EXPORTS = {  # name: the module that has it
+    "BackendError": "ops",
+    "backends": "ops",
+    "ms_deform_attn": "ops",
+    "DeformAttn": "layers.attention",
+    "MSDeformAttn": "layers.attention",
+    "Sampling": "layers.attention",
+    "Batch": "structures",
+    "Detections": "structures",
+    "Output": "structures",
+    "Target": "structures",
+    "DeformableDETR": "models",
+    "DeformableDETRConfig": "models",
+    "postprocess": "inference.postprocess",
+}
 
-__all__ = [
-    "BackendError",
-    "Batch",
-    "DeformAttn",
-    "DeformableDETR",
-    "DeformableDETRConfig",
-    "Detections",
-    "MSDeformAttn",
-    "Output",
-    "Sampling",
-    "Target",
-    "backends",
-    "ms_deform_attn",
-    "postprocess",
-]
+__all__ = sorted(EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("deformable_detr.detector"), name)
+    return getattr(import_module(f"{__name__}.{EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *EXPORTS]

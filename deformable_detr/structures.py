@@ -68,6 +68,21 @@ class Batch:
 
 
 @dataclass
+class Tokens:
+    """L feature maps as one sequence of S = sum(H_l * W_l) tokens.
+
+    features, position: (B, S, C). padding_mask: (B, S), True on padding. spatial_shapes: L pairs
+    (H, W). valid_ratios: (B, L, 2), the part of each level that is image, as (x, y) in (0, 1].
+    """
+
+    features: Tensor
+    position: Tensor
+    padding_mask: Tensor
+    spatial_shapes: list[tuple[int, int]]
+    valid_ratios: Tensor
+
+
+@dataclass
 class Output:
     """What a detector returns, the last decoder layer's predictions first.
 

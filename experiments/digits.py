@@ -22,14 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from deformable_detr.backbone import ResidualBlock, build_backbone
-from deformable_detr.checkpoint import load_model, save_model, write_atomically, write_json
-from deformable_detr.datasets import CocoDataset, find_split
-from deformable_detr.detector import DeformableDETR
-from deformable_detr.evaluate import evaluate
-from deformable_detr.recipes import load_recipe
-from deformable_detr.train import Interrupted, train
-from deformable_detr.transforms import digits_eval_transform, digits_train_transform
+from deformable_detr.backbones import build_backbone
+from deformable_detr.backbones.small import ResidualBlock
+from deformable_detr.data.coco import CocoDataset, find_split
+from deformable_detr.data.transforms import digits_eval_transform, digits_train_transform
+from deformable_detr.evaluation.coco import evaluate
+from deformable_detr.files import write_atomically, write_json
+from deformable_detr.models.deformable_detr import DeformableDETR
+from deformable_detr.training.loop import Interrupted, train
+from deformable_detr.training.recipes import load_recipe
+from deformable_detr.weights.ours import load_model, save_model
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data" / "digits"

@@ -18,13 +18,13 @@ import torch
 from digits import RESULTS, ROOT, provenance
 from torch import Tensor, nn
 
-from deformable_detr.checkpoint import write_json
-from deformable_detr.complexity import LiveTensors, make_batch
-from deformable_detr.detector import DeformableDETR, DeformableDETRConfig
-from deformable_detr.losses import SetCriterion
-from deformable_detr.optim import parameter_groups
+from deformable_detr.evaluation.complexity import LiveTensors, make_batch
+from deformable_detr.files import write_json
+from deformable_detr.losses.criterion import SetCriterion
+from deformable_detr.models.deformable_detr import DeformableDETR, DeformableDETRConfig
 from deformable_detr.structures import Batch, Target
-from deformable_detr.train import PAPER, PRECISION, in_float32
+from deformable_detr.training.loop import PAPER, PRECISION, in_float32
+from deformable_detr.training.optimiser import parameter_groups
 
 BOXES = 7  # of an image; COCO has 7.3 on average
 PARTS = ("backbone", "input_proj", "encoder", "decoder")

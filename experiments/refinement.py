@@ -14,11 +14,11 @@ import torch
 from digits import BACKBONE, MODEL, RESULTS, ROOT, load_split, provenance
 from safetensors.torch import load_file
 
-from deformable_detr.checkpoint import write_json
-from deformable_detr.detector import DeformableDETR
-from deformable_detr.evaluate import evaluate
-from deformable_detr.train import DIGITS, train
-from deformable_detr.transforms import digits_eval_transform, digits_train_transform
+from deformable_detr.data.transforms import digits_eval_transform, digits_train_transform
+from deformable_detr.evaluation.coco import evaluate
+from deformable_detr.files import write_json
+from deformable_detr.models.deformable_detr import DeformableDETR
+from deformable_detr.training.loop import DIGITS, train
 
 SEEDS = (0, 1, 2)
 VARIANTS = {

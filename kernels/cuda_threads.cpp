@@ -1,7 +1,7 @@
 // ms_deform_attn.cu as a GPU runs it, slowly: every CUDA thread is a thread of the operating
 // system, with real barriers, shuffles and atomic additions. For tests and for chapters 6 and 7.
 //
-// C++20. Macros as for the GPU (deformable_detr.backend.cuda.specialise), and of its own:
+// C++20. Macros as for the GPU (deformable_detr.ops.cuda.specialise), and of its own:
 //
 //   TRACE    write down who touches which address of value, output and their gradients
 //   RACE     add without atomics: wrong, to be seen

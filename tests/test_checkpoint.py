@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deformable_detr import DeformableDETR
-from deformable_detr.checkpoint import load_model, save_model, write_atomically
+from deformable_detr.files import write_atomically
+from deformable_detr.weights.ours import load_model, save_model
 from tests.conftest import TINY
 
 CATEGORIES = [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}, {"id": 20, "name": "blue"}]

@@ -15,13 +15,14 @@ import torch
 import torchvision
 from PIL import Image
 
-from deformable_detr import DeformableDETR, cli, commands
-from deformable_detr.checkpoint import load_model, save_model
-from deformable_detr.cli import main
-from deformable_detr.predict import read_card, update_card
-from deformable_detr.recipes import FOLDER as RECIPES
-from deformable_detr.recipes import NAMES, PRECISIONS
-from deformable_detr.tta import MERGES
+from deformable_detr import DeformableDETR, cli
+from deformable_detr.cli import commands, main
+from deformable_detr.inference.predict import read_card, update_card
+from deformable_detr.inference.views import MERGES
+from deformable_detr.training.config import PRECISIONS
+from deformable_detr.training.recipes import FOLDER as RECIPES
+from deformable_detr.training.recipes import NAMES
+from deformable_detr.weights.ours import load_model, save_model
 from tests.conftest import TINY
 
 CATEGORIES = [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}, {"id": 20, "name": "blue"}]
@@ -175,11 +176,11 @@ def test_the_parser_knows_the_librarys_names():
 def test_ctrl_c_while_the_library_is_imported(coco, capsys, monkeypatch):
     class Interrupt:
         def find_spec(self, name, *_):
-            if name == "deformable_detr.commands":
+            if name == "deformable_detr.cli.commands":
                 raise KeyboardInterrupt
 
-    monkeypatch.delitem(sys.modules, "deformable_detr.commands")
-    monkeypatch.delattr("deformable_detr.commands")
+    monkeypatch.delitem(sys.modules, "deformable_detr.cli.commands")
+    monkeypatch.delattr("deformable_detr.cli.commands")
     monkeypatch.setattr(sys, "meta_path", [Interrupt(), *sys.meta_path])
     assert main(["check", str(coco)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
@@ -246,7 +247,7 @@ def test_predict_never_replaces_an_image(coco, model_file, capsys):
 )
 def test_memory_that_runs_out_is_one_line(coco, model_file, monkeypatch, capsys, error):
     monkeypatch.setattr(
-        "deformable_detr.predict.postprocess", lambda *_: (_ for _ in ()).throw(error)
+        "deformable_detr.inference.predict.postprocess", lambda *_: (_ for _ in ()).throw(error)
     )
     assert main(["predict", str(coco / "val"), "--model", str(model_file)]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
@@ -452,7 +453,7 @@ def test_out_of_memory_and_ctrl_c(model_file, capsys, monkeypatch):
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr("deformable_detr.commands.complexity", fail)
+        monkeypatch.setattr("deformable_detr.cli.commands.complexity", fail)
         assert main(["info", "--model", str(model_file)]) == code
         text = capsys.readouterr().err.strip()
         assert text.startswith(message) and "\n" not in text

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deformable_detr import DeformableDETR, DeformableDETRConfig, ms_deform_attn
-from deformable_detr.complexity import PAPER_SIZE, complexity, count, make_batch
+from deformable_detr.evaluation.complexity import PAPER_SIZE, complexity, count, make_batch
 from tests.conftest import TINY
 
 

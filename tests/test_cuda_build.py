@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deformable_detr.backend import cuda
+from deformable_detr.ops import cuda
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
 try:

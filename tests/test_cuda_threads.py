@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deformable_detr.backend import cpu, cuda, reference, threads
+from deformable_detr.ops import cpu, cuda, reference, threads
 from tests.oracle import SHAPES, attention_by_loops, make_inputs
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))

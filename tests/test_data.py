@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deformable_detr.checks import check_dataset
+from deformable_detr.data.checks import check_dataset
 
 DATA = Path(__file__).parents[1] / "data"
 SPLITS = ("train", "val", "test")

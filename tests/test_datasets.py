@@ -9,18 +9,18 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from deformable_detr import transforms
 from deformable_detr.boxes import cxcywh_to_xyxy
-from deformable_detr.checks import (
+from deformable_detr.data import transforms
+from deformable_detr.data.checks import (
     check_dataset,
     check_splits,
     label_histogram,
     read_annotations,
     summary,
 )
-from deformable_detr.datasets import CocoDataset, collate, find_split
-from deformable_detr.evaluate import score
-from deformable_detr.recipes import make_transform
+from deformable_detr.data.coco import CocoDataset, collate, find_split
+from deformable_detr.evaluation.coco import score
+from deformable_detr.training.recipes import make_transform
 from tests.conftest import save_annotations, write_coco
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, Target
-from deformable_detr.losses import SetCriterion
-from deformable_detr.position import LearnedPositionEncoding, SinePositionEncoding
-from deformable_detr.transformer import Dropout
+from deformable_detr.layers.feed_forward import Dropout
+from deformable_detr.layers.position import LearnedPositionEncoding, SinePositionEncoding
+from deformable_detr.losses.criterion import SetCriterion
 
 SMALL = dict(
     num_classes=5,

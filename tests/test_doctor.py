@@ -8,10 +8,11 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from deformable_detr import DeformableDETR, doctor
-from deformable_detr.datasets import CocoDataset, find_split
-from deformable_detr.recipes import TRANSFORMS
-from deformable_detr.transforms import TO_TENSOR, digits_train_transform
+from deformable_detr import DeformableDETR
+from deformable_detr.data.coco import CocoDataset, find_split
+from deformable_detr.data.transforms import TO_TENSOR, digits_train_transform
+from deformable_detr.training import doctor
+from deformable_detr.training.recipes import TRANSFORMS
 from tests.conftest import TINY, save_annotations
 
 

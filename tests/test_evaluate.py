@@ -8,9 +8,9 @@ import signal
 import pytest
 
 from deformable_detr import DeformableDETR
-from deformable_detr.datasets import CocoDataset, find_split
-from deformable_detr.evaluate import evaluate, predict_dataset, same_categories, score
-from deformable_detr.transforms import TO_TENSOR
+from deformable_detr.data.coco import CocoDataset, find_split
+from deformable_detr.data.transforms import TO_TENSOR
+from deformable_detr.evaluation.coco import evaluate, predict_dataset, same_categories, score
 from tests.conftest import TINY, save_annotations, write_coco
 
 

@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from deformable_detr import MSDeformAttn, backends, ms_deform_attn, ops
-from deformable_detr.backend import cpu, cuda
+from deformable_detr import MSDeformAttn, backends, ms_deform_attn
+from deformable_detr.ops import cpu, cuda, dispatch
 
 SHAPES = [(3, 4)]
 
@@ -29,7 +29,7 @@ def run(**changes):
 def fresh(monkeypatch, tmp_path):
     """Nothing is known of this machine yet, and no kernel is built."""
     monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(tmp_path / "cache"))
-    caches = cpu.compiler, cpu.cache_folder, cpu.why_not, cpu.load, ops._say_once
+    caches = cpu.compiler, cpu.cache_folder, cpu.why_not, cpu.load, dispatch._say_once
     for cache in caches:
         cache.cache_clear()
     yield
@@ -86,12 +86,12 @@ def test_no_cupy(monkeypatch):
 
 def test_a_device_without_kernel_is_named(fresh):
     with pytest.warns(UserWarning, match="plain PyTorch, which is slow: no kernel for mps"):
-        assert ops._choose(None, "mps") == "reference"
-    assert ops._choose(None, "meta") == "reference"  # nothing runs there
+        assert dispatch._choose(None, "mps") == "reference"
+    assert dispatch._choose(None, "meta") == "reference"  # nothing runs there
 
 
 def test_the_variable_is_named(monkeypatch):
-    monkeypatch.setenv(ops.VARIABLE, "gpu")
+    monkeypatch.setenv(dispatch.VARIABLE, "gpu")
     with pytest.raises(ValueError, match="DEFORMABLE_DETR_BACKEND must be one of cuda, cpu"):
         run()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deformable_detr import backends, ms_deform_attn
-from deformable_detr.backend import cuda, reference
+from deformable_detr.ops import cuda, reference
 from tests import fuzz
 from tests.oracle import SHAPES, attention_by_loops, make_inputs
 

@@ -7,8 +7,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, Target
-from deformable_detr.formats import file_name, to_huggingface
-from deformable_detr.losses import SetCriterion
+from deformable_detr.losses.criterion import SetCriterion
+from deformable_detr.weights.formats import file_name, to_huggingface
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

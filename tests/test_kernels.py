@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deformable_detr import ms_deform_attn
-from deformable_detr.backend import BackendError, cpu
+from deformable_detr.ops import BackendError, cpu
 from tests import fuzz
 from tests.oracle import SHAPES, make_inputs
 
@@ -413,7 +413,7 @@ def test_a_fork_during_a_build_can_load(cache, monkeypatch):
 def test_a_fork_leaves_the_temporary_folder_to_its_parent(tmp_path):
     program = """if True:
         import os, sys, warnings
-        from deformable_detr.backend import cpu
+        from deformable_detr.ops import cpu
         warnings.simplefilter("ignore")
         folder = cpu.cache_folder()
         child = os.fork()

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from deformable_detr import Output, Target, postprocess
+from deformable_detr import Output, Target
 from deformable_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid
-from deformable_detr.losses import SetCriterion
-from deformable_detr.matcher import HungarianMatcher, focal_cost
+from deformable_detr.inference import postprocess
+from deformable_detr.losses.criterion import SetCriterion
+from deformable_detr.losses.matcher import HungarianMatcher, focal_cost
 
 
 def logit(p):

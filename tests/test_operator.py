@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from deformable_detr import MSDeformAttn, backends, ms_deform_attn, ops
-from deformable_detr.backend import cpu, cuda, reference
+from deformable_detr import MSDeformAttn, backends, ms_deform_attn
+from deformable_detr.ops import cpu, cuda, dispatch, reference
 from tests.oracle import SHAPES, attention_by_loops, make_inputs
 
 FUNCTIONS = {
@@ -172,7 +172,7 @@ def test_coordinates_stay_float32_under_autocast(backend):
 
 
 def test_module_under_autocast(backend, monkeypatch):
-    monkeypatch.setenv(ops.VARIABLE, backend)
+    monkeypatch.setenv(dispatch.VARIABLE, backend)
     torch.manual_seed(0)
     module = MSDeformAttn(8, num_levels=3, num_heads=2, num_points=4)
     query, features = torch.randn(2, 3, 8), torch.randn(2, sum(h * w for h, w in SHAPES), 8)
@@ -281,9 +281,9 @@ def test_the_kernel_is_what_runs_by_default(monkeypatch):
 
 def test_variable_forces_and_argument_wins(backend, monkeypatch):
     value, locations, weights = make_inputs(D=4)
-    monkeypatch.setenv(ops.VARIABLE, backend)
+    monkeypatch.setenv(dispatch.VARIABLE, backend)
     ms_deform_attn(value, SHAPES, locations, weights)
-    monkeypatch.setenv(ops.VARIABLE, "gather" if backend != "gather" else "reference")
+    monkeypatch.setenv(dispatch.VARIABLE, "gather" if backend != "gather" else "reference")
     ms_deform_attn(value, SHAPES, locations, weights, backend=backend)
     with pytest.raises(AssertionError, match="another backend was asked for"):
         ms_deform_attn(value, SHAPES, locations, weights)
@@ -299,7 +299,7 @@ def test_variable_forces_and_argument_wins(backend, monkeypatch):
 )
 def test_forcing_what_cannot_run_is_an_error(by, name, error, message, monkeypatch):
     if by == "variable":
-        monkeypatch.setenv(ops.VARIABLE, name)
+        monkeypatch.setenv(dispatch.VARIABLE, name)
     value, locations, weights = make_inputs(D=4)
     with pytest.raises(error, match=message):
         ms_deform_attn(value, SHAPES, locations, weights, name if by == "argument" else None)
@@ -308,7 +308,7 @@ def test_forcing_what_cannot_run_is_an_error(by, name, error, message, monkeypat
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
     """A machine whose path is empty."""
-    caches = cpu.compiler, cpu.why_not, cpu.load, ops._say_once
+    caches = cpu.compiler, cpu.why_not, cpu.load, dispatch._say_once
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     for cache in caches:
@@ -344,7 +344,7 @@ def test_where_kernels_cannot_be_kept_safely_the_reference_runs(monkeypatch, tmp
     folder.mkdir()
     folder.chmod(0o777)
     monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(folder))
-    caches = cpu.cache_folder, cpu.why_not, cpu.load, ops._say_once
+    caches = cpu.cache_folder, cpu.why_not, cpu.load, dispatch._say_once
     for cache in caches:
         cache.cache_clear()
     try:
@@ -473,9 +473,11 @@ def test_what_is_no_tensor_is_refused():
 
 
 def test_the_variable_is_named_and_leaves_shapes_alone(monkeypatch):
-    monkeypatch.setenv(ops.VARIABLE, "cuda")
+    monkeypatch.setenv(dispatch.VARIABLE, "cuda")
     inputs = make_inputs()
-    with pytest.raises(RuntimeError, match=f"{ops.VARIABLE} 'cuda' needs tensors on cuda, got cpu"):
+    with pytest.raises(
+        RuntimeError, match=f"{dispatch.VARIABLE} 'cuda' needs tensors on cuda, got cpu"
+    ):
         ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
     value, locations, weights = (x.to("meta") for x in inputs)
     assert ms_deform_attn(value, SHAPES, locations, weights).is_meta

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, Detections, Output
-from deformable_detr.checkpoint import load_model, save_model
-from deformable_detr.checks import check_dataset
-from deformable_detr.datasets import CocoDataset, find_split
-from deformable_detr.evaluate import predict_dataset
-from deformable_detr.images import read_image
-from deformable_detr.predict import (
+from deformable_detr.data.checks import check_dataset
+from deformable_detr.data.coco import CocoDataset, find_split
+from deformable_detr.data.images import read_image
+from deformable_detr.data.transforms import TO_TENSOR
+from deformable_detr.evaluation.coco import predict_dataset
+from deformable_detr.inference.predict import (
     Detector,
     load_detector,
     pick_classes,
@@ -24,8 +24,8 @@ from deformable_detr.predict import (
     read_card,
     update_card,
 )
-from deformable_detr.transforms import TO_TENSOR
-from deformable_detr.tta import View, fuse, make_views, suppress
+from deformable_detr.inference.views import View, fuse, make_views, suppress
+from deformable_detr.weights.ours import load_model, save_model
 from tests.conftest import TINY
 
 CATEGORIES = [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}, {"id": 20, "name": "blue"}]

@@ -15,8 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig
-from deformable_detr.checkpoint import save_model
-from deformable_detr.pretrained import load_pretrained, save_pretrained, to_huggingface, to_official
+from deformable_detr.weights.ours import save_model
+from deformable_detr.weights.published import (
+    load_pretrained,
+    save_pretrained,
+    to_huggingface,
+    to_official,
+)
 from tests.conftest import TINY
 from tests.test_huggingface import VARIANTS, huggingface_model, randomise
 

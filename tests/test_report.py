@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from deformable_detr import DeformableDETR
-from deformable_detr.datasets import CocoDataset, find_split
-from deformable_detr.errors import KINDS, judge, judge_all
-from deformable_detr.evaluate import score
-from deformable_detr.report import analyse, analyse_results, choose_threshold
+from deformable_detr.data.coco import CocoDataset, find_split
+from deformable_detr.evaluation.coco import score
+from deformable_detr.evaluation.mistakes import KINDS, judge, judge_all
+from deformable_detr.evaluation.report import analyse, analyse_results, choose_threshold
 from tests.conftest import TINY, save_annotations
 
 OTHER = {3: 7, 7: 20, 20: 3}  # red for green, green for blue, blue for red
@@ -194,7 +194,7 @@ def test_two_objects_take_the_nearest_detection_each():
 
 def test_ap50_agrees_with_pycocotools_on_random_detections(dataset):
     """The gains start from our own AP50; both kinds of sums must be one number."""
-    from deformable_detr.errors import _ap50, _corrected, count_objects
+    from deformable_detr.evaluation.mistakes import _ap50, _corrected, count_objects
 
     rng = random.Random(0)
     results = [

@@ -6,7 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deformable_detr.sampling import bilinear_sample, normalised_to_pixel, pixel_to_normalised
+from deformable_detr.layers.sampling import (
+    bilinear_sample,
+    normalised_to_pixel,
+    pixel_to_normalised,
+)
 
 
 def sample_by_loop(feature_map, x, y):

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from deformable_detr.checkpoint import load_model
 from deformable_detr.cli import main
-from deformable_detr.datasets import CocoDataset
-from deformable_detr.evaluate import evaluate
-from deformable_detr.transforms import digits_eval_transform
+from deformable_detr.data.coco import CocoDataset
+from deformable_detr.data.transforms import digits_eval_transform
+from deformable_detr.evaluation.coco import evaluate
+from deformable_detr.weights.ours import load_model
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "data" / "checkpoints" / "digits.safetensors"

@@ -16,16 +16,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from deformable_detr import DeformableDETR, DeformableDETRConfig
-from deformable_detr import train as training
-from deformable_detr.checkpoint import load_model
-from deformable_detr.datasets import CocoDataset, collate, find_split
-from deformable_detr.evaluate import evaluate, predict_dataset
-from deformable_detr.losses import SetCriterion
-from deformable_detr.optim import averaged, freeze
-from deformable_detr.recipes import NAMES, load_recipe
+from deformable_detr.data.coco import CocoDataset, collate, find_split
+from deformable_detr.data.transforms import digits_train_transform
+from deformable_detr.evaluation.coco import evaluate, predict_dataset
+from deformable_detr.losses.criterion import SetCriterion
 from deformable_detr.structures import Batch
-from deformable_detr.train import TrainConfig, lr_factor, parameter_groups, train
-from deformable_detr.transforms import digits_train_transform
+from deformable_detr.training import loop as training
+from deformable_detr.training.config import TrainConfig
+from deformable_detr.training.loop import lr_factor, parameter_groups, train
+from deformable_detr.training.optimiser import averaged, freeze
+from deformable_detr.training.recipes import NAMES, load_recipe
+from deformable_detr.weights.ours import load_model
 from tests.conftest import TINY, save_annotations, write_coco
 
 RECIPE = TrainConfig(epochs=4, batch_size=2, lr=1e-3, backbone_lr=1e-3, evaluate_every=2)
@@ -81,8 +82,9 @@ SLOW = """
 import multiprocessing, os, signal, threading, time
 from pathlib import Path
 from deformable_detr import DeformableDETR
-from deformable_detr.datasets import CocoDataset, find_split
-from deformable_detr.train import Interrupted, TrainConfig, train
+from deformable_detr.data.coco import CocoDataset, find_split
+from deformable_detr.training.config import TrainConfig
+from deformable_detr.training.loop import Interrupted, train
 from tests.conftest import TINY
 
 class Slow(CocoDataset):
@@ -188,8 +190,8 @@ TWO = """
 import os, signal
 from pathlib import Path
 from tests.test_train import EQUAL, one_without_boxes, steady_model, train
-from deformable_detr import commands
-from deformable_detr.train import Interrupted, make_accelerator
+from deformable_detr.cli import commands
+from deformable_detr.training.loop import Interrupted, make_accelerator
 
 def on_step(step, losses):
     if step == 4 and os.environ["RANK"] == "1":

@@ -9,8 +9,9 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, Target
-from deformable_detr.backbone import ModulatedDeformConv2d, build_backbone
-from deformable_detr.losses import SetCriterion
+from deformable_detr.backbones import build_backbone
+from deformable_detr.backbones.deformable_convolution import ModulatedDeformConv2d
+from deformable_detr.losses.criterion import SetCriterion
 
 SMALL = dict(
     num_classes=3, backbone="small", embed_dim=32, encoder_layers=1, decoder_layers=2, ffn_dim=16

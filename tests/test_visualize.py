@@ -13,16 +13,9 @@ import torch
 from PIL import Image
 
 from deformable_detr import Batch, DeformableDETR, Detections, Output, Sampling
-from deformable_detr.visualize import (
-    PALETTE,
-    caption_font,
-    draw_boxes,
-    draw_detections,
-    draw_gradient_norms,
-    draw_sampling_points,
-    gradient_norms,
-    record_sampling,
-)
+from deformable_detr.look.gradients import draw_gradient_norms, gradient_norms
+from deformable_detr.look.pictures import PALETTE, caption_font, draw_boxes, draw_detections
+from deformable_detr.look.sampling import draw_sampling_points, record_sampling
 from tests.conftest import TINY
 
 

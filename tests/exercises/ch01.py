@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from deformable_detr.exercises import checks, expect
-from deformable_detr.sampling import bilinear_sample, pixel_to_normalised
+from deformable_detr.layers.sampling import bilinear_sample, pixel_to_normalised
 
 VALUES = torch.tensor([[10.0, 20.0], [50.0, 80.0]])
 

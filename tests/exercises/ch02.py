@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deformable_detr.exercises import checks, expect
-from deformable_detr.position import sine_embedding
+from deformable_detr.layers.position import sine_embedding
 
 
 @checks("2.1")

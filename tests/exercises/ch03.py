@@ -4,7 +4,7 @@ import torch
 from torchvision.ops import deform_conv2d
 
 from deformable_detr.exercises import checks, expect
-from deformable_detr.sampling import bilinear_sample, pixel_to_normalised
+from deformable_detr.layers.sampling import bilinear_sample, pixel_to_normalised
 
 
 def _taps(by_column=False):

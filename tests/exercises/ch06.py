@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from deformable_detr import ms_deform_attn
-from deformable_detr.backend import cuda
 from deformable_detr.exercises import checks, expect
 from deformable_detr.exercises.cuda import build
+from deformable_detr.ops import cuda
 
 
 @checks("6.1")

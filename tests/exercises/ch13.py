@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deformable_detr.exercises import checks, expect
-from deformable_detr.optim import averaged
+from deformable_detr.training.optimiser import averaged
 
 
 @checks("13.1")

@@ -1,0 +1,1 @@
+"""Images and annotations in COCO format: reading, checking, transforming. Chapter 12."""

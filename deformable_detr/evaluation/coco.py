@@ -1,0 +1,207 @@
+"""COCO metrics by pycocotools."""
+
+import dataclasses
+import math
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
+from torchvision.ops import box_convert
+from tqdm import tqdm
+
+from deformable_detr.data.coco import CocoDataset, collate
+from deformable_detr.evaluation_mode import evaluating
+from deformable_detr.inference.postprocess import postprocess
+from deformable_detr.models.deformable_detr import DeformableDETR
+from deformable_detr.training.batches import ignore_interrupt
+
+COCO_THRESHOLDS = (32**2, 96**2)  # areas at which small and medium objects end, in pixels
+
+
+@dataclass
+class Metrics:
+    """COCO's average precision and recall, in [0, 1]; NaN where the data has no such object.
+
+    ap is the mean over IoU thresholds 0.50 to 0.95; ap50 and ap75 are at one threshold. Small,
+    medium and large objects end at the areas in `area_thresholds`. ar: recall at 100 detections.
+    """
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float
+    ap_medium: float
+    ap_large: float
+    ar: float
+    per_class: dict[str, float]
+    images: int
+    area_thresholds: tuple[int, int]
+
+    def to_dict(self) -> dict:
+        """For a JSON file: rounded to four digits, None where undefined."""
+        return rounded(dataclasses.asdict(self))
+
+    def rows(self) -> dict[str, float]:
+        """Every figure under the name by which people know it."""
+        small, medium = (round(area**0.5) for area in self.area_thresholds)
+        return {
+            "AP": self.ap,
+            "AP50": self.ap50,
+            "AP75": self.ap75,
+            f"AP small (below {small}^2 px)": self.ap_small,
+            f"AP medium (to {medium}^2 px)": self.ap_medium,
+            "AP large": self.ap_large,
+            "AR (100 detections)": self.ar,
+        } | {f"AP of {name}": value for name, value in self.per_class.items()}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name:28}{'n/a' if np.isnan(value) else f'{value:.3f}':>7}"
+            for name, value in self.rows().items()
+        ]
+        return "\n".join([f"{self.images} images", *lines])
+
+
+def rounded(value: object) -> object:
+    """The same JSON with floats rounded to four digits, and None for NaN."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, 4)
+    return value
+
+
+@torch.no_grad()
+def predict_dataset(
+    model: DeformableDETR,
+    dataset: CocoDataset,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    progress: bool = True,
+    top_k: int = 100,
+) -> list[dict]:
+    """The best top_k detections of every image, as COCO results with the data's own ids."""
+    device = next(model.parameters()).device
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        collate_fn=collate,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # leaves the global random state alone
+        worker_init_fn=ignore_interrupt,
+    )
+    results = []
+    for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress, leave=False):
+        sizes = [target.original_size for target in batch.targets]
+        with evaluating(model):
+            found = postprocess(model(batch.to(device)), sizes, top_k)
+        for target, detections in zip(batch.targets, found, strict=True):
+            results += [
+                {
+                    "image_id": target.image_id,
+                    "category_id": dataset.categories[label]["id"],
+                    "bbox": box,
+                    "score": score,
+                }
+                for box, label, score in zip(
+                    box_convert(detections.boxes, "xyxy", "xywh").tolist(),
+                    detections.labels.tolist(),
+                    detections.scores.tolist(),
+                    strict=True,
+                )
+            ]
+    return results
+
+
+def evaluate(
+    model: DeformableDETR,
+    dataset: CocoDataset,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    progress: bool = True,
+    top_k: int = 100,
+) -> Metrics:
+    """Detect on every image of a data set and compare with its annotations.
+
+    top_k: detections of an image, of which pycocotools then counts the 100 best of each class.
+    """
+    check_classes(model, dataset)
+    return score(predict_dataset(model, dataset, batch_size, num_workers, progress, top_k), dataset)
+
+
+def check_classes(model: DeformableDETR, dataset: CocoDataset) -> None:
+    """ValueError unless the model has as many classes as the data has categories."""
+    if model.config.num_classes != len(dataset.categories):
+        raise ValueError(
+            f"the model has {model.config.num_classes} classes, "
+            f"the data has {len(dataset.categories)} categories"
+        )
+
+
+def same_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
+    """ValueError where two splits name their classes differently."""
+    for one, other in ((train_set, val_set), (val_set, train_set)):
+        known = {(c["id"], c["name"]) for c in other.categories}
+        for category in one.categories:
+            if (category["id"], category["name"]) not in known:
+                raise ValueError(
+                    f"category {category['id']}, {category['name']!r}, is in one of train and val "
+                    "only; both must list the same"
+                )
+
+
+def score(results: list[dict], dataset: CocoDataset) -> Metrics:
+    """COCO metrics of detections given as COCO results."""
+    return metrics_of(coco_evaluation(results, dataset), dataset)
+
+
+def coco_evaluation(results: list[dict], dataset: CocoDataset) -> COCOeval:
+    """pycocotools' own evaluation of COCO results, accumulated, with the data's area thresholds."""
+    small, medium = dataset.info.get("area_thresholds", COCO_THRESHOLDS)
+    truth, content = COCO(), dataset.coco.dataset
+    # ids of any kind become 1, 2, ...: to COCOeval 0 is no annotation
+    annotations = [a | {"id": i} for i, a in enumerate(content["annotations"], 1)]
+    truth.dataset = content | {"annotations": annotations}
+    with redirect_stdout(StringIO()):
+        truth.createIndex()
+        found = truth.loadRes(results) if results else COCO()
+        found.dataset.setdefault("annotations", [])  # asked for where there are no images
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.params.imgIds = dataset.image_ids
+        evaluation.params.areaRng = [(0, 1e10), (0, small), (small, medium), (medium, 1e10)]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+def metrics_of(evaluation: COCOeval, dataset: CocoDataset) -> Metrics:
+    """The figures in an evaluation by `coco_evaluation`."""
+    precision = evaluation.eval["precision"]  # (IoU, recall, class, area, detections)
+    recall = evaluation.eval["recall"]  # (IoU, class, area, detections)
+
+    def mean(values: np.ndarray) -> float:
+        values = values[values > -1]
+        return float(values.mean()) if values.size else float("nan")
+
+    return Metrics(
+        ap=mean(precision[:, :, :, 0, -1]),
+        ap50=mean(precision[0, :, :, 0, -1]),
+        ap75=mean(precision[5, :, :, 0, -1]),
+        ap_small=mean(precision[:, :, :, 1, -1]),
+        ap_medium=mean(precision[:, :, :, 2, -1]),
+        ap_large=mean(precision[:, :, :, 3, -1]),
+        ar=mean(recall[:, :, 0, -1]),
+        per_class={
+            category["name"]: mean(precision[:, :, i, 0, -1])
+            for i, category in enumerate(dataset.categories)
+        },
+        images=len(dataset),
+        area_thresholds=tuple(dataset.info.get("area_thresholds", COCO_THRESHOLDS)),
+    )

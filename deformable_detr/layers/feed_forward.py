@@ -1,0 +1,30 @@
+"""The feed-forward half of a transformer's layer. Chapter 8 builds it in."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Dropout(nn.Dropout):
+    """torch's, with a mask of one byte for each number also on a CPU, where its own is of four."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape; in training, a number is zero with probability p, else divided by 1 - p."""
+        if not self.training or not self.p:
+            return x
+        return torch.native_dropout(x, self.p, True)[0]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, added to the input and normalised."""
+
+    def __init__(self, embed_dim: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(embed_dim, ffn_dim), nn.Linear(ffn_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., C). Hooks see what goes out of linear1 after the relu."""
+        # relu after dropout, in place: the same numbers, of which one large map is kept, not two
+        inner = self.dropout(self.linear1(x)).relu_()
+        return self.norm(x + self.dropout(self.linear2(inner)))

@@ -1,0 +1,22 @@
+"""The detectors, by name: a configuration and a class each. Chapters 8 and 10.
+
+MODELS is what a file's metadata, a recipe and a run mean by a model's name; a file that has none
+holds a "deformable_detr".
+"""
+
+from torch import nn
+
+from deformable_detr.models.deformable_detr import DeformableDETR, DeformableDETRConfig
+
+MODELS = {"deformable_detr": (DeformableDETRConfig, DeformableDETR)}
+DEFAULT = "deformable_detr"
+
+
+def model_name(config: object) -> str:
+    """The name in MODELS of the model that a configuration is of."""
+    return next(name for name, (kind, _) in MODELS.items() if type(config) is kind)
+
+
+def build_model(config: object, pretrained_backbone: bool = False) -> nn.Module:
+    """A new model of a configuration; pretrained_backbone loads torchvision's ImageNet weights."""
+    return MODELS[model_name(config)][1](config, pretrained_backbone)

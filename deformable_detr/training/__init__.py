@@ -1,0 +1,2 @@
+"""Training: settings and recipes, the loop, a run that resumes, a self-test before it. Chapters 9
+and 13."""
