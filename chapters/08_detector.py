@@ -1340,7 +1340,7 @@ print("flat index", index.tolist(), "query", (index // 3).tolist(), "class", (in
 assert (index // 3).tolist() == [0, 0, 1]  # query 0 appears twice, as class 0 and as class 1
 
 # %%
-from deformable_detr.inference import postprocess
+from deformable_detr.inference.postprocess import postprocess
 
 sizes = [target.original_size for target in batch.targets]
 found = postprocess(output, sizes, top_k=100)

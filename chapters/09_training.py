@@ -58,7 +58,7 @@ from deformable_detr.data.coco import CocoDataset, collate, find_split
 from deformable_detr.data.transforms import MEAN, STD, digits_eval_transform, digits_train_transform
 from deformable_detr.evaluation.coco import evaluate, predict_dataset, score
 from deformable_detr.exercises import check
-from deformable_detr.inference import postprocess
+from deformable_detr.inference.postprocess import postprocess
 from deformable_detr.look.gradients import FollowReferences, draw_gradient_norms, gradient_norms
 from deformable_detr.look.sampling import draw_sampling_points, record_sampling
 from deformable_detr.losses.criterion import SetCriterion

@@ -2,20 +2,25 @@
 and the formats of others derive theirs."""
 
 import dataclasses
+from typing import Any
 
 
 def option(
-    default: object, help: str, official: str | None = None, huggingface: str | tuple[str, ...] = ()
-) -> object:
+    default: object,
+    help: str,
+    official: str | tuple[str, ...] = (),
+    huggingface: str | tuple[str, ...] = (),
+) -> Any:
     """A dataclass field with a default and a line of help.
 
     official, huggingface: what the official code's arguments and transformers' config.json call it;
-    several names of transformers' that must agree are a tuple. None and () where they have none.
+    a tuple where they have several that must agree, empty where they have none.
     """
-    theirs = (huggingface,) if isinstance(huggingface, str) else tuple(huggingface)
-    return dataclasses.field(
-        default=default, metadata={"help": help, "official": official, "huggingface": theirs}
-    )
+    theirs = {
+        name: (names,) if isinstance(names, str) else names
+        for name, names in (("official", official), ("huggingface", huggingface))
+    }
+    return dataclasses.field(default=default, metadata={"help": help} | theirs)
 
 
 def help_of(config: object) -> dict[str, str]:

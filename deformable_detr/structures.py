@@ -1,11 +1,16 @@
-"""What flows between data, model and results: one object each."""
+"""What flows between data, model and results: one object each. Chapters 8 and 10."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Match = tuple[Tensor, Tensor]  # the indices of predictions, and those of their objects
 
 
 @dataclass
@@ -67,7 +72,7 @@ class Batch:
         return len(self.images)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tokens:
     """L feature maps as one sequence of S = sum(H_l * W_l) tokens.
 
@@ -83,19 +88,106 @@ class Tokens:
 
 
 @dataclass
-class Output:
-    """What a detector returns, the last decoder layer's predictions first.
+class Denoising:
+    """What is known of queries that are noised objects (DN-DETR): which must find which.
 
-    logits: (B, Q, classes). boxes: (B, Q, 4) cxcywh, normalised to each image without its padding.
-    references: (B, Q, 2 or 4), what this layer's boxes started from. auxiliary: the earlier
-    decoder layers, first to last. first_stage: the proposals of all tokens, in a two-stage model.
+    size: the first queries of all are such, so many. matches: of each image, which of them must
+    find which object. groups: how many copies of each object there are. counted: (B, size), False
+    where a place was left empty, whose prediction is not judged; None where all are.
+    """
+
+    size: int
+    matches: list[Match]
+    groups: int = 1
+    counted: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What asks: object queries in a decoder, tokens in an encoder.
+
+    content: (B, Q, C). position: (B, Q, C), what is added to the content wherever places matter;
+    None where the decoder makes it from the references. references: (B, Q, 2) as (x, y) or
+    (B, Q, 4) as cxcywh, relative to the image without its padding; None where attention is dense.
+    attention_mask: (Q, Q) bool, True where one query may not look at another. groups: of equal
+    size, each of which finds all objects (Group DETR). denoising: what is known of the first ones.
+    """
+
+    content: Tensor
+    position: Tensor | None = None
+    references: Tensor | None = None
+    attention_mask: Tensor | None = None
+    groups: int = 1
+    denoising: Denoising | None = None
+
+
+@dataclass
+class Predictions:
+    """One set of predictions that training supervises: what a layer says of every query.
+
+    logits: (B, Q, outputs). boxes: (B, Q, 4) cxcywh, normalised to each image without its padding.
+    references: (B, Q, 2 or 4), what the boxes started from. matches: of each image, where it is
+    known beforehand which query must find which object. groups: of queries, each matched by itself.
+    counted: (B, Q), False where a query is not judged. class_agnostic: objects are only told from
+    background, as class 0.
     """
 
     logits: Tensor
     boxes: Tensor
-    auxiliary: list[Output] = field(default_factory=list)
-    first_stage: Output | None = None
     references: Tensor | None = None
+    matches: list[Match] | None = None
+    groups: int = 1
+    counted: Tensor | None = None
+    class_agnostic: bool = False
+
+    def queries(self, start: int, end: int | None = None) -> Predictions:
+        """Those of a range of queries."""
+        part = slice(start, end)
+        rows = (None if x is None else x[:, part] for x in (self.references, self.counted))
+        references, counted = rows
+        return replace(
+            self,
+            logits=self.logits[:, part],
+            boxes=self.boxes[:, part],
+            references=references,
+            counted=counted,
+        )
+
+
+@dataclass
+class Output(Predictions):
+    """What a detector returns: the last decoder layer's predictions, and all others beside them.
+
+    auxiliary: the earlier decoder layers, first to last. others: further sets by name, such as
+    "first", the proposals of a two-stage model. scoring: how logits are read; None is focal
+    (`losses.scoring`).
+    """
+
+    auxiliary: list[Predictions] = field(default_factory=list)
+    others: dict[str, Predictions] = field(default_factory=dict)
+    scoring: Any = None
+
+    def supervised(self) -> dict[str, Predictions]:
+        """Every set by the suffix of its losses: "", "_0", "_1"..., then "_" and its name."""
+        layers = {f"_{i}": layer for i, layer in enumerate(self.auxiliary)}
+        return {"": self} | layers | {f"_{name}": each for name, each in self.others.items()}
+
+    def float(self) -> Output:
+        """The same in float32, from whatever precision the model ran in."""
+        return _map_tensors(self, lambda x: x.float() if x.is_floating_point() else x)
+
+
+def _map_tensors(value: object, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested lists, tuples, dictionaries and dataclasses with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_map_tensors(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, change) for key, item in value.items()}
+    if dataclasses.is_dataclass(value):
+        return type(value)(**_map_tensors(vars(value), change))
+    return value
 
 
 @dataclass

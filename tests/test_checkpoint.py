@@ -43,11 +43,12 @@ def rewrite(path, change):
 
 
 DAMAGE = {
-    "lacks 1 tensors, such as level_embed": lambda t, m: t.pop("level_embed"),
+    "lacks 1 tensors, such as neck.level_embed": lambda t, m: t.pop("neck.level_embed"),
     "has left over 1 tensors, such as extra": lambda t, m: t.update(extra=torch.ones(1)),
     r"level_embed has shape \(3, 32\), expected \(2, 32\)": lambda t, m: t.update(
-        level_embed=torch.ones(3, 32)
+        {"neck.level_embed": torch.ones(3, 32)}
     ),
+    "is of the model 'yolo'; known: deformable_detr, detr": lambda t, m: m.update(model="yolo"),
     "has no configuration": lambda t, m: m.pop("config"),
     "a configuration that is none of ours": lambda t, m: m.update(config='{"layers": 3}'),
     "none of ours: its categories need an id": lambda t, m: m.update(categories='[{"id": 1}]'),

@@ -1,5 +1,7 @@
 """The detector: sizes as published, initialisation, gradients, padding, and what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, Target
 from deformable_detr.layers.feed_forward import Dropout
 from deformable_detr.layers.position import LearnedPositionEncoding, SinePositionEncoding
 from deformable_detr.losses.criterion import SetCriterion
+from deformable_detr.structures import Queries
 
 SMALL = dict(
     num_classes=5,
@@ -93,8 +96,8 @@ def test_output_of_every_layer():
     assert output.logits.shape == (2, 7, 5) and output.boxes.shape == (2, 7, 4)
     assert len(output.auxiliary) == 2
     tokens = 16 * 24 + 8 * 12 + 4 * 6
-    assert output.first_stage.logits.shape == (2, tokens, 5)
-    assert output.first_stage.boxes.shape == (2, tokens, 4)
+    assert output.others["first"].logits.shape == (2, tokens, 5)
+    assert output.others["first"].boxes.shape == (2, tokens, 4)
 
 
 def test_refinement_passes_boxes_but_no_gradient_between_layers():
@@ -121,8 +124,8 @@ def test_gradient_reaches_every_parameter(variant, boxes):
         # without an object no box is wrong
         assert boxes == 0 or parameter.grad.any(), name
     if variant.get("two_stage"):
-        assert model.class_heads[-1].weight.grad.any()
-        assert boxes == 0 or model.box_heads[-1].layers[-1].weight.grad.any()
+        assert model.first_stage.class_head.weight.grad.any()
+        assert boxes == 0 or model.first_stage.box_head.layers[-1].weight.grad.any()
 
 
 def test_padded_tokens_are_not_sampled():
@@ -132,21 +135,19 @@ def test_padded_tokens_are_not_sampled():
     model = DeformableDETR(config).eval()
     batch = make_batch((64, 64), (64, 128))
     tokens = model.tokens(batch)
-    memory = model.encoder(tokens)
+    memory = model.encoder(tokens).features
     changed = tokens.features.clone()
     changed[tokens.padding_mask] = 100.0
-    tokens.features = changed
-    again = model.encoder(tokens)
+    again = model.encoder(dataclasses.replace(tokens, features=changed)).features
     inside = ~tokens.padding_mask
     assert not inside.all()
     torch.testing.assert_close(again[inside], memory[inside])
     torch.testing.assert_close(tokens.valid_ratios, torch.tensor([[[0.5, 1.0]], [[1.0, 1.0]]]))
-    query, reference = torch.randn(2, 7, 32), torch.rand(2, 7, 2)
-    layer = model.decoder.layers[0]
+    query = torch.randn(2, 7, 32)
+    queries = Queries(query, query, torch.rand(2, 7, 2))
     spoilt = memory.masked_fill(tokens.padding_mask.unsqueeze(-1), 100.0)
-    places = reference.unsqueeze(2)
     given = [
-        layer(query, query, places, x, tokens.spatial_shapes, tokens.padding_mask)
+        model.decoder.layers[0](queries, dataclasses.replace(tokens, features=x))
         for x in (memory, spoilt)
     ]
     torch.testing.assert_close(given[1], given[0])

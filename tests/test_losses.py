@@ -1,5 +1,6 @@
 """Matching, losses and post-processing against values worked out by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 
 from deformable_detr import Output, Target
 from deformable_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid
-from deformable_detr.inference import postprocess
+from deformable_detr.inference.postprocess import postprocess
 from deformable_detr.losses.criterion import SetCriterion
-from deformable_detr.losses.matcher import HungarianMatcher, focal_cost
+from deformable_detr.losses.matcher import HungarianMatcher
+from deformable_detr.losses.scoring import focal_cost
+from deformable_detr.structures import Predictions
 
 
 def logit(p):
@@ -67,7 +70,7 @@ def test_the_matching_is_of_least_total_cost_not_greedy():
     """Query 0 is the best for both objects; the least sum gives it to the second."""
 
     class Given(HungarianMatcher):
-        def cost(self, logits, boxes, target):
+        def cost(self, logits, boxes, target, scoring):
             return torch.tensor([[1.0, 2.0], [2.0, 9.0], [8.0, 9.0]])
 
     output = Output(torch.zeros(1, 3, 2), torch.rand(1, 3, 4))
@@ -103,10 +106,16 @@ def test_losses_by_hand():
 def test_every_layer_is_matched_anew_and_the_first_stage_knows_no_classes():
     box = [0.5, 0.5, 0.2, 0.4]
     far = [0.1, 0.1, 0.1, 0.1]
-    right = Output(torch.zeros(1, 2, 3), torch.tensor([[box, far]]))
-    swapped = Output(torch.zeros(1, 2, 3), torch.tensor([[far, box]]))
-    first = Output(torch.zeros(1, 2, 3, requires_grad=True), torch.tensor([[far, box]]))
-    output = Output(right.logits, right.boxes, [swapped], first)
+    swapped = Predictions(torch.zeros(1, 2, 3), torch.tensor([[far, box]]))
+    first = dataclasses.replace(
+        swapped, logits=torch.zeros(1, 2, 3, requires_grad=True), class_agnostic=True
+    )
+    output = Output(
+        torch.zeros(1, 2, 3),
+        torch.tensor([[box, far]]),
+        auxiliary=[swapped],
+        others={"first": first},
+    )
     losses = SetCriterion()(output, [target([box], [2])])
     assert set(losses) == {
         f"loss_{term}{layer}" for term in ("class", "box", "giou") for layer in ("", "_0", "_first")

@@ -182,10 +182,10 @@ def test_other_classes_leave_the_first_stage_its_objectness(tmp_path, batch):
     model = random_model(variant("two_stage"))
     model.save_pretrained(tmp_path / "m.safetensors")
     other = DeformableDETR.from_pretrained(tmp_path / "m.safetensors", num_classes=3)
-    proposals = [m(batch).first_stage for m in (model, other)]
+    proposals = [m(batch).others["first"] for m in (model, other)]
     for a, b in zip(*((p.logits[..., 0], p.boxes) for p in proposals), strict=True):
         torch.testing.assert_close(a, b)
-    assert (other.class_heads[2].bias[1:] == -math.log(99)).all()
+    assert (other.first_stage.class_head.bias[1:] == -math.log(99)).all()
 
 
 # What must be refused, in one line

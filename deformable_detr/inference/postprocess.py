@@ -1,8 +1,9 @@
-"""From the model's output to detections in pixels."""
+"""From the model's output to detections in pixels. Chapter 8."""
 
 import torch
 
 from deformable_detr.boxes import cxcywh_to_xyxy
+from deformable_detr.losses.scoring import scoring_of
 from deformable_detr.structures import Detections, Output
 
 
@@ -13,18 +14,19 @@ def postprocess(
     top_k: int = 100,
     threshold: float = 0.0,
 ) -> list[Detections]:
-    """The top_k highest scores over all queries and classes of each image, best first.
+    """The top_k best detections of each image, best first.
 
-    A query may appear with several classes: sigmoid scores are independent. original_sizes: B
-    pairs (H, W) in pixels, in which the boxes are returned. threshold: least score kept, in [0, 1].
+    As the output's scoring has them: with focal scoring the highest scores over all queries and
+    classes, where a query may appear with several classes; with softmax each query's best class.
+    original_sizes: B pairs (H, W) in pixels, in which the boxes are returned. threshold: least
+    score kept, in [0, 1].
     """
-    B, Q, classes = output.logits.shape
+    B = len(output.logits)
     if len(original_sizes) != B:
         raise ValueError(f"expected {B} original sizes, got {len(original_sizes)}")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    scores, index = output.logits.sigmoid().flatten(1).topk(min(top_k, Q * classes), dim=1)
-    query, label = index // classes, index % classes
+    scores, query, label = scoring_of(output).best(output.logits, top_k)
     detections = []
     for i, (height, width) in enumerate(original_sizes):
         scale = output.boxes.new_tensor([width, height, width, height])

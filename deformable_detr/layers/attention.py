@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deformable_detr.ops.dispatch import SpatialShapes, check_spatial_shapes, ms_deform_attn
+from deformable_detr.structures import Queries, Tokens
 
 
 @dataclass
@@ -115,6 +116,19 @@ class MSDeformAttn(nn.Module):
         """
         sampling = self.sampling(query, reference_points, spatial_shapes)
         return self._attend(sampling, input_flatten, padding_mask, return_sampling)
+
+    def attend(self, queries: Queries, memory: Tokens) -> Tensor:
+        """What a layer of encoder or decoder calls: `forward`, with references (B, Q, 2 or 4) that
+        are relative to the images without their padding. Returns (B, Q, C)."""
+        references = queries.references
+        ratios = memory.valid_ratios.repeat(1, 1, references.shape[-1] // 2)  # (B, L, 2 or 4)
+        return self(
+            queries.content + queries.position,
+            references[:, :, None] * ratios[:, None],
+            memory.features,
+            memory.spatial_shapes,
+            memory.padding_mask,
+        )
 
     def _attend(
         self,

@@ -24,14 +24,20 @@ def sine_embedding(
 class SinePositionEncoding(nn.Module):
     """Two-dimensional sine encoding that counts only pixels which are not padding.
 
-    DETR's encoding, with pixel centres at half-integers as in the official Deformable DETR.
+    DETR's encoding. centre: where a pixel's centre lies between its edges, 0.5 as in the official
+    "Deformable DETR", or 1 as in DETR, which counts pixels from 1.
     """
 
     def __init__(
-        self, num_features: int = 128, temperature: float = 10_000, scale: float = 2 * math.pi
+        self,
+        num_features: int = 128,
+        temperature: float = 10_000,
+        scale: float = 2 * math.pi,
+        centre: float = 0.5,
     ) -> None:
         super().__init__()
         self.num_features, self.temperature, self.scale = num_features, temperature, scale
+        self.shift = 1 - centre  # of what counts from 1
 
     def forward(self, mask: Tensor) -> Tensor:
         """mask: (B, H, W), True on padding. Returns (B, 2 * num_features, H, W) in float32, the
@@ -39,8 +45,8 @@ class SinePositionEncoding(nn.Module):
         valid = (~mask).float()
         y, x = valid.cumsum(1), valid.cumsum(2)  # 1, 2, ... up to the valid height or width
         # 1e-6 keeps rows and columns that are all padding finite
-        y = (y - 0.5) / (y[:, -1:, :] + 1e-6) * self.scale
-        x = (x - 0.5) / (x[:, :, -1:] + 1e-6) * self.scale
+        y = (y - self.shift) / (y[:, -1:, :] + 1e-6) * self.scale
+        x = (x - self.shift) / (x[:, :, -1:] + 1e-6) * self.scale
         code = sine_embedding(torch.stack([y, x], -1), self.num_features, self.temperature)
         return code.permute(0, 3, 1, 2)
 
@@ -74,13 +80,13 @@ class LearnedPositionEncoding(nn.Module):
         return code.expand(batch, -1, -1, -1)
 
 
-def build_position_encoding(name: str, embed_dim: int, size: int = 50) -> nn.Module:
+def build_position_encoding(name: str, embed_dim: int, size: int = 50, **sine: float) -> nn.Module:
     """The encoding called "sine" or "learned", embed_dim channels in all; size: the columns and
-    rows that learned ones cover."""
+    rows that learned ones cover; sine: options of `SinePositionEncoding`."""
     if name not in ("sine", "learned"):
         raise ValueError(f"position must be one of ['learned', 'sine'], got {name!r}")
     if embed_dim % 4:
         raise ValueError(f"embed_dim must be a multiple of 4, got {embed_dim}")
     if name == "sine":
-        return SinePositionEncoding(embed_dim // 2)
+        return SinePositionEncoding(embed_dim // 2, **sine)
     return LearnedPositionEncoding(embed_dim // 2, size)

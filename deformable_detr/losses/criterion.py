@@ -1,34 +1,35 @@
-"""The training loss: focal, L1 and GIoU on matched pairs, for every decoder layer (chapter 8)."""
+"""The training loss: class, L1 and GIoU on matched pairs, of every set. Chapter 8."""
 
 import dataclasses
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import generalized_box_iou_loss
 
 from deformable_detr.boxes import cxcywh_to_xyxy
-from deformable_detr.losses.matcher import HungarianMatcher, Match
-from deformable_detr.structures import Output, Target
+from deformable_detr.losses.matcher import HungarianMatcher
+from deformable_detr.losses.scoring import Scoring, scoring_of
+from deformable_detr.structures import Match, Output, Predictions, Target
 
 
 class SetCriterion(nn.Module):
-    """The set loss of DETR with the focal loss of Deformable DETR (section 4 and Appendix A.4).
+    """The set loss of DETR (section 3.1), with the class loss that the output's scoring has.
 
-    Every decoder layer is matched and supervised anew, and so is the first stage, which only has
-    to tell objects from background: all its targets count as class 0.
+    Every set of an output is matched and supervised anew, unless its matches are known. Where a set
+    only tells objects from background, as the first stage of "Deformable DETR" does (A.4), all
+    targets count as class 0.
     """
 
     def __init__(
         self,
         matcher: HungarianMatcher | None = None,
-        class_weight: float = 2.0,
         box_weight: float = 5.0,
         giou_weight: float = 2.0,
     ) -> None:
         super().__init__()
         self.matcher = matcher or HungarianMatcher()
-        self.weights = {"class": class_weight, "box": box_weight, "giou": giou_weight}
+        self.box_weight, self.giou_weight = box_weight, giou_weight
 
     def forward(
         self, output: Output, targets: list[Target], num_boxes: float | None = None
@@ -37,38 +38,41 @@ class SetCriterion(nn.Module):
 
         Keys: loss_class, loss_box and loss_giou for the last decoder layer; with suffix _0, _1...
         for the earlier ones and _first for the first stage. targets: B of them, on the model's
-        device; labels in [0, classes). num_boxes: what every term is divided by; by default
-        `count_boxes` of the targets. ValueError: another number of targets, or a label outside.
+        device; labels in [0, classes). num_boxes: what the terms are divided by, for each group of
+        queries; by default `count_boxes` of the targets. ValueError: another number of targets, or
+        a label outside.
         """
-        self._check(output, targets)
+        scoring = scoring_of(output)
+        self._check(output, targets, scoring)
         if num_boxes is None:
             num_boxes = count_boxes(targets, output.logits.device)
-        layers = {"": output}
-        layers |= {f"_{i}": earlier for i, earlier in enumerate(output.auxiliary)}
         losses = {}
-        for suffix, layer in layers.items():
-            losses |= self._layer(layer, targets, num_boxes, suffix)
-        if output.first_stage is not None:
-            anything = [dataclasses.replace(t, labels=torch.zeros_like(t.labels)) for t in targets]
-            losses |= self._layer(output.first_stage, anything, num_boxes, "_first")
+        for suffix, predictions in output.supervised().items():
+            for name, term in self._terms(predictions, targets, num_boxes, scoring).items():
+                losses[f"loss_{name}{suffix}"] = term
         return losses
 
-    def _layer(
-        self, output: Output, targets: list[Target], num_boxes: float, suffix: str
+    def _terms(
+        self, predictions: Predictions, targets: list[Target], num_boxes: float, scoring: Scoring
     ) -> dict[str, Tensor]:
-        matches = self.matcher(output, targets)
-        terms = {
-            "class": class_loss(output, targets, matches),
-            **dict(zip(("box", "giou"), box_losses(output, targets, matches), strict=True)),
-        }
+        if predictions.class_agnostic:
+            targets = [dataclasses.replace(t, labels=torch.zeros_like(t.labels)) for t in targets]
+        matches = predictions.matches
+        if matches is None:
+            matches = self.matcher(predictions, targets, scoring)
+        num_boxes = num_boxes * predictions.groups
+        labels = matched_labels(predictions, targets, matches)
+        box, giou = box_losses(predictions, targets, matches)
         return {
-            f"loss_{name}{suffix}": self.weights[name] * term / num_boxes
-            for name, term in terms.items()
+            "class": scoring.loss(predictions.logits, labels, num_boxes, predictions.counted),
+            "box": self.box_weight * box / num_boxes,
+            "giou": self.giou_weight * giou / num_boxes,
         }
 
     @staticmethod
-    def _check(output: Output, targets: list[Target]) -> None:
-        images, _, classes = output.logits.shape
+    def _check(output: Output, targets: list[Target], scoring: Scoring) -> None:
+        images, _, outputs = output.logits.shape
+        classes = outputs - scoring.outputs(0)
         if len(targets) != images:
             raise ValueError(f"expected {images} targets, one for each image, got {len(targets)}")
         for target in targets:
@@ -80,21 +84,23 @@ class SetCriterion(nn.Module):
                 )
 
 
-def class_loss(output: Output, targets: list[Target], matches: list[Match]) -> Tensor:
-    """The focal loss (Lin et al., 2017) summed over all queries and classes; a query without an
-    object is a negative for every class."""
-    wanted = torch.zeros_like(output.logits)
+def matched_labels(predictions: Predictions, targets: list[Target], matches: list[Match]) -> Tensor:
+    """(B, Q) int64: the label of each query's object, -1 where it has none."""
+    labels = torch.full(
+        predictions.logits.shape[:2], -1, dtype=torch.long, device=predictions.logits.device
+    )
     for image, ((queries, objects), target) in enumerate(zip(matches, targets, strict=True)):
-        wanted[image, queries, target.labels[objects]] = 1
-    return sigmoid_focal_loss(output.logits, wanted, alpha=0.25, gamma=2, reduction="sum")
+        labels[image, queries] = target.labels[objects]
+    return labels
 
 
 def box_losses(
-    output: Output, targets: list[Target], matches: list[Match]
+    predictions: Predictions, targets: list[Target], matches: list[Match]
 ) -> tuple[Tensor, Tensor]:
     """The L1 distance of matched boxes (normalised cxcywh) and 1 - GIoU, each summed."""
-    predicted = torch.cat([boxes[q] for boxes, (q, _) in zip(output.boxes, matches, strict=True)])
-    wanted = torch.cat([t.boxes[o] for t, (_, o) in zip(targets, matches, strict=True)])
+    pairs = list(zip(predictions.boxes, targets, matches, strict=True))
+    predicted = torch.cat([boxes[queries] for boxes, _, (queries, _) in pairs])
+    wanted = torch.cat([target.boxes[objects] for _, target, (_, objects) in pairs])
     corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)
     giou = generalized_box_iou_loss(*corners, reduction="sum", eps=0)
     return (predicted - wanted).abs().sum(), giou

@@ -1,4 +1,4 @@
-"""One-to-one assignment of predictions to objects (Kuhn, 1955; DETR, section 3.1)."""
+"""One-to-one assignment of predictions to objects (Kuhn, 1955; DETR, section 3.1). Chapter 8."""
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -6,53 +6,70 @@ from torch import Tensor
 from torchvision.ops import generalized_box_iou
 
 from deformable_detr.boxes import cxcywh_to_xyxy
-from deformable_detr.structures import Output, Target
-
-Match = tuple[Tensor, Tensor]
-
-
-def focal_cost(logits: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """What it would change in the focal loss to call each logit positive rather than negative."""
-    p = logits.sigmoid()
-    positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
-    negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
-    return positive - negative
+from deformable_detr.losses.scoring import FocalScoring, Scoring
+from deformable_detr.structures import Match, Predictions, Target
 
 
 class HungarianMatcher:
-    """The assignment of least total cost: focal, L1 and GIoU terms, weighted."""
+    """The assignment of least total cost: class, L1 and GIoU terms, weighted.
 
-    def __init__(
-        self, class_cost: float = 2.0, box_cost: float = 5.0, giou_cost: float = 2.0
-    ) -> None:
-        self.class_cost, self.box_cost, self.giou_cost = class_cost, box_cost, giou_cost
+    The class term with its weight is the scoring's.
+    """
+
+    def __init__(self, box_cost: float = 5.0, giou_cost: float = 2.0) -> None:
+        self.box_cost, self.giou_cost = box_cost, giou_cost
 
     @torch.no_grad()
-    def __call__(self, output: Output, targets: list[Target]) -> list[Match]:
+    def __call__(
+        self, predictions: Predictions, targets: list[Target], scoring: Scoring | None = None
+    ) -> list[Match]:
         """For each image, the indices of min(Q, N) predictions and those of their objects.
 
-        output: logits (B, Q, classes), boxes (B, Q, 4) cxcywh. targets: B of them. Returns B pairs
-        of int64 tensors on the CPU. Raises ValueError where a prediction is not finite.
+        predictions: logits (B, Q, outputs), boxes (B, Q, 4) cxcywh; with groups, each group of
+        Q / groups queries is matched by itself. targets: B of them. scoring: None is focal. Returns
+        B pairs of int64 tensors on the CPU. Raises ValueError where a prediction is not finite.
         """
+        scoring = scoring or FocalScoring()
+        costs = [
+            self.cost(logits.float(), boxes.float(), target, scoring)
+            for logits, boxes, target in zip(
+                predictions.logits, predictions.boxes, targets, strict=True
+            )
+        ]
         return [
-            self._match(logits, boxes, target)
-            for logits, boxes, target in zip(output.logits, output.boxes, targets, strict=True)
+            _match(cost, target, predictions.groups)
+            for cost, target in zip(_to_cpu(costs), targets, strict=True)
         ]
 
-    def _match(self, logits: Tensor, boxes: Tensor, target: Target) -> Match:
-        cost = self.cost(logits.float(), boxes.float(), target).cpu()  # (Q, N)
-        if not cost.isfinite().all():
-            raise ValueError(
-                f"image {target.image_id}: predictions or boxes are not finite or have no size, "
-                "cannot match them"
-            )
-        queries, objects = linear_sum_assignment(cost.numpy())
-        return torch.as_tensor(queries), torch.as_tensor(objects)
-
-    def cost(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
+    def cost(
+        self, logits: Tensor, boxes: Tensor, target: Target, scoring: Scoring | None = None
+    ) -> Tensor:
         """(Q, N): what it costs to assign each of Q predictions to each of N objects."""
-        class_cost = focal_cost(logits)[:, target.labels]
+        scoring = scoring or FocalScoring()
         objects = target.boxes.to(boxes)
         box_cost = torch.cdist(boxes, objects, p=1)
         giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(objects))
-        return self.class_cost * class_cost + self.box_cost * box_cost - self.giou_cost * giou
+        class_cost = scoring.cost(logits, target.labels)
+        return class_cost + self.box_cost * box_cost - self.giou_cost * giou
+
+
+def _to_cpu(costs: list[Tensor]) -> list[Tensor]:
+    """The matrices of a whole batch in one transfer: each one makes a GPU wait."""
+    if not costs or costs[0].device.type == "cpu":
+        return costs
+    flat = torch.cat([cost.flatten() for cost in costs]).cpu()
+    parts = flat.split([cost.numel() for cost in costs])
+    return [part.view(cost.shape) for part, cost in zip(parts, costs, strict=True)]
+
+
+def _match(cost: Tensor, target: Target, groups: int) -> Match:
+    """The least total cost (Q, N), in each group of queries by itself."""
+    if not cost.isfinite().all():
+        raise ValueError(
+            f"image {target.image_id}: predictions or boxes are not finite or have no size, "
+            "cannot match them"
+        )
+    found = [linear_sum_assignment(part.numpy()) for part in cost.chunk(groups)]
+    size = len(cost) // groups
+    queries = [torch.as_tensor(part) + i * size for i, (part, _) in enumerate(found)]
+    return torch.cat(queries), torch.cat([torch.as_tensor(objects) for _, objects in found])

@@ -1,14 +1,27 @@
 """The detectors, by name: a configuration and a class each. Chapters 8 and 10.
 
 MODELS is what a file's metadata, a recipe and a run mean by a model's name; a file that has none
-holds a "deformable_detr".
+holds a model of DEFAULT.
 """
 
-from torch import nn
-
+from deformable_detr.models.base import BaseDetector
 from deformable_detr.models.deformable_detr import DeformableDETR, DeformableDETRConfig
+from deformable_detr.models.detr import DETR, DETRConfig
 
-MODELS = {"deformable_detr": (DeformableDETRConfig, DeformableDETR)}
+__all__ = [
+    "DETR",
+    "MODELS",
+    "BaseDetector",
+    "DETRConfig",
+    "DeformableDETR",
+    "DeformableDETRConfig",
+    "build_model",
+    "model_name",
+]
+MODELS = {
+    "deformable_detr": (DeformableDETRConfig, DeformableDETR),
+    "detr": (DETRConfig, DETR),
+}
 DEFAULT = "deformable_detr"
 
 
@@ -17,6 +30,6 @@ def model_name(config: object) -> str:
     return next(name for name, (kind, _) in MODELS.items() if type(config) is kind)
 
 
-def build_model(config: object, pretrained_backbone: bool = False) -> nn.Module:
+def build_model(config: object, pretrained_backbone: bool = False) -> BaseDetector:
     """A new model of a configuration; pretrained_backbone loads torchvision's ImageNet weights."""
     return MODELS[model_name(config)][1](config, pretrained_backbone)

@@ -1,73 +1,82 @@
-"""Deformable DETR: backbone, encoder, decoder and heads as one module (chapter 8)."""
+"""Deformable DETR: deformable attention over several levels, and its variants (chapters 8, 10)."""
 
-import dataclasses
-import math
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deformable_detr.backbones import build_backbone
 from deformable_detr.layers.attention import MSDeformAttn
+from deformable_detr.layers.dense_attention import DenseAttention
 from deformable_detr.layers.position import build_position_encoding
-from deformable_detr.layers.stack import Stack
-from deformable_detr.models.transformer import (
-    DeformableDecoder,
-    DeformableEncoder,
-    FirstStage,
-    in_full,
-)
-from deformable_detr.structures import Batch, Output, Tokens
-
-PRIOR = 0.01  # of an object, for every class of every query, before training (Lin et al., 2017)
+from deformable_detr.models.base import BaseDetector, Sets, check_counts, xavier
+from deformable_detr.models.decoder import Decoder, DecoderLayer, RefiningDecoder
+from deformable_detr.models.encoder import Encoder, EncoderLayer
+from deformable_detr.models.heads import BoxHead, ClassHead, in_full
+from deformable_detr.models.selection import FirstStage
+from deformable_detr.models.tokens import MultiScaleTokens
+from deformable_detr.options import option
+from deformable_detr.structures import Queries, Target, Tokens
 
 
 @dataclass(frozen=True)
 class DeformableDETRConfig:
-    """Everything that decides a detector's shape; the defaults are the paper's base model.
+    """Everything that decides the detector's shape; the defaults are the paper's base model."""
 
-    backbone: "small" or a torchvision ResNet. dilation: the last stage at stride 16 (DC5).
-    num_levels: 1 uses the backbone's last map, 2 and 3 its last maps, and each level beyond is a
-    convolution of stride 2 on the one before. refine: iterative box refinement. two_stage: queries
-    from the encoder's proposals; needs refine. anchor_size: the side, as a part of the image's, of
-    the boxes that proposals start from on the finest level; it doubles on each next one. The
-    official 0.05 suits stride 8 on images of 800 pixels and more. deformable_stages: how many of a
-    ResNet's last stages have deformable convolutions, to 3. position: "sine" or "learned", the
-    latter for maps of up to position_size rows and columns.
-    """
-
-    num_classes: int = 91
-    num_queries: int = 300
-    backbone: str = "resnet50"
-    dilation: bool = False
-    num_levels: int = 4
-    embed_dim: int = 256
-    num_heads: int = 8
-    num_points: int = 4
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    ffn_dim: int = 1024
-    dropout: float = 0.1
-    position: str = "sine"
-    refine: bool = False
-    two_stage: bool = False
-    anchor_size: float = 0.05
-    deformable_stages: int = 0
-    position_size: int = 50
+    num_classes: int = option(91, "classes; the data's, where there is data")
+    num_queries: int = option(
+        300, "object queries: boxes that an image can have", "num_queries", "num_queries"
+    )
+    backbone: str = option("resnet50", 'a key of BACKBONES: "small", or a ResNet', "backbone")
+    dilation: bool = option(
+        False, "the backbone's last stage at stride 16 (DC5)", "dilation", "dilation"
+    )
+    num_levels: int = option(
+        4,
+        "feature levels: 1 uses the backbone's last map, 2 and 3 its last maps, and each beyond is "
+        "a convolution of stride 2 on the one before",
+        "num_feature_levels",
+        "num_feature_levels",
+    )
+    embed_dim: int = option(256, "C, the width of tokens and queries", "hidden_dim", "d_model")
+    num_heads: int = option(
+        8, "heads", "nheads", ("encoder_attention_heads", "decoder_attention_heads")
+    )
+    num_points: int = option(
+        4,
+        "points per head and level",
+        ("enc_n_points", "dec_n_points"),
+        ("encoder_n_points", "decoder_n_points"),
+    )
+    encoder_layers: int = option(6, "layers of the encoder", "enc_layers", "encoder_layers")
+    decoder_layers: int = option(6, "layers of the decoder", "dec_layers", "decoder_layers")
+    ffn_dim: int = option(
+        1024, "width inside a layer", "dim_feedforward", ("encoder_ffn_dim", "decoder_ffn_dim")
+    )
+    dropout: float = option(0.1, "in [0, 1)", "dropout", "dropout")
+    position: str = option(
+        "sine", '"sine" or "learned"', "position_embedding", "position_embedding_type"
+    )
+    refine: bool = option(False, "iterative box refinement", "with_box_refine", "with_box_refine")
+    two_stage: bool = option(
+        False, "queries from the encoder's proposals; needs refine", "two_stage", "two_stage"
+    )
+    anchor_size: float = option(
+        0.05,
+        "side, as a part of the image's, of the boxes that proposals start from on the finest "
+        "level; it doubles on each next one. 0.05 suits stride 8 and images of 800 pixels",
+    )
+    deformable_stages: int = option(
+        0, "of a ResNet's last stages, to 3, how many have deformable convolutions"
+    )
+    position_size: int = option(50, "rows and columns that learned positions cover")
 
     def __post_init__(self) -> None:
         if self.two_stage and not self.refine:
             raise ValueError("two_stage needs refine=True: the proposals are boxes to be refined")
-        counts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type is int}
-        counts.pop("deformable_stages")  # may be 0, and is the backbone's to check
-        wrong = {name: value for name, value in counts.items() if value < 1}
-        if wrong:
-            raise ValueError(f"these must be at least 1: {wrong}")
+        check_counts(self, may_be_zero=("deformable_stages",))  # the backbone checks that
 
 
-class DeformableDETR(nn.Module):
+class DeformableDETR(BaseDetector):
     """The detector of "Deformable DETR: Deformable Transformers for End-to-End Object Detection".
 
     Variants by config: single-scale (num_levels=1), DC5, refinement, two-stage. pretrained_backbone
@@ -75,198 +84,71 @@ class DeformableDETR(nn.Module):
     """
 
     def __init__(self, config: DeformableDETRConfig, pretrained_backbone: bool = False) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         C = config.embed_dim
         self.backbone = build_backbone(
             config.backbone, config.dilation, pretrained_backbone, config.deformable_stages
         )
-        self.input_proj = build_input_projections(self.backbone.channels, config.num_levels, C)
-        self.position = build_position_encoding(config.position, C, config.position_size)
-        self.level_embed = nn.Parameter(torch.empty(config.num_levels, C))
-
-        layer = (C, config.num_levels, config.num_heads, config.num_points)
-        layer += (config.ffn_dim, config.dropout)
-        self.encoder = DeformableEncoder(config.encoder_layers, *layer)
-        self.decoder = DeformableDecoder(config.decoder_layers, *layer)
+        position = build_position_encoding(config.position, C, config.position_size)
+        self.neck = MultiScaleTokens(self.backbone.channels, config.num_levels, C, position)
+        width = C, config.ffn_dim, config.dropout
+        self.encoder = Encoder(
+            [EncoderLayer(self._attention(), *width) for _ in range(config.encoder_layers)]
+        )
+        kind = RefiningDecoder if config.refine else Decoder
+        self.decoder = kind(
+            [
+                DecoderLayer(
+                    DenseAttention(C, config.num_heads, config.dropout), self._attention(), *width
+                )
+                for _ in range(config.decoder_layers)
+            ]
+        )
         if config.two_stage:
-            self.first_stage = FirstStage(C, config.anchor_size)
+            self.first_stage = FirstStage(C, config.num_classes, self.scoring, config.anchor_size)
         else:
             self.query_embed = nn.Embedding(config.num_queries, 2 * C)  # position, then content
             self.reference_points = nn.Linear(C, 2)
-
-        # one head for all layers, or with refinement one each, and one more for the first stage
-        heads = config.decoder_layers + config.two_stage if config.refine else 1
-        self.class_heads = nn.ModuleList(nn.Linear(C, config.num_classes) for _ in range(heads))
+        # one head for all layers, or with refinement one each
+        heads = config.decoder_layers if config.refine else 1
+        self.class_heads = nn.ModuleList(
+            ClassHead(C, config.num_classes, self.scoring) for _ in range(heads)
+        )
         self.box_heads = nn.ModuleList(BoxHead(C) for _ in range(heads))
         self.reset_parameters()
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: Path | str,
-        num_classes: int | None = None,
-        num_queries: int | None = None,
-        **changes: object,
-    ) -> "DeformableDETR":
-        """A published detector, or one of ours, in evaluation mode: "SenseTime/deformable-detr",
-        a folder, an official .pth, a .safetensors file; see `pretrained.load_pretrained`."""
-        from deformable_detr.weights.published import load_pretrained  # which imports this file
-
-        return load_pretrained(name_or_path, num_classes, num_queries, **changes).model
-
-    def save_pretrained(
-        self, path: Path | str, categories: list[dict] | None = None, format: str = "ours"
-    ) -> None:
-        """Write this model, as "ours", "huggingface" or "official"; see `pretrained`."""
-        from deformable_detr.weights.published import save_pretrained
-
-        save_pretrained(self, path, categories, format)
-
-    def set_gradient_checkpointing(self, on: bool) -> None:
-        """Whether training computes the stages of a ResNet and the layers of encoder and decoder
-        again in the backward pass, instead of keeping what is inside them."""
-        for module in self.modules():
-            if isinstance(module, Stack):
-                module.gradient_checkpointing = on
+    def _attention(self) -> nn.Module:
+        c = self.config
+        return MSDeformAttn(c.embed_dim, c.num_levels, c.num_heads, c.num_points)
 
     def reset_parameters(self) -> None:
         """The official initialisation; the backbone's own is left alone."""
-        parts = [self.encoder, self.decoder]
-        parts.append(self.first_stage if self.config.two_stage else self.reference_points)
-        for part in parts:
-            for parameter in part.parameters():
-                if parameter.dim() > 1:
-                    nn.init.xavier_uniform_(parameter)
+        xavier(self.encoder, self.decoder)
+        if self.config.two_stage:
+            self.first_stage.reset_parameters()
+        else:
+            xavier(self.reference_points)
+            nn.init.zeros_(self.reference_points.bias)
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
                 module.reset_parameters()
-        if not self.config.two_stage:
-            nn.init.zeros_(self.reference_points.bias)
-        nn.init.normal_(self.level_embed)
-        for head in self.class_heads:
-            nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))
+        self.neck.reset_parameters()
         for head in self.box_heads:
             head.reset_last_layer()
         # from a point: start with boxes of sigmoid(-2) = 0.12, as the official code; A.4 says 0.1
         if not self.config.two_stage:
             nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], -2.0)
 
-    def forward(self, batch: Batch) -> Output:
-        """Class logits and boxes of every query, for every decoder layer.
-
-        batch.images: (B, 3, H, W), normalised as the backbone expects. Boxes come relative to each
-        image without its padding. Raises ValueError on other shapes.
-        """
-        tokens = self.tokens(batch)
-        memory = self.encoder(tokens)
-        queries, query_position, references, first_stage = self.queries(memory, tokens)
-        layers = self.decoder(
-            queries,
-            query_position,
-            references,
-            memory,
-            tokens,
-            self._heads(self.box_heads),
-            self.config.refine,
-        )
-        outputs = [
-            Output(class_head(queries), boxes, references=references)
-            for class_head, (queries, boxes, references) in zip(
-                self._heads(self.class_heads), layers, strict=True
-            )
-        ]
-        return dataclasses.replace(outputs[-1], auxiliary=outputs[:-1], first_stage=first_stage)
-
-    def tokens(self, batch: Batch) -> Tokens:
-        """The backbone's maps and the levels above them, as one sequence with positions."""
-        if batch.images.ndim != 4 or batch.images.shape[1] != 3:
-            raise ValueError(f"images must be (B, 3, H, W), got {tuple(batch.images.shape)}")
-        if batch.mask.shape != (len(batch.images), *batch.images.shape[2:]):
-            given = f"mask {tuple(batch.mask.shape)} for images {tuple(batch.images.shape)}"
-            raise ValueError(f"mask must be (B, H, W), got {given}")
-        maps = self.backbone(batch.images)[-self.config.num_levels :]
-        features, positions, masks, shapes, ratios = [], [], [], [], []
-        last = maps[-1]
-        for level, projection in enumerate(self.input_proj):
-            if level < len(maps):
-                feature = projection(maps[level])
-            else:  # the first extra level sees the backbone's raw output, the next ones the last
-                feature = last = projection(last)
-            shape = feature.shape[-2:]
-            mask = F.interpolate(batch.mask[None].float(), size=shape)[0].bool()
-            position = self.position(mask).to(feature) + self.level_embed[level, :, None, None]
-            features.append(feature.flatten(2).transpose(1, 2))  # (B, H_l * W_l, C)
-            positions.append(position.flatten(2).transpose(1, 2))
-            masks.append(mask.flatten(1))
-            shapes.append(tuple(shape))
-            ratios.append(valid_ratio(mask))
-        return Tokens(
-            torch.cat(features, 1),
-            torch.cat(positions, 1),
-            torch.cat(masks, 1),
-            shapes,
-            torch.stack(ratios, 1).to(self.level_embed),  # not to autocast's precision
-        )
-
-    def queries(
-        self, memory: Tensor, tokens: Tokens
-    ) -> tuple[Tensor, Tensor, Tensor, Output | None]:
-        """What the decoder starts from: queries and their position, (B, Q, C) each, references
-        (B, Q, 2 or 4), and in the two-stage model the first stage's output."""
-        if not self.config.two_stage:
-            position, queries = self.query_embed.weight.chunk(2, dim=-1)
-            references = in_full(self.reference_points, position).sigmoid()
-            batch = len(memory)
-            return (*(x.expand(batch, -1, -1) for x in (queries, position, references)), None)
-        logits, boxes = self.first_stage.propose(
-            memory, tokens, self.class_heads[-1], self.box_heads[-1]
-        )
-        selected = self.first_stage.select(logits, boxes, self.config.num_queries)
-        return (*selected, Output(logits, boxes))
-
-    def _heads(self, heads: nn.ModuleList) -> list[nn.Module]:
-        """One head for each decoder layer."""
-        layers = self.config.decoder_layers
-        return list(heads[:layers]) if self.config.refine else [heads[0]] * layers
+    def queries(self, memory: Tokens, targets: list[Target] | None) -> tuple[Queries, Sets]:
+        """Learned ones, or in two stages those made of the best proposals."""
+        if self.config.two_stage:
+            queries, proposals = self.first_stage(memory, self.config.num_queries)
+            return queries, {"first": proposals}
+        position, content = self.query_embed.weight.chunk(2, dim=-1)
+        references = in_full(self.reference_points, position).sigmoid()
+        return Queries(*(_for_each(memory, x) for x in (content, position, references))), {}
 
 
-class BoxHead(nn.Module):
-    """Three linear layers from a query to its box (A.3)."""
-
-    def __init__(self, embed_dim: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(embed_dim, size) for size in (embed_dim,) * 2 + (4,))
-
-    def reset_last_layer(self) -> None:
-        """Predict zeros, so that boxes start at their references."""
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
-
-    def forward(self, queries: Tensor) -> Tensor:
-        """(..., C) to (..., 4), to be added to the inverse sigmoid of a reference."""
-        for layer in self.layers[:-1]:
-            queries = layer(queries).relu()
-        return self.layers[-1](queries)
-
-
-def build_input_projections(channels: list[int], num_levels: int, embed_dim: int) -> nn.ModuleList:
-    """One projection to embed_dim for each level: 1x1 on the backbone's last maps, then 3x3 of
-    stride 2 for each level beyond (A.2)."""
-    projections = []
-    used = channels[-num_levels:]
-    for channel in used:
-        projections.append(nn.Conv2d(channel, embed_dim, 1))
-    channel = used[-1]
-    for _ in range(num_levels - len(used)):
-        projections.append(nn.Conv2d(channel, embed_dim, 3, stride=2, padding=1))
-        channel = embed_dim
-    for convolution in projections:
-        nn.init.xavier_uniform_(convolution.weight)
-        nn.init.zeros_(convolution.bias)
-    return nn.ModuleList(nn.Sequential(c, nn.GroupNorm(32, embed_dim)) for c in projections)
-
-
-def valid_ratio(mask: Tensor) -> Tensor:
-    """(B, 2): the part of the width and of the height that is not padding. mask: (B, H, W)."""
-    return torch.stack([(~mask[:, 0]).float().mean(1), (~mask[:, :, 0]).float().mean(1)], -1)
+def _for_each(memory: Tokens, x: Tensor) -> Tensor:
+    """The same (Q, C) for each image of a batch."""
+    return x.expand(len(memory.features), -1, -1)

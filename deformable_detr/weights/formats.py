@@ -27,8 +27,9 @@ RESNETS = (  # that both formats can have
 OFFICIAL: dict[str, Renaming] = {
     "": [
         ("backbone.", "backbone.0."),
-        ("position.", "backbone.1."),
-        ("input_proj.", "input_proj."),
+        ("neck.position.", "backbone.1."),
+        ("neck.input_proj.", "input_proj."),
+        ("neck.", "transformer."),
         ("query_embed.", "query_embed."),
         ("first_stage.output_norm.", "transformer.enc_output_norm."),
         ("first_stage.output.", "transformer.enc_output."),
@@ -56,8 +57,9 @@ OFFICIAL: dict[str, Renaming] = {
 HUGGINGFACE: dict[str, Renaming] = {  # as in its files, which all versions of transformers read
     "": [
         ("backbone.body.", "model.backbone.conv_encoder.model."),
-        ("position.row_embed.", "model.position_embedding.row_embeddings."),
-        ("position.col_embed.", "model.position_embedding.column_embeddings."),
+        ("neck.position.row_embed.", "model.position_embedding.row_embeddings."),
+        ("neck.position.col_embed.", "model.position_embedding.column_embeddings."),
+        ("neck.", "model."),
         ("query_embed.", "model.query_position_embeddings."),
         ("first_stage.output_norm.", "model.enc_output_norm."),
         ("first_stage.output.", "model.enc_output."),
@@ -99,7 +101,9 @@ def foreign_names(
     """
     table: dict[str, Place] = {}
     for name in names:
-        for theirs, part in _foreign(name, layout):
+        # they keep the first stage's heads behind the decoder's
+        shared = re.sub(r"^first_stage\.(\w+_head)\.", rf"\1s.{config.decoder_layers}.", name)
+        for theirs, part in _foreign(shared, layout):
             for alias in _aliases(theirs, config, layout):
                 table[alias] = (name, part)
     return table

@@ -1,4 +1,7 @@
-"""A trained detector as one safetensors file: weights, configuration and category names."""
+"""A trained detector as one safetensors file: weights, configuration and category names.
+
+Chapter 11.
+"""
 
 import dataclasses
 import json
@@ -9,11 +12,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deformable_detr.files import write_atomically
-from deformable_detr.models.deformable_detr import DeformableDETR, DeformableDETRConfig
+from deformable_detr.models import DEFAULT, MODELS, BaseDetector, model_name
+
+MOVED = [  # names of tensors in files that name no model, which are of version 0.1, and ours
+    ("input_proj.", "neck.input_proj."),
+    ("level_embed", "neck.level_embed"),
+    ("position.", "neck.position."),
+]
 
 
 def save_model(
-    model: DeformableDETR, path: Path | str, categories: list[dict], card: dict | None = None
+    model: BaseDetector, path: Path | str, categories: list[dict], card: dict | None = None
 ) -> None:
     """Write a detector, atomically.
 
@@ -26,6 +35,7 @@ def save_model(
             f"the model has {model.config.num_classes} classes, got {len(categories)} categories"
         )
     metadata = {
+        "model": model_name(model.config),
         "config": json.dumps(dataclasses.asdict(model.config)),
         "categories": json.dumps([{"id": c["id"], "name": c["name"]} for c in categories]),
         "card": json.dumps(card or {}),
@@ -34,7 +44,7 @@ def save_model(
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_model(path: Path | str) -> tuple[DeformableDETR, list[dict]]:
+def load_model(path: Path | str) -> tuple[BaseDetector, list[dict]]:
     """The detector in a file of `save_model`, in evaluation mode, and its categories.
 
     Strict: ValueError names the tensors that are missing, left over or of another shape, and says
@@ -51,20 +61,41 @@ def load_model(path: Path | str) -> tuple[DeformableDETR, list[dict]]:
     if not {"config", "categories"} <= metadata.keys():
         raise ValueError(f"{path} was not written by deformable_detr: it has no configuration")
     try:
-        config = DeformableDETRConfig(**json.loads(metadata["config"]))
+        config_class, model_class = MODELS[metadata.get("model", DEFAULT)]
+        config = config_class(**json.loads(metadata["config"]))
         categories = json.loads(metadata["categories"])
         if not all({"id", "name"} <= category.keys() for category in categories):
             raise ValueError("its categories need an id and a name each")
+        if "model" not in metadata:
+            tensors = {upgrade_name(name, config): x for name, x in tensors.items()}
         with torch.device("meta"):  # whose sizes cost nothing, whatever they are
-            expected = DeformableDETR(config).state_dict()
+            expected = model_class(config).state_dict()
+    except KeyError:
+        known = ", ".join(MODELS)
+        raise ValueError(f"{path} is of the model {metadata['model']!r}; known: {known}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path} holds a configuration that is none of ours: {error}") from None
     _check(expected, tensors, path)
     if len(categories) != config.num_classes:
         raise ValueError(f"{path} names {len(categories)} of its {config.num_classes} classes")
-    model = DeformableDETR(config)
+    model = model_class(config)
     model.load_state_dict(tensors)
     return model.eval(), categories
+
+
+def upgrade_name(name: str, config: object) -> str:
+    """What a tensor of version 0.1 is called now; other names stay as they are.
+
+    The first stage had the last of the decoder's heads.
+    """
+    for kind in ("class_head", "box_head") if config.two_stage else ():
+        old = f"{kind}s.{config.decoder_layers}."
+        if name.startswith(old):
+            return f"first_stage.{kind}.{name.removeprefix(old)}"
+    for old, new in MOVED:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def _check(expected: dict, given: dict, path: Path | str) -> None:

@@ -113,7 +113,7 @@ def resized(
         return model, Report(list(old))
     new = DeformableDETR(config)
     report, state = Report(), new.state_dict()
-    objectness = f"class_heads.{config.decoder_layers}."
+    objectness = "first_stage.class_head."
     for name, tensor in state.items():
         if old[name].shape == tensor.shape:
             tensor.copy_(old[name])
@@ -121,7 +121,7 @@ def resized(
             continue
         sizes = f"{tuple(old[name].shape)} in the file, {tuple(tensor.shape)} here"
         report.fresh[name] = f"made anew: {sizes}"
-        if config.two_stage and name.startswith(objectness):
+        if name.startswith(objectness):
             tensor[0] = old[name][0]
             report.fresh[name] = f"made anew but for row 0, the objectness: {sizes}"
         elif name == "query_embed.weight":

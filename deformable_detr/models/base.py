@@ -1,0 +1,141 @@
+"""What all detectors here have in common: from a batch of images to sets of predictions.
+
+A member of the family replaces parts. It is a small file, never a copy of `forward`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from deformable_detr.layers.stack import Stack
+from deformable_detr.losses.scoring import FocalScoring, Scoring
+from deformable_detr.structures import Batch, Output, Predictions, Queries, Target, Tokens
+
+Sets = dict[str, Predictions]  # that training supervises beside the decoder's, by name
+
+
+class BaseDetector(nn.Module):
+    """Backbone, tokens, encoder, queries, decoder, heads.
+
+    A member makes these parts: `backbone`, images to maps; `neck`, maps and mask to `Tokens`;
+    `encoder`, `decoder`; `class_heads` and `box_heads`, one each for all layers of the decoder or
+    one for each layer. It defines `queries`, and may change `encode`.
+    """
+
+    def __init__(self, config: Any, scoring: Scoring | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.scoring = scoring or FocalScoring()
+
+    def forward(self, batch: Batch) -> Output:
+        """Class logits and boxes of every query, for every decoder layer.
+
+        batch.images: (B, 3, H, W), normalised as the backbone expects; batch.targets are seen in
+        training only. Boxes come relative to each image without its padding. Raises ValueError on
+        other shapes.
+        """
+        tokens = self.tokens(batch)
+        memory, encoded = self.encode(tokens)
+        queries, proposed = self.queries(memory, batch.targets if self.training else None)
+        layers = self.decoder(queries, memory, self._of_each_layer(self.box_heads))
+        class_heads = self._of_each_layer(self.class_heads)
+        predictions = [
+            Predictions(head(content), boxes, references, groups=queries.groups)
+            for head, (content, boxes, references) in zip(class_heads, layers, strict=True)
+        ]
+        return self.output(predictions, queries, encoded | proposed)
+
+    def tokens(self, batch: Batch) -> Tokens:
+        """The backbone's maps, and levels above them, as one sequence with positions."""
+        if batch.images.ndim != 4 or batch.images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(batch.images.shape)}")
+        if batch.mask.shape != (len(batch.images), *batch.images.shape[2:]):
+            given = f"mask {tuple(batch.mask.shape)} for images {tuple(batch.images.shape)}"
+            raise ValueError(f"mask must be (B, H, W), got {given}")
+        return self.neck(self.backbone(batch.images), batch.mask)
+
+    def encode(self, tokens: Tokens) -> tuple[Tokens, Sets]:
+        """The memory, and what the encoder itself predicts."""
+        return self.encoder(tokens), {}
+
+    def queries(self, memory: Tokens, targets: list[Target] | None) -> tuple[Queries, Sets]:
+        """What the decoder starts from, and what was predicted on the way to it. targets: of the
+        batch, in training; else None."""
+        raise NotImplementedError
+
+    def output(self, layers: list[Predictions], queries: Queries, others: Sets) -> Output:
+        """All layers' predictions as one output, those of denoising queries set apart."""
+        known = queries.denoising
+        if known is not None:
+            noised = [
+                dataclasses.replace(
+                    layer.queries(0, known.size),
+                    matches=known.matches,
+                    groups=known.groups,
+                    counted=known.counted,
+                )
+                for layer in layers
+            ]
+            layers = [layer.queries(known.size) for layer in layers]
+            others = others | {"denoising": noised[-1]}
+            others |= {f"denoising_{i}": layer for i, layer in enumerate(noised[:-1])}
+        last = layers[-1]
+        return Output(**vars(last), auxiliary=layers[:-1], others=others, scoring=self.scoring)
+
+    def _of_each_layer(self, heads: nn.ModuleList) -> list[nn.Module]:
+        layers = len(self.decoder.layers)
+        return list(heads) if len(heads) == layers else [heads[0]] * layers
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Whether training computes the stages of a ResNet and the layers of encoder and decoder
+        again in the backward pass, instead of keeping what is inside them."""
+        for module in self.modules():
+            if isinstance(module, Stack):
+                module.gradient_checkpointing = on
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: Path | str,
+        num_classes: int | None = None,
+        num_queries: int | None = None,
+        **changes: object,
+    ) -> Self:
+        """A published detector, or one of ours, in evaluation mode: "SenseTime/deformable-detr",
+        a folder, an official .pth, a .safetensors file; see `weights.published.load_pretrained`.
+        ValueError where it is of another class than this."""
+        # the one door upwards, opened when somebody comes through: models know of no files
+        from deformable_detr.weights.published import load_pretrained
+
+        model = load_pretrained(name_or_path, num_classes, num_queries, **changes).model
+        if not isinstance(model, cls):
+            raise ValueError(f"{name_or_path} is a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+    def save_pretrained(
+        self, path: Path | str, categories: list[dict] | None = None, format: str = "ours"
+    ) -> None:
+        """Write this model, as "ours", "huggingface" or "official"; see `weights.published`."""
+        from deformable_detr.weights.published import save_pretrained
+
+        save_pretrained(self, path, categories, format)
+
+
+def check_counts(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
+    """ValueError where an integer option of a configuration is not positive."""
+    counts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.type is int}
+    wrong = {n: value for n, value in counts.items() if value < 1 and n not in may_be_zero}
+    if wrong:
+        raise ValueError(f"these must be at least 1: {wrong}")
+
+
+def xavier(*parts: nn.Module) -> None:
+    """Every matrix of these parts drawn as DETR does (Glorot and Bengio, 2010)."""
+    for part in parts:
+        for parameter in part.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)

@@ -1,0 +1,101 @@
+"""Two stages: every token proposes a box, and the best become the queries. Chapter 10."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from deformable_detr.layers.position import sine_embedding
+from deformable_detr.losses.scoring import Scoring
+from deformable_detr.models.heads import BoxHead, ClassHead, in_full
+from deformable_detr.models.tokens import token_centres
+from deformable_detr.structures import Predictions, Queries, Tokens
+
+
+class FirstStage(nn.Module):
+    """The proposals of all tokens, and the queries made of the best (Appendix A.4).
+
+    A member of the family changes `score`, by which tokens are chosen, and `make_queries`.
+    """
+
+    class_agnostic = True  # its head tells objects from background only
+
+    def __init__(
+        self, embed_dim: int, num_classes: int, scoring: Scoring, anchor_size: float = 0.05
+    ) -> None:
+        super().__init__()
+        self.embed_dim, self.anchor_size = embed_dim, anchor_size
+        self.output = nn.Linear(embed_dim, embed_dim)
+        self.output_norm = nn.LayerNorm(embed_dim)
+        self.query = nn.Linear(2 * embed_dim, 2 * embed_dim)
+        self.query_norm = nn.LayerNorm(2 * embed_dim)
+        self.class_head = ClassHead(embed_dim, num_classes, scoring, self.class_agnostic)
+        self.box_head = BoxHead(embed_dim)
+
+    def reset_parameters(self) -> None:
+        """The official initialisation."""
+        nn.init.xavier_uniform_(self.output.weight)
+        nn.init.xavier_uniform_(self.query.weight)
+        self.box_head.reset_last_layer()
+
+    def forward(self, memory: Tokens, num_queries: int) -> tuple[Queries, Predictions]:
+        """The queries that the decoder starts from, and the proposals of all tokens."""
+        proposals = self.propose(memory)
+        return self.select(proposals, memory, num_queries), proposals
+
+    def propose(self, memory: Tokens) -> Predictions:
+        """The class logits (B, S, outputs) and boxes (B, S, 4) cxcywh of all tokens.
+
+        A token that is padding, or whose anchor comes within 1 % of the border, is blanked: its
+        box is (1, 1, 1, 1).
+        """
+        anchors, usable = token_anchors(memory, self.anchor_size)
+        features = memory.features.masked_fill(~usable.unsqueeze(-1), 0)
+        features = self.output_norm(self.output(features))
+        start = (anchors / (1 - anchors)).log()
+        start = start.masked_fill(~usable.unsqueeze(-1), torch.inf)
+        boxes = (in_full(self.box_head, features) + start).sigmoid()
+        return Predictions(
+            self.class_head(features), boxes, class_agnostic=self.class_head.class_agnostic
+        )
+
+    def select(self, proposals: Predictions, memory: Tokens, num_queries: int) -> Queries:
+        """Queries from the proposals with the highest score.
+
+        Q is num_queries, or the number of tokens where a small image has fewer. The references are
+        the proposed boxes, (B, Q, 4), detached.
+        """
+        scores = self.score(proposals.logits)
+        best = scores.topk(min(num_queries, scores.shape[1]), dim=1).indices
+        references = proposals.boxes.detach().gather(1, best.unsqueeze(-1).expand(-1, -1, 4))
+        return self.make_queries(references, best, memory)
+
+    def score(self, logits: Tensor) -> Tensor:
+        """(B, S), by which tokens are chosen: here the logit of class 0."""
+        return logits[..., 0]
+
+    def make_queries(self, references: Tensor, chosen: Tensor, memory: Tokens) -> Queries:
+        """Queries whose content and position come from the sine code of their boxes.
+
+        references: (B, Q, 4). chosen: (B, Q) int64, the tokens that proposed them.
+        """
+        waves = sine_embedding(references * 2 * math.pi, self.embed_dim // 2)  # (B, Q, 2 * C)
+        waves = waves.to(self.query.weight.dtype)
+        position, content = self.query_norm(self.query(waves)).chunk(2, dim=-1)
+        return Queries(content, position, references)
+
+
+def token_anchors(tokens: Tokens, size: float = 0.05) -> tuple[Tensor, Tensor]:
+    """The box that each token starts from: its centre, and size * 2^l as its sides on level l.
+
+    Returns (B, S, 4) cxcywh relative to the image without its padding, and (B, S), True where the
+    token is no padding and all four numbers lie in (0.01, 0.99).
+    """
+    centres = token_centres(tokens.spatial_shapes, tokens.valid_ratios)
+    sizes = [
+        centres.new_full((height * width, 2), size * 2**level)
+        for level, (height, width) in enumerate(tokens.spatial_shapes)
+    ]
+    anchors = torch.cat([centres, torch.cat(sizes).expand_as(centres)], -1)
+    inside = ((anchors > 0.01) & (anchors < 0.99)).all(-1)
+    return anchors, inside & ~tokens.padding_mask
