@@ -30,6 +30,7 @@ from benchmarks import timing
 from benchmarks.peers import HUGGING_FACE, OURS, report
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, MSDeformAttn
 from deformable_detr.files import write_json
+from deformable_detr.provenance import provenance
 from deformable_detr.weights.formats import file_name, to_huggingface
 
 COMMAND = "python benchmarks/model.py"
@@ -225,7 +226,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     path = timing.RESULTS / "model_cpu.json"
-    result = timing.provenance(COMMAND, "torchvision", "transformers")
+    result = provenance(COMMAND, ("torchvision", "transformers"))
     old = json.loads(path.read_text()) if path.exists() else {}
     if all(old.get(key) == value for key, value in result.items()):
         result = old

@@ -50,6 +50,7 @@ from benchmarks.peers import (
     report,
 )
 from deformable_detr.files import write_json
+from deformable_detr.provenance import provenance
 
 COMMAND = "python benchmarks/operator.py"
 PARTS = {
@@ -296,7 +297,7 @@ def measure_cuda() -> dict:
                     for peer, figures in result.items()
                 ]
                 report(f"{where} {dict((p, r['median_ms']) for p, r in result.items())}")
-    about = timing.provenance(COMMAND, "transformers", PACKAGE)
+    about = provenance(COMMAND, ("transformers", PACKAGE))
     return about | {"device": torch.cuda.get_device_name(), "rows": rows}
 
 
@@ -348,7 +349,7 @@ def main() -> None:
         Path(output).write_text(json.dumps(result))
         return
     path = timing.RESULTS / "operator_cpu.json"
-    about = timing.provenance(COMMAND, "transformers", PACKAGE)
+    about = provenance(COMMAND, ("transformers", PACKAGE))
     about |= {"build": build_seconds(), "limit": cache_limit()}
     if "default" in arguments.part and 2 in arguments.threads:
         about["scaling"] = scaling(arguments.shapes)

@@ -1,17 +1,12 @@
-"""What both benchmarks share: calls timed in turn, their spread, peak memory, provenance."""
+"""What both benchmarks share: calls timed in turn, their spread, peak memory."""
 
 import ctypes
 import gc
-import importlib.metadata
-import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results"
@@ -133,33 +128,3 @@ def peak_above(before: int | None) -> float | None:
 
 def _kib(field: str) -> int:
     return next(int(x.split()[1]) for x in STATUS.read_text().splitlines() if x.startswith(field))
-
-
-def provenance(command: str, *packages: str) -> dict:
-    """The command, the machine and the versions behind a result."""
-    return {
-        "command": command,
-        "cpu": _processor(),
-        "vectors": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", *packages)},
-    }
-
-
-def version(package: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

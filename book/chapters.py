@@ -9,11 +9,9 @@ its first cell. The notebook is then run, and stored with its outputs.
 import argparse
 import json
 import os
-import platform
 import re
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jupytext
@@ -21,6 +19,9 @@ import nbclient
 import nbformat
 from nbformat import NotebookNode
 from tqdm import tqdm
+
+from deformable_detr.files import write_atomically
+from deformable_detr.provenance import provenance
 
 SOLUTION = re.compile(
     r"^(?P<indent>[ ]+)# BEGIN SOLUTION\n(?P<lines>.*?)^[ ]+# END SOLUTION$", re.M | re.S
@@ -34,7 +35,7 @@ COLOUR = re.compile(r"\x1b\[[\d;]*m")
 WARNING = re.compile(r"\b\w*Warning: ")
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
 METADATA = ("tags", "mystnb")
-PACKAGES = ("torch", "torchvision", "numpy", "matplotlib")
+PACKAGES = ("torchvision", "numpy", "matplotlib")
 WORDS_A_MINUTE, CODE_LINES_A_MINUTE = 200, 15
 CHAPTER_SECONDS, BOOK_SECONDS, CHAPTER_MIB = 120, 900, 1536
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -59,12 +60,9 @@ def read_results(source: Path) -> dict[str, dict]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a text file so that a reader finds the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def read_source(path: Path) -> NotebookNode:
@@ -200,16 +198,6 @@ def faults(notebook: NotebookNode) -> list[str]:
     return found
 
 
-def processor() -> str:
-    """The processor's name, as the operating system gives it."""
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        name = re.search(r"^model name\s*: (.+)$", listing.read_text(), re.M)
-        if name:
-            return name[1]
-    return platform.processor() or platform.machine()
-
-
 def usable_cores() -> int:
     """How many cores a chapter's arithmetic may use: those of this process, or fewer if told so."""
     cores = os.cpu_count() or 1
@@ -257,17 +245,17 @@ def build(source: Path) -> str:
         raise ValueError("\n".join(found))
     measured["seconds"] = round(measured["seconds"], 1)
     measured["reading_minutes"] = reading_minutes(ran)
-    measured["cpu"] = processor()
-    measured["versions"] = {"python": platform.python_version()}
-    measured["versions"] |= {package: version(package) for package in PACKAGES}
+    about = provenance(f"python book/chapters.py chapters/{source.name}", PACKAGES)
+    about["versions"] = {"python": about.pop("python")} | about["versions"]
+    measured = about | measured  # cores: those that the chapter could use
 
     stored = notebook_from_source(source, measured)
     for cell, run in zip(stored.cells, ran.cells, strict=True):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = run.outputs, run.execution_count
     results = dict(sorted((read_results(source) | {source.stem: measured}).items()))
-    write_atomically(results_file(source), json.dumps(results, indent=2) + "\n")
-    write_atomically(source.with_suffix(".ipynb"), nbformat.writes(stored) + "\n")
+    write_text(results_file(source), json.dumps(results, indent=2) + "\n")
+    write_text(source.with_suffix(".ipynb"), nbformat.writes(stored) + "\n")
     return f"{source.stem}: {measured['seconds']} s, {measured['peak_mib']} MiB"
 
 

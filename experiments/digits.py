@@ -9,11 +9,9 @@ two seeds run side by side.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -29,8 +27,9 @@ from deformable_detr.data.transforms import digits_eval_transform, digits_train_
 from deformable_detr.evaluation.coco import evaluate
 from deformable_detr.files import write_atomically, write_json
 from deformable_detr.models.deformable_detr import DeformableDETR
+from deformable_detr.provenance import provenance
 from deformable_detr.training.loop import Interrupted, train
-from deformable_detr.training.recipes import load_recipe
+from deformable_detr.training.recipe import load_recipe
 from deformable_detr.weights.ours import load_model, save_model
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +41,8 @@ DIGITS = load_recipe("digits")
 MODEL = DIGITS.model_config(num_classes=10)
 RECIPE = dataclasses.replace(DIGITS.train, epochs=14)
 CROPS, PRETRAIN_STEPS = 12_000, 1_200
+COMMAND = "python experiments/digits.py"
+PACKAGES = ("torchvision", "numpy", "scikit-learn", "scikit-image", "pillow")
 
 
 class CropClassifier(nn.Module):
@@ -107,7 +108,8 @@ def pretrain_backbone() -> None:
         schedule.step()
     accuracy = crop_accuracy(model.eval())
     write_atomically(BACKBONE, lambda path: save_file(model.backbone.state_dict(), path))
-    card = provenance() | {"crops": CROPS, "steps": PRETRAIN_STEPS, "val_accuracy": accuracy}
+    card = provenance(COMMAND, PACKAGES, seed=0, data=DATA)
+    card |= {"crops": CROPS, "steps": PRETRAIN_STEPS, "val_accuracy": accuracy}
     write_json(BACKBONE.with_suffix(".json"), card)
     print(f"accuracy on crops of val at strides 8, 16, 32: {accuracy}")
 
@@ -178,8 +180,7 @@ def report() -> None:
         )
         print(f"seed {seed}, test:\n{evaluate_text(metrics)}")
         if seed == SEEDS[0]:
-            card = provenance() | {
-                "seed": seed,
+            card = provenance(COMMAND, PACKAGES, seed, DATA) | {
                 "steps": curve[-1]["step"],
                 "recipe": dataclasses.asdict(RECIPE),
                 "cpu_seconds": seconds,
@@ -187,34 +188,13 @@ def report() -> None:
             }
             save_model(model, CHECKPOINTS / "digits.safetensors", categories, card)
             write_json(CHECKPOINTS / "digits.json", card)
-    write_json(RESULTS / "digits_training.json", provenance() | {"runs": runs})
+    about = provenance(COMMAND, PACKAGES, data=DATA)
+    write_json(RESULTS / "digits_training.json", about | {"runs": runs})
 
 
 def evaluate_text(metrics: dict) -> str:
     """The three figures that the project promises."""
     return ", ".join(f"{name} {metrics[name]:.3f}" for name in ("ap", "ap50", "ap_small"))
-
-
-def provenance() -> dict:
-    """The command, the machine and the versions behind a result."""
-    packages = ("torch", "torchvision", "numpy", "scikit-learn", "scikit-image", "pillow")
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        )
-        if Path("/proc/cpuinfo").exists()
-        else (),
-        platform.processor(),
-    )
-    return {
-        "command": "python experiments/digits.py",
-        "data": json.loads((ROOT / "data" / "digits.sha256.json").read_text()),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "cpu": cpu,
-    }
 
 
 def main() -> None:

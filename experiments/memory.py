@@ -15,13 +15,14 @@ import sys
 import time
 
 import torch
-from digits import RESULTS, ROOT, provenance
+from digits import PACKAGES, RESULTS, ROOT
 from torch import Tensor, nn
 
 from deformable_detr.evaluation.complexity import LiveTensors, make_batch
 from deformable_detr.files import write_json
 from deformable_detr.losses.criterion import SetCriterion
 from deformable_detr.models.deformable_detr import DeformableDETR, DeformableDETRConfig
+from deformable_detr.provenance import provenance
 from deformable_detr.structures import Batch, Target
 from deformable_detr.training.loop import PAPER, PRECISION, in_float32
 from deformable_detr.training.optimiser import parameter_groups
@@ -176,10 +177,9 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     print(f"{len(SIZES)} configurations, three steps of up to two minutes each")
     runs = [run(size) for size in SIZES]
-    content = provenance() | {"command": "python experiments/memory.py", "threads": 1}
-    content.pop("data")  # noise
-    content["seconds"] = "of the processor, one step each, beside other work"
-    write_json(RESULTS / "training_sizes.json", content | {"boxes": BOXES, "runs": runs})
+    about = provenance("python experiments/memory.py", PACKAGES, seed=0)  # its data are noise
+    about |= {"threads": 1, "seconds": "of the processor, one step each, beside other work"}
+    write_json(RESULTS / "training_sizes.json", about | {"boxes": BOXES, "runs": runs})
 
 
 if __name__ == "__main__":

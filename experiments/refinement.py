@@ -11,13 +11,14 @@ import json
 import multiprocessing
 
 import torch
-from digits import BACKBONE, MODEL, RESULTS, ROOT, load_split, provenance
+from digits import BACKBONE, DATA, MODEL, PACKAGES, RESULTS, ROOT, load_split
 from safetensors.torch import load_file
 
 from deformable_detr.data.transforms import digits_eval_transform, digits_train_transform
 from deformable_detr.evaluation.coco import evaluate
 from deformable_detr.files import write_json
 from deformable_detr.models.deformable_detr import DeformableDETR
+from deformable_detr.provenance import provenance
 from deformable_detr.training.loop import DIGITS, train
 
 SEEDS = (0, 1, 2)
@@ -71,8 +72,8 @@ def main() -> None:
     print(f"{len(jobs)} trainings of {STEPS_EACH} steps, about 100 seconds of a core each")
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         runs = pool.starmap(run, jobs, chunksize=1)
-    content = provenance() | {"command": "python experiments/refinement.py", "steps": STEPS_EACH}
-    write_json(RESULTS / "refinement.json", content | {"runs": runs})
+    about = provenance("python experiments/refinement.py", PACKAGES, data=DATA)
+    write_json(RESULTS / "refinement.json", about | {"steps": STEPS_EACH, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import model, operator, peers, timing
 from deformable_detr import DeformableDETRConfig
+from deformable_detr.provenance import provenance
 
 TINY = peers.Case(2, ((5, 7), (3, 4), (2, 2), (1, 2)), 9, 1)
 ROW = {"shape": "encoder", "mode": "forward", "threads": 1, "allocator": "default"}
@@ -66,7 +67,8 @@ def row(peer, median, **changed):
 
 def result(*rows):
     limit = {"forward_ms": 1.0, "forward + backward_ms": 4.0}
-    return timing.provenance("test") | {"rows": list(rows), "memory": [], "limit": limit}
+    about = provenance("test", ("transformers", peers.PACKAGE))
+    return about | {"rows": list(rows), "memory": [], "limit": limit}
 
 
 def test_merged_results():

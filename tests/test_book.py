@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import shutil
 import subprocess
@@ -10,8 +11,12 @@ import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import build
 import pytest
+import torch
 from playwright.sync_api import Error, expect, sync_playwright
+
+import chapters
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted(path.stem for path in (ROOT / "chapters").glob("*.ipynb"))
@@ -113,6 +118,19 @@ def page(chromium, address):
     yield opened
     context.close()
     assert faults == []
+
+
+def test_a_chapter_is_stored_with_its_provenance_which_the_page_tells(tmp_path):
+    source = tmp_path / "chapters" / "01_toy.py"
+    source.parent.mkdir()
+    source.write_text("# %% [markdown]\n# # 1 Toy\n#\n# {{measured}}\n\n# %%\nprint(1 + 1)\n")
+    chapters.build(source)
+    results = json.loads((tmp_path / "data" / "results" / "chapters.json").read_text())
+    about = results["01_toy"]
+    assert about["command"] == "python book/chapters.py chapters/01_toy.py"
+    assert about["cores"] == chapters.usable_cores() and about["seconds"] > 0
+    line = build.machines(results)
+    assert about["cpu"] in line and "python 3." in line and f"torch {torch.__version__[:3]}" in line
 
 
 @pytest.mark.parametrize("name", PAGES)
