@@ -2,25 +2,20 @@
 and the formats of others derive theirs."""
 
 import dataclasses
-from typing import Any
 
 
 def option(
-    default: object,
-    help: str,
-    official: str | tuple[str, ...] = (),
-    huggingface: str | tuple[str, ...] = (),
-) -> Any:
+    default: object, help: str, official: str | None = None, huggingface: str | tuple[str, ...] = ()
+) -> object:
     """A dataclass field with a default and a line of help.
 
     official, huggingface: what the official code's arguments and transformers' config.json call it;
-    a tuple where they have several that must agree, empty where they have none.
+    several names of transformers' that must agree are a tuple. None and () where they have none.
     """
-    theirs = {
-        name: (names,) if isinstance(names, str) else names
-        for name, names in (("official", official), ("huggingface", huggingface))
-    }
-    return dataclasses.field(default=default, metadata={"help": help} | theirs)
+    theirs = (huggingface,) if isinstance(huggingface, str) else tuple(huggingface)
+    return dataclasses.field(
+        default=default, metadata={"help": help, "official": official, "huggingface": theirs}
+    )
 
 
 def help_of(config: object) -> dict[str, str]:

@@ -173,8 +173,9 @@ def pick_classes(model: DeformableDETR, labels: list[int]) -> DeformableDETR:
     """
     new = DeformableDETR(replace(model.config, num_classes=len(labels)))
     state = model.state_dict()
-    for name in [name for name in state if "class_head" in name]:
-        first_stage = name.startswith("first_stage.")
+    objectness = f"class_heads.{model.config.decoder_layers}."
+    for name in [name for name in state if name.startswith("class_heads.")]:
+        first_stage = model.config.two_stage and name.startswith(objectness)
         state[name] = state[name][[0, *labels[1:]] if first_stage else labels]
     new.load_state_dict(state)
     return new.to(next(model.parameters()).device).train(model.training)
