@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.machinery import ModuleSpec
 from itertools import accumulate
 from types import ModuleType
@@ -187,6 +188,7 @@ def _levels_of_any_size(
 def _or_discrete(old: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Our form of a file's function, which leaves that file's discrete models to the old one."""
 
+    @wraps(old)  # whose arguments' names record_sampling reads
     def ours_or_old(
         value: Tensor,
         shapes: SpatialShapes,

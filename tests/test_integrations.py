@@ -1,6 +1,7 @@
 """Our operator inside other people's models: the same outputs and gradients, and it really ran."""
 
 import copy
+import functools
 import importlib
 import re
 import sys
@@ -271,6 +272,7 @@ def calls(monkeypatch):
     """The number of times that our operator ran, by what it was called from."""
     seen = []
 
+    @functools.wraps(ms_deform_attn)
     def counted(*arguments):
         seen.append(arguments)
         return ms_deform_attn(*arguments)

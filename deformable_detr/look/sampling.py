@@ -1,100 +1,152 @@
-"""Where attention looked: its samples recorded, and drawn (Fig. 6 of the paper)."""
+"""Where attention looked: what every module that samples used, recorded by name. Chapter 9."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 
-import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
-from PIL import Image
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from deformable_detr.layers.attention import MSDeformAttn, Sampling
-from deformable_detr.models.deformable_detr import DeformableDETR
+from deformable_detr.ops.dispatch import check_spatial_shapes
+
+OUTSIDE = -2.0  # a location off every map
+LOCATIONS = "sampling_locations"  # what everyone who samples calls them
 
 
-@dataclass
-class SamplingRecord:
-    """The Sampling of every encoder and decoder layer in one forward pass."""
+class SamplingRecord(dict[str, Sampling]):
+    """The Sampling of each module, by its name in the model, in the order of the forward pass.
 
-    encoder: list[Sampling] = field(default_factory=list)
-    decoder: list[Sampling] = field(default_factory=list)
+    The last call of a module counts: after two forward passes the record is that of the second. So
+    what gradient checkpointing computes again, in the backward pass, stands here once.
+    """
+
+    @property
+    def encoder(self) -> list[Sampling]:
+        """Those with the part "encoder" in their names, first layer to last."""
+        return [sampling for name, sampling in self.items() if "encoder" in name.split(".")]
+
+    @property
+    def decoder(self) -> list[Sampling]:
+        """Those with the part "decoder" in their names, first layer to last."""
+        return [sampling for name, sampling in self.items() if "decoder" in name.split(".")]
 
 
 @contextmanager
-def record_sampling(model: DeformableDETR) -> Iterator[SamplingRecord]:
-    """While open, a forward pass leaves in the record where its attention looked.
+def record_sampling(model: nn.Module) -> Iterator[SamplingRecord]:
+    """While open, a forward pass leaves in the record where the model's attention looked.
 
     with record_sampling(model) as record:
         model(batch)
-    record.decoder[-1].locations  # (B, Q, M, L, K, 2)
+    record["decoder.layers.5.cross_attention"].locations  # (B, Q, M, L, K, 2)
+    record.decoder[-1].locations  # the same
+
+    For every MSDeformAttn, and for the modules of Hugging Face transformers and others that hand
+    their sampling_locations and attention_weights to a function or a submodule. Nothing is computed
+    for it: what a module used is kept, detached. ValueError where nothing in the model samples.
     """
-    record = SamplingRecord()
-
-    def hook(into: list[Sampling]) -> object:
-        def after(module: MSDeformAttn, inputs: tuple, _: object) -> None:
-            query, references, _, spatial_shapes, *_ = inputs
-            with torch.no_grad():
-                into.append(module.sampling(query, references, spatial_shapes))
-
-        return after
-
-    handles = [
-        layer.attention.register_forward_hook(hook(record.encoder))
-        for layer in model.encoder.layers
-    ]
-    handles += [
-        layer.cross_attention.register_forward_hook(hook(record.decoder))
-        for layer in model.decoder.layers
-    ]
-    try:
+    record, running = SamplingRecord(), []  # the names of modules that sample, the innermost last
+    samplers = set()
+    with ExitStack() as undo:
+        for name, module in model.named_modules():
+            if sampler := _sampler(module):
+                samplers.add(sampler)
+                forward = _noting(module.forward, name, running)
+                undo.enter_context(_replaced(module, "forward", forward))
+        if not samplers:
+            raise ValueError(f"no module of {type(model).__name__} samples: nothing to record")
+        for owner, name in samplers:
+            function = _recording(getattr(owner, name), record, running)
+            undo.enter_context(_replaced(owner, name, function))
         yield record
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def draw_sampling_points(
-    axes: Axes,
-    image: np.ndarray | Image.Image,
-    sampling: Sampling,
-    index: int,
-    padded_size: tuple[int, int],
-    image_index: int = 0,
-    reference: tuple[float, float] | None = None,
-    box: tuple[float, float, float, float] | None = None,
-    label: str = "",
-) -> None:
-    """The points that one query or token sampled, all heads and levels in one picture (Fig. 6).
+def _sampler(module: nn.Module) -> tuple[object, str] | None:
+    """What shows where a module samples, as an object and the name of its function, or None.
 
-    Each point is a filled circle whose colour and area are its attention weight; points outside the
-    picture are left out. sampling: of one layer; index: of the query or token. padded_size: (H, W)
-    of the batch's images, to which the locations are relative. reference: (x, y), drawn as a green
-    cross, and box: xyxy, as a green rectangle, both in pixels of the image.
+    It is a method that returns a Sampling, or whatever takes the sampling locations: a submodule, a
+    function among the module's attributes, or one in the file of its class.
     """
-    height, width = padded_size
-    points = sampling.locations[image_index, index].reshape(-1, 2).cpu() * torch.tensor(
-        [width, height]
-    )
-    weights = sampling.weights[image_index, index].reshape(-1).cpu()
-    order = weights.argsort()  # the heaviest on top
-    pixels = np.asarray(image)
-    axes.imshow(pixels, extent=(0, pixels.shape[1], pixels.shape[0], 0), alpha=0.8)
-    drawn = axes.scatter(
-        *points[order].t().numpy(),
-        c=weights[order].numpy(),
-        cmap="plasma",
-        vmin=0,
-        s=(4 + 50 * weights[order] / weights.max()).numpy(),
-        edgecolors="white",
-        linewidths=0.3,
-    )
-    axes.figure.colorbar(drawn, ax=axes, label="attention weight", shrink=0.8)
-    if reference is not None:
-        axes.plot(*reference, marker="+", color="#00C000", markersize=14, markeredgewidth=2.5)
-    if box is not None:
-        x0, y0, x1, y1 = box
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="#00C000", lw=2))
-    axes.set(xlim=(0, pixels.shape[1]), ylim=(pixels.shape[0], 0), title=label)
-    axes.set_axis_off()
+    if isinstance(module, MSDeformAttn):
+        return module, "sampling"
+    if not hasattr(module, "sampling_offsets"):  # the name that all of them have
+        return None
+    for child in module.children():
+        if LOCATIONS in inspect.signature(child.forward).parameters:
+            return child, "forward"
+    for owner in (module, *(sys.modules[kind.__module__] for kind in type(module).__mro__)):
+        for name, value in vars(owner).items():
+            if inspect.isfunction(value) and LOCATIONS in inspect.signature(value).parameters:
+                return owner, name
+    return None
+
+
+def _noting(forward: Callable, name: str, running: list[str]) -> Callable:
+    """A module's forward, whose name is among those that run while it does."""
+
+    @wraps(forward)
+    def call(*args: object, **kwargs: object) -> object:
+        running.append(name)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            running.pop()
+
+    return call
+
+
+def _recording(function: Callable, record: SamplingRecord, running: list[str]) -> Callable:
+    """The function, which puts into the record what the module that runs has sampled."""
+
+    @wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        result = function(*args, **kwargs)
+        if running:  # not in a call from elsewhere, of a function that others share
+            sampling = result
+            if not isinstance(result, Sampling):
+                sampling = _from_arguments(
+                    **inspect.signature(function).bind(*args, **kwargs).arguments
+                )
+            record[running[-1]] = Sampling(
+                sampling.locations.detach(), sampling.weights.detach(), sampling.spatial_shapes
+            )
+        return result
+
+    return call
+
+
+def _from_arguments(
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points_list: list[int] | None = None,
+    **others: object,
+) -> Sampling:
+    """What a function sampled. Where a level has K_l points, all of them lie in one axis, sum(K_l)
+    long; levels with fewer than K get points of weight zero outside the map."""
+    names = ("value_spatial_shapes_list", "value_spatial_shapes", "spatial_shapes")
+    shapes = next(others[name] for name in names if name in others)
+    if num_points_list is not None:
+        K = max(num_points_list)
+        parts = sampling_locations.split(list(num_points_list), dim=3)
+        parts = [F.pad(x, (0, 0, 0, K - x.shape[3]), value=OUTSIDE) for x in parts]
+        sampling_locations = torch.stack(parts, 3)  # (B, Q, M, L, K, 2)
+        parts = attention_weights.split(list(num_points_list), dim=3)
+        attention_weights = torch.stack([F.pad(x, (0, K - x.shape[3])) for x in parts], 3)
+    return Sampling(sampling_locations, attention_weights, check_spatial_shapes(shapes))
+
+
+@contextmanager
+def _replaced(owner: object, name: str, new: object) -> Iterator[None]:
+    """An attribute that is another while open; one that was inherited is so again."""
+    own = vars(owner).get(name)
+    setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
