@@ -62,7 +62,7 @@ from deformable_detr.exercises import check
 from deformable_detr.losses.criterion import SetCriterion
 from deformable_detr.training.loop import DIGITS, PAPER, Trainer
 from deformable_detr.training.optimiser import averaged, lr_factor, parameter_groups
-from deformable_detr.training.recipes import NAMES, load_recipe
+from deformable_detr.training.recipe import load_recipe
 from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")
@@ -72,12 +72,14 @@ torch.set_num_threads(1)
 # %% [markdown]
 # ## 13.1 What stands in a recipe
 #
-# A recipe is a small file, with reasons beside the values that need one: `deformable_detr/recipes/paper.toml` and
-# three more. What is not in it has the paper's value. Here is where the four differ:
+# A recipe is a small file, with reasons beside the values that need one: `paper.toml` in
+# `deformable_detr/training/recipes`, and others beside it. What is not in it has the paper's value. Here is where
+# four of them differ:
 
 # %%
-recipes = {name: load_recipe(name).train for name in NAMES}
-print(f"{'':20}", *(f"{name:>12}" for name in NAMES))
+names = ("paper", "modern", "small-data", "digits")
+recipes = {name: load_recipe(name).train for name in names}
+print(f"{'':20}", *(f"{name:>12}" for name in names))
 for field in dataclasses.fields(PAPER):
     values = [str(getattr(recipe, field.name)) for recipe in recipes.values()]
     if len(set(values)) > 1:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 
 def write_json(path: Path | str, content: object) -> None:
-    """Write a readable JSON file, atomically; ValueError where a number is none."""
+    """Write a readable JSON file, atomically; ValueError where a number is NaN or infinite."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
 

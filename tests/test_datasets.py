@@ -11,16 +11,11 @@ from torchvision import tv_tensors
 
 from deformable_detr.boxes import cxcywh_to_xyxy
 from deformable_detr.data import transforms
-from deformable_detr.data.checks import (
-    check_dataset,
-    check_splits,
-    label_histogram,
-    read_annotations,
-    summary,
-)
+from deformable_detr.data.annotations import read_annotations
+from deformable_detr.data.checks import check_dataset, check_splits, label_histogram, summary
 from deformable_detr.data.coco import CocoDataset, collate, find_split
+from deformable_detr.data.preparation import PREPARATIONS
 from deformable_detr.evaluation.coco import score
-from deformable_detr.training.recipes import make_transform
 from tests.conftest import save_annotations, write_coco
 
 
@@ -415,12 +410,12 @@ def test_a_smaller_short_side_makes_all_of_cocos_sizes_smaller():
     shorts = set()
     for seed in range(40):
         torch.manual_seed(seed)
-        picture, _, _ = make_transform("coco", 400, train=True)(image, box, torch.tensor([0]))
+        picture, _, _ = PREPARATIONS["coco"].train_transform(400)(image, box, torch.tensor([0]))
         shorts.add(min(picture.shape[1:]))
         assert max(picture.shape) <= 667
     assert shorts <= {*range(240, 401, 16)} and len(shorts) > 8
-    assert make_transform("strong", 400)(image).shape == (3, 400, 533)
-    assert make_transform("digits", 400)(image).shape == (3, 480, 640)
+    assert PREPARATIONS["strong"].eval_transform(400)(image).shape == (3, 400, 533)
+    assert PREPARATIONS["digits"].eval_transform(400)(image).shape == (3, 480, 640)
 
 
 @pytest.mark.parametrize(

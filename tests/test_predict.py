@@ -15,15 +15,14 @@ from deformable_detr.data.coco import CocoDataset, find_split
 from deformable_detr.data.images import read_image
 from deformable_detr.data.transforms import TO_TENSOR
 from deformable_detr.evaluation.coco import predict_dataset
-from deformable_detr.inference.predict import (
+from deformable_detr.inference.detector import (
     Detector,
     load_detector,
     pick_classes,
-    predict,
-    predict_each,
     read_card,
     update_card,
 )
+from deformable_detr.inference.predict import predict, predict_each
 from deformable_detr.inference.views import View, fuse, make_views, suppress
 from deformable_detr.weights.ours import load_model, save_model
 from tests.conftest import TINY

@@ -1,4 +1,4 @@
-"""Data in COCO format as PyTorch has it: samples, and batches of them."""
+"""Data in COCO format as PyTorch has it: samples, and batches of them. Chapters 9 and 12."""
 
 from contextlib import redirect_stdout
 from io import StringIO
@@ -13,7 +13,8 @@ from torchvision import tv_tensors
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
-from deformable_detr.data.checks import read_annotations, refuse_unreadable
+from deformable_detr.data.annotations import read_annotations
+from deformable_detr.data.checks import refuse_unreadable
 from deformable_detr.data.images import read_image
 from deformable_detr.data.transforms import TO_TENSOR
 from deformable_detr.structures import Batch, Target
@@ -104,3 +105,12 @@ def find_split(data_dir: Path | str, split: str) -> tuple[Path, Path]:
     raise FileNotFoundError(
         f"no {split} annotations in {root}: expected {layouts[0][1]} or {layouts[1][1]}"
     )
+
+
+def has_split(data_dir: Path | str, split: str) -> bool:
+    """Whether a data set has annotations for a split."""
+    try:
+        find_split(data_dir, split)
+    except FileNotFoundError:
+        return False
+    return True

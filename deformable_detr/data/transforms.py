@@ -1,4 +1,4 @@
-"""Image transforms with boxes, by torchvision.transforms.v2."""
+"""Image transforms with boxes, by torchvision.transforms.v2. Chapters 9 and 12."""
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 
 SHORT_SIDE = 800  # pixels, of an image as the paper's models are evaluated
+SMALLEST_SIDE = 32  # pixels, of an image that may be asked for: one cell at the largest stride
 TO_TENSOR = v2.Compose(
     [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
 )
@@ -35,6 +36,13 @@ def coco_eval_transform(short: int = SHORT_SIDE) -> v2.Transform:
     """Resize to a shorter side of `short` pixels, the longer at most 1333 / 800 times it, about."""
     longest = round(1333 * short / SHORT_SIDE)
     return v2.Compose([RandomShortSide([short], max_size=longest), TO_TENSOR])
+
+
+def strong_train_transform(short: int = SHORT_SIDE) -> v2.Transform:
+    """COCO's, after other colours and, in three of ten cases, a picture set on a larger black one:
+    with few images each must look different every time."""
+    zoom_out = v2.RandomZoomOut(side_range=(1.0, 2.0), p=0.3)
+    return v2.Compose([v2.RandomPhotometricDistort(), zoom_out, coco_train_transform(short)])
 
 
 def digits_train_transform() -> v2.Transform:

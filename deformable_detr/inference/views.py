@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
-from torchvision.transforms import v2
 
-from deformable_detr.data.transforms import SHORT_SIDE, coco_eval_transform, digits_eval_transform
+from deformable_detr.data.preparation import DEFAULT, PREPARATIONS
+from deformable_detr.data.transforms import SHORT_SIDE
 from deformable_detr.structures import Detections
 
 OVERLAP = 0.55  # IoU from which two boxes of a class are one object; of Solovyev et al.
@@ -41,38 +41,26 @@ class View:
 
 
 def make_views(
-    transforms: str = "coco",
+    transforms: str = DEFAULT,
     scales: tuple[float, ...] = (1.0,),
     flip: bool = False,
     short_side: int = SHORT_SIDE,
 ) -> list[View]:
     """A view at each scale, and with flip also mirrored.
 
-    transforms: how the model was trained, a name in `recipes.TRANSFORMS`. scales: factors of the
+    transforms: how the model was trained, a name in PREPARATIONS. scales: factors of the
     size at which it is evaluated, above 0; that size is short_side, in pixels. ValueError where
     there is none or one is out of range.
     """
     if not scales or not all(0 < scale < math.inf for scale in scales):
         raise ValueError(f"scales must be one or more numbers above 0, got {tuple(scales)}")
     mirrors = (False, True) if flip else (False,)
+    prepare = PREPARATIONS[transforms]
     return [
-        View(_at_scale(transforms, scale, short_side), mirror)
+        View(prepare.eval_transform(short_side, scale), mirror)
         for scale in scales
         for mirror in mirrors
     ]
-
-
-def _at_scale(transforms: str, scale: float, short_side: int) -> Callable[[Image.Image], Tensor]:
-    if transforms != "digits":
-        return coco_eval_transform(round(short_side * scale))
-    if scale == 1:
-        return digits_eval_transform()
-
-    def resize(image: Image.Image) -> Image.Image:
-        width, height = (max(1, round(side * scale)) for side in image.size)
-        return image.resize((width, height), Image.Resampling.BILINEAR)
-
-    return v2.Compose([resize, digits_eval_transform()])
 
 
 def suppress(views: list[Detections], overlap: float = OVERLAP) -> Detections:

@@ -1,8 +1,11 @@
-"""How to train: every setting of the loop, with the paper's as defaults."""
+"""How to train: every setting of the loop, with the paper's as defaults. Chapter 13."""
 
 import math
 from dataclasses import dataclass
 
+from deformable_detr.options import option
+
+SCHEDULES = ("step", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -10,46 +13,53 @@ PRECISIONS = ("no", "bf16", "fp16")
 class TrainConfig:
     """How to train; the defaults are the paper's (section 5 and the official code).
 
-    batch_size: images that one process holds at once; accumulate: how many such batches make one
-    step. schedule: "step" multiplies every rate by 0.1 after drop_epoch; "cosine" falls to 1 % at
-    the end; both rise linearly over warmup_steps. sampling_lr_factor is for sampling offsets and
-    reference points. frozen: parts of a ResNet that do not learn, such as "conv1" and "layer1";
-    None leaves that to the model. ema_decay: of the average of weights that is evaluated and
-    saved, in [0, 1); 0 is none. evaluate_every: in epochs. top_k: detections of an image in an
-    evaluation. patience: evaluations without a better AP after which training stops; 0 is never.
-    mixed_precision: "no", "bf16" or "fp16". gradient_checkpointing: a ResNet's stages and the
-    layers of encoder and decoder are computed again in the backward pass, rather than kept.
+    Each option's line of help stands beside it. ValueError names one that is out of range.
     """
 
-    epochs: int = 50
-    batch_size: int = 2
-    accumulate: int = 1
-    lr: float = 2e-4
-    backbone_lr: float = 2e-5
-    sampling_lr_factor: float = 0.1
-    weight_decay: float = 1e-4
-    clip_norm: float = 0.1
-    schedule: str = "step"
-    drop_epoch: int = 40
-    warmup_steps: int = 0
-    frozen: tuple[str, ...] | None = None
-    ema_decay: float = 0.0
-    seed: int = 42
-    evaluate_every: int = 1
-    top_k: int = 100
-    patience: int = 0
-    num_workers: int = 0
-    checkpoint_minutes: float = 5.0
-    mixed_precision: str = "no"
-    gradient_checkpointing: bool = False
+    epochs: int = option(50, "times that all images are seen")
+    batch_size: int = option(2, "images that one process holds at once")
+    accumulate: int = option(
+        1, "batches of a process that make one step, where memory is short of large ones"
+    )
+    lr: float = option(2e-4, "learning rate")
+    backbone_lr: float = option(
+        2e-5, "learning rate of the backbone; keeps its ratio to lr where only that is changed"
+    )
+    sampling_lr_factor: float = option(
+        0.1, "what lr is multiplied by for sampling offsets and reference points"
+    )
+    weight_decay: float = option(1e-4, "of AdamW, for all parameters")
+    clip_norm: float = option(0.1, "largest norm of the gradient; a longer one is shortened to it")
+    schedule: str = option(
+        "step", "step: all rates x 0.1 after drop_epoch; cosine: they fall to 1 % at the end"
+    )
+    drop_epoch: int = option(40, "epochs until the rates drop, with schedule step")
+    warmup_steps: int = option(0, "first steps, over which the rates rise linearly")
+    frozen: tuple[str, ...] | None = option(
+        None, "parts of a ResNet that do not learn, such as conv1 layer1; without it, the model's"
+    )
+    ema_decay: float = option(
+        0.0, "of the average of weights that is evaluated and saved, in [0, 1); 0 is no average"
+    )
+    seed: int = option(42, "of weights, data order and augmentation")
+    evaluate_every: int = option(1, "epochs from one evaluation to the next")
+    top_k: int = option(100, "detections of an image in an evaluation")
+    patience: int = option(0, "evaluations without a better AP, then stop; 0 is never")
+    num_workers: int = option(0, "processes that load images")
+    checkpoint_minutes: float = option(5.0, "from one checkpoint to the next within an epoch")
+    mixed_precision: str = option(
+        "no", "no, bf16 or fp16; the latter two are faster and need less memory on a GPU"
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "compute a ResNet's stages and the layers of encoder and decoder again in the backward "
+        "pass instead of keeping them: less memory, more time",
+    )
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("step", "cosine"):
-            raise ValueError(f"schedule must be 'step' or 'cosine', got {self.schedule!r}")
-        if self.mixed_precision not in PRECISIONS:
-            raise ValueError(
-                f"mixed_precision must be one of {PRECISIONS}, got {self.mixed_precision!r}"
-            )
+        for name, known in (("schedule", SCHEDULES), ("mixed_precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         for least, names in (
             (1, ("epochs", "batch_size", "accumulate", "evaluate_every", "top_k")),
             (0, ("backbone_lr", "sampling_lr_factor", "weight_decay", "drop_epoch")),

@@ -1,0 +1,60 @@
+"""What commands look at before hours are spent: data, files to be written, the device."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from deformable_detr.data.checks import Fault, check_dataset
+from deformable_detr.data.coco import find_split
+
+
+def refuse_faults(data: Path, splits: tuple[str, ...], accelerator: Accelerator) -> None:
+    """Print the fatal faults of these splits, and raise ValueError if there are any.
+
+    The main process looks; the others wait, and raise with it.
+    """
+    places = {split: find_split(data, split) for split in splits}
+    found = 0
+    for split, place in places.items() if accelerator.is_main_process else ():
+        found += print_fatal(split, check_dataset(*place))
+    count = torch.tensor(float(found), device=accelerator.device)
+    refuse_any(int(accelerator.reduce(count, "sum")), data)
+
+
+def print_fatal(split: str, faults: list[Fault]) -> int:
+    """How many of the faults are fatal; the first of those are printed."""
+    fatal = [fault for fault in faults if fault.fatal]
+    for fault in fatal[:20]:
+        print(f"{split}: {fault}", file=sys.stderr)
+    return len(fatal)
+
+
+def refuse_any(count: int, data: Path) -> None:
+    """ValueError if there are fatal faults."""
+    if count:
+        raise ValueError(
+            f"{count} fatal faults in the data; all of them: deformable-detr check {data}"
+        )
+
+
+def refuse_targets(*paths: Path | None) -> None:
+    """ValueError where one of these files could not be written."""
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, expected the name of a file")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise ValueError(f"cannot write {path}: {folder} is no folder that can be written")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or a GPU if there is one; ValueError in one line on another."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name}: {str(error).splitlines()[0]}") from None
+    return device

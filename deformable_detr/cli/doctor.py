@@ -1,0 +1,48 @@
+"""deformable-detr doctor"""
+
+import argparse
+
+from deformable_detr.cli.arguments import (
+    DATA_HELP,
+    SET_HELP,
+    WEIGHTS_HELP,
+    add_command,
+    add_data,
+    add_device,
+    add_start,
+)
+
+
+def add(commands: argparse.Action) -> None:
+    """Its arguments."""
+    command = add_command(
+        commands,
+        "doctor",
+        run,
+        "test data and model in a minute or two before hours are spent, by learning one batch by "
+        "heart",
+        "data/digits --recipe digits",
+        DATA_HELP,
+        WEIGHTS_HELP,
+        SET_HELP,
+        "Exit code 1 if a fault is fatal.",
+    )
+    add_data(command, "train")
+    add_start(command)
+    command.add_argument("--steps", type=int, default=150, help="at most (default: %(default)s)")
+    add_device(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a diagnosis of data and model."""
+    from deformable_detr.cli.beforehand import choose_device
+    from deformable_detr.cli.starting import chosen_recipe, new_model
+    from deformable_detr.data.coco import CocoDataset, find_split
+    from deformable_detr.training.doctor import doctor
+
+    recipe = chosen_recipe(args)
+    dataset = CocoDataset(*find_split(args.data, args.split), recipe.train_transform())
+    model = new_model(args, recipe, dataset).to(choose_device(args.device))
+    diagnosis = doctor(model, dataset, args.steps)
+    print(diagnosis.table())
+    return 0 if diagnosis.healthy else 1

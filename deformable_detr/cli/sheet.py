@@ -1,0 +1,43 @@
+"""deformable-detr sheet"""
+
+import argparse
+from pathlib import Path
+
+from deformable_detr.cli.arguments import DATA_HELP, add_command, add_data
+
+KINDS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def add(commands: argparse.Action) -> None:
+    """Its arguments."""
+    command = add_command(
+        commands,
+        "sheet",
+        run,
+        "draw random images with their boxes and names on one sheet, to look at",
+        "data/digits --output sheet.png",
+        DATA_HELP,
+    )
+    add_data(command, "train")
+    command.add_argument(
+        "--output", type=Path, default=Path("sheet.png"), help="the picture (default: %(default)s)"
+    )
+    command.add_argument("--count", type=int, default=24, help="images (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="another one draws other images")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Save a sheet of annotated images."""
+    from deformable_detr.data.coco import CocoDataset, find_split
+    from deformable_detr.look.pictures import picture_sheet
+
+    dataset = CocoDataset(*find_split(args.data, args.split))
+    picture = picture_sheet(dataset, args.count, args.seed)
+    if args.output.suffix.lower() not in KINDS:
+        raise ValueError(f"--output must end in one of {', '.join(KINDS)}, got {args.output}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(args.output)
+    print(
+        f"{min(args.count, len(dataset))} of {len(dataset)} images of {args.split}: {args.output}"
+    )
+    return 0

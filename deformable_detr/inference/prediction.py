@@ -1,0 +1,115 @@
+"""What was found in one image, as people ask for it: names, COCO results, pictures. Chapter 12."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import box_convert, clip_boxes_to_image
+
+from deformable_detr.data.images import read_image
+from deformable_detr.look.pictures import draw_detections
+from deformable_detr.structures import Detections
+
+
+@dataclass
+class Prediction:
+    """What was found in one image, best first.
+
+    boxes: (N, 4) xyxy in pixels of the image as it is shown, that is, turned as its EXIF says.
+    scores: (N,) in [0, 1]. labels: (N,) int64, positions among the model's classes. queries: (N,)
+    int64, the index of the query that found each, as `look` asks for it. names and category_ids: N
+    each, of those classes in the data that the model was trained on. size: the image's (H, W).
+    path: its file, if it came from one.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    queries: Tensor
+    names: list[str]
+    category_ids: list[int]
+    size: tuple[int, int]
+    path: Path | None = None
+    picture: Image.Image | None = field(default=None, repr=False)  # where there is no file
+
+    @classmethod
+    def of(
+        cls,
+        found: Detections,
+        categories: list[dict],
+        image: Image.Image,
+        path: Path | None = None,
+    ) -> "Prediction":
+        """Detections in an image with the names of their classes; all else as above."""
+        classes = [categories[label] for label in found.labels.tolist()]
+        return cls(
+            found.boxes,
+            found.scores,
+            found.labels,
+            found.queries,
+            [category["name"] for category in classes],
+            [category["id"] for category in classes],
+            (image.height, image.width),
+            path,
+            None if path else image,
+        )
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def image(self) -> Image.Image:
+        """The RGB picture, read again where it came from a file."""
+        return read_image(self.path) if self.picture is None else self.picture
+
+    def to_coco(self, image_id: int | str | None = None) -> list[dict]:
+        """COCO results, with the data's own category ids.
+
+        image_id: where it is None, that of `file_id`. ValueError where there is no file either.
+        """
+        if image_id is None:
+            if self.path is None:
+                raise ValueError("an image that came from no file needs an image_id")
+            image_id = file_id(self.path)
+        return [
+            {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+            for category_id, box, score in zip(
+                self.category_ids,
+                box_convert(self.boxes, "xyxy", "xywh").tolist(),
+                self.scores.tolist(),
+                strict=True,
+            )
+        ]
+
+    def to_supervision(self) -> object:
+        """The same as supervision.Detections, boxes cut at the image's border, the names in
+        data["class_name"].
+
+        ImportError, in one line, where that package is not installed.
+        """
+        try:
+            import supervision
+        except ImportError:
+            raise ImportError(
+                "to_supervision needs the package supervision: pip install supervision"
+            ) from None
+        return supervision.Detections(
+            xyxy=clip_boxes_to_image(self.boxes, self.size).numpy(),
+            confidence=self.scores.numpy(),
+            class_id=self.labels.numpy(),
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
+
+    def draw(self) -> Image.Image:
+        """The picture with boxes, names and scores on it."""
+        found = Detections(self.scores, self.labels, self.boxes, self.queries)
+        return draw_detections(
+            self.image, found, dict(zip(self.labels.tolist(), self.names, strict=True))
+        )
+
+
+def file_id(path: Path) -> int | str:
+    """The number that a file is named after (39769 of 000000039769.jpg), or else its name."""
+    return int(path.stem) if path.stem.isdecimal() else path.name
