@@ -44,8 +44,7 @@ from deformable_detr.data.images import read_image
 from deformable_detr.data.transforms import TO_TENSOR
 from deformable_detr.exercises import check
 from deformable_detr.layers.sampling import bilinear_sample
-from deformable_detr.models.deformable_detr import valid_ratio
-from deformable_detr.models.transformer import token_centres
+from deformable_detr.models.tokens import token_centres, valid_ratio
 from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")

@@ -41,6 +41,7 @@
 
 # %%
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -204,8 +205,8 @@ B, Q, L, C = len(batch), config.num_queries, config.num_levels, config.embed_dim
 _ = torch.set_grad_enabled(False)  # we look; training comes at the end
 
 # %% [markdown]
-# `model` is here to lend us its parts. We call each part ourselves, and in the end put them
-# together again.
+# `model` is here to lend us its parts: `backbone`, `neck` (sections 8.3 to 8.5), `encoder`, `decoder`
+# and heads. We call each part ourselves, and in the end put them together again.
 #
 # **Before you run**: a convolution of stride 2 halves a map and rounds up. Strides of 4, 8 and 16
 # on 88 × 120 give which sizes?
@@ -227,7 +228,7 @@ for stride, feature_map in zip(model.backbone.strides, maps, strict=True):
 # image 1:
 
 # %%
-convolution, normalisation = model.input_proj[0]
+convolution, normalisation = model.neck.input_proj[0]
 by_hand = convolution.weight[:, :, 0, 0] @ maps[0][1, :, 4, 7] + convolution.bias
 projected = convolution(maps[0])
 assert torch.allclose(by_hand, projected[1, :, 4, 7], atol=1e-5)
@@ -261,7 +262,7 @@ def project(maps, projections):
 
 
 # %%
-levels = project(maps, model.input_proj)
+levels = project(maps, model.neck.input_proj)
 shapes = [tuple(level.shape[-2:]) for level in levels]
 S = sum(height * width for height, width in shapes)
 print(shapes, "S =", S)
@@ -403,7 +404,7 @@ def positions(masks, encode, level_embed):
     )
 
 
-position = positions(masks, sine, model.level_embed)
+position = positions(masks, sine, model.neck.level_embed)
 print(tuple(position.shape))
 
 # %% [markdown]
@@ -443,7 +444,7 @@ assert math.isclose(by_hand[level, 0], (column + 0.5) / width_2, rel_tol=1e-6)
 # points. For all tokens:
 
 # %%
-from deformable_detr.models.transformer import token_centres
+from deformable_detr.models.tokens import token_centres
 
 centres = token_centres(shapes, ratios)  # (B, S, 2), relative to the image
 references = centres[:, :, None] * ratios[:, None]  # (B, S, L, 2)
@@ -511,15 +512,17 @@ memory = tokens.features
 for layer in model.encoder.layers:
     memory = encode_layer(layer, memory, tokens, references)
 print(tuple(memory.shape))
-assert torch.allclose(memory, model.encoder(tokens), atol=1e-5)
+assert torch.allclose(memory, model.encoder(tokens).features, atol=1e-5)
 
 # %% [markdown]
+# The library's encoder returns the same `Tokens` with other features.
+#
 # **Before you run**: we write nonsense into the features of all padded tokens. Which tokens of the
 # memory change?
 
 # %%
 nonsense = torch.where(padding[..., None], torch.tensor(1000.0), features)
-changed = model.encoder(Tokens(nonsense, position, padding, shapes, ratios))
+changed = model.encoder(dataclasses.replace(tokens, features=nonsense)).features
 same = (changed - memory).abs().amax(-1) < 1e-4  # (B, S)
 print("unchanged: tokens of the image", same[~padding].all().item())
 print("unchanged: tokens on padding  ", same[padding].all().item())
@@ -590,11 +593,18 @@ def decode_layer(layer, queries, position, references, memory, tokens):
     return layer.ffn.norm(queries + update)
 
 
+# %% [markdown]
+# The library's layer is given two objects: who asks, as `Queries`, and what is asked, as `Tokens`. It
+# multiplies by the valid ratios itself.
+
 # %%
+from deformable_detr.structures import Queries
+
 on_levels = reference[:, :, None] * ratios[:, None]  # (B, Q, L, 2): the valid ratio again
 layer = model.decoder.layers[0]
 out = decode_layer(layer, queries, query_position, on_levels, memory, tokens)
-theirs = layer(queries, query_position, on_levels, memory, shapes, padding)
+asked_of = dataclasses.replace(tokens, features=memory)
+theirs = layer(Queries(queries, query_position, reference), asked_of)
 print(tuple(out.shape))
 assert torch.allclose(out, theirs, atol=1e-5)
 
@@ -859,10 +869,8 @@ for p, wanted in [(0.9, 1), (0.1, 1), (0.5, 0), (0.01, 0)]:
 # %%
 from torchvision.ops import sigmoid_focal_loss
 
-from deformable_detr.losses.criterion import class_loss
-from deformable_detr.structures import Output
+from deformable_detr.losses.scoring import FocalScoring
 
-# Output(logits, boxes, auxiliary): what the heads say of a batch, and in auxiliary what earlier layers say
 p = torch.tensor([[0.1, 0.3, 0.05], [0.2, 0.1, 0.6]])
 wanted = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
 by_hand = sum(focal(p[q, c].item(), wanted[q, c].item()) for q in range(2) for c in range(3))
@@ -870,9 +878,8 @@ by_hand = sum(focal(p[q, c].item(), wanted[q, c].item()) for q in range(2) for c
 right = torch.where(wanted == 1, p, 1 - p)
 in_torch = (torch.where(wanted == 1, 0.25, 0.75) * (1 - right) ** 2 * -right.log()).sum()
 in_torchvision = sigmoid_focal_loss(p.logit(), wanted, alpha=0.25, gamma=2, reduction="sum")
-target = Target(0, torch.tensor([2]), torch.tensor([[0.5, 0.5, 0.1, 0.2]]), (88, 120))
-match = (torch.tensor([1]), torch.tensor([0]))  # query 1 has object 0
-in_library = class_loss(Output(p.logit()[None], torch.rand(1, 2, 4)), [target], [match])
+labels = torch.tensor([[-1, 2]])  # (B, Q): query 0 has no object, query 1 one of class 2
+in_library = FocalScoring(loss_weight=1).loss(p.logit()[None], labels, num_boxes=1)
 for loss in (in_torch, in_torchvision, in_library):
     assert math.isclose(loss, by_hand, rel_tol=1e-4)
 print(round(by_hand, 4))
@@ -1190,10 +1197,12 @@ assert greedy(cost) == [(0, 1), (2, 0)] and brute_force(cost) == [(0, 0), (1, 1)
 # %%
 from scipy.optimize import linear_sum_assignment
 
+from deformable_detr.structures import Predictions  # logits and boxes, of a batch
+
 print("assignments of 300 queries to 7 objects:", f"{math.perm(300, 7):.0e}")
 by_scipy = list(zip(*(index.tolist() for index in linear_sum_assignment(cost)), strict=True))
-output = Output(torch.full((1, 3, 1), 0.1).logit(), query_boxes[None])
-[(matched_queries, matched_objects)] = matcher(output, [target])
+predictions = Predictions(torch.full((1, 3, 1), 0.1).logit(), query_boxes[None])
+[(matched_queries, matched_objects)] = matcher(predictions, [target])
 by_library = list(zip(matched_queries.tolist(), matched_objects.tolist(), strict=True))
 assert by_scipy == by_library == brute_force(cost)
 
@@ -1237,6 +1246,7 @@ assert total[brute_force] < total[greedy] - 0.5
 
 # %%
 from deformable_detr.losses.criterion import SetCriterion
+from deformable_detr.structures import Output  # the last layer's Predictions, and all others
 
 target = Target(0, torch.tensor([0]), object_boxes[:1], (88, 120))
 with torch.enable_grad():
@@ -1260,15 +1270,15 @@ assert twins.grad[0, 0] > 0 > twins.grad[0, 1]
 
 # %%
 def decode(layers, heads, start, memory, tokens):
-    """start: queries, position (B, Q, C), references (B, Q, 2). Returns an Output per layer."""
+    """start: queries, position (B, Q, C), references (B, Q, 2). Returns Predictions per layer."""
     (class_head, box_head), (queries, position, reference) = heads, start
     on_levels = reference[:, :, None] * tokens.valid_ratios[:, None]
-    outputs = []
+    predictions = []
     for layer in layers:
         queries = decode_layer(layer, queries, position, on_levels, memory, tokens)
         boxes = decode_boxes(box_head(queries), reference)
-        outputs.append(Output(class_head(queries), boxes))
-    return outputs
+        predictions.append(Predictions(class_head(queries), boxes))
+    return predictions
 
 
 start, heads = (queries, query_position, reference), (class_head, box_head)
@@ -1284,15 +1294,15 @@ print(len(layers), [tuple(layer.logits.shape) for layer in layers])
 from deformable_detr.boxes import cxcywh_to_xyxy
 
 
-def layer_loss(output, targets):
+def layer_loss(layer, targets):
     """Class, L1 and GIoU terms, weighted by 2, 5 and 2."""
     terms = torch.zeros(3)
-    for i, (target, (q, n)) in enumerate(zip(targets, matcher(output, targets), strict=True)):
-        wanted = torch.zeros_like(output.logits[i])
+    for i, (target, (q, n)) in enumerate(zip(targets, matcher(layer, targets), strict=True)):
+        wanted = torch.zeros_like(layer.logits[i])
         wanted[q, target.labels[n]] = 1  # all other queries: no to everything
-        predicted, right = output.boxes[i, q], target.boxes[n]
+        predicted, right = layer.boxes[i, q], target.boxes[n]
         generalised = generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(right))
-        terms[0] += 2 * sigmoid_focal_loss(output.logits[i], wanted, 0.25, 2, "sum")
+        terms[0] += 2 * sigmoid_focal_loss(layer.logits[i], wanted, 0.25, 2, "sum")
         terms[1] += 5 * (predicted - right).abs().sum()
         terms[2] += 2 * (1 - generalised.diagonal()).sum()
     return terms / max(sum(len(t.labels) for t in targets), 1)
@@ -1404,14 +1414,31 @@ check("8.6", detections)
 # %% [markdown]
 # ## 8.16 Assembled
 #
-# All functions exist. The detector is a list of parts and one path through them.
+# All functions exist. The detector is a list of parts and one path through them. A layer is given its
+# attention as a module, so that other detectors can give it another.
 
 # %%
+from deformable_detr import MSDeformAttn
 from deformable_detr.backbones import build_backbone
-from deformable_detr.models.deformable_detr import BoxHead, build_input_projections
-from deformable_detr.models.transformer import DecoderLayer, EncoderLayer
+from deformable_detr.layers.dense_attention import DenseAttention
+from deformable_detr.models.decoder import DecoderLayer
+from deformable_detr.models.encoder import EncoderLayer
+from deformable_detr.models.heads import BoxHead
+from deformable_detr.models.tokens import build_input_projections
 
 
+def encoder_layer(c):
+    deformable = MSDeformAttn(c.embed_dim, c.num_levels, c.num_heads, c.num_points)
+    return EncoderLayer(deformable, c.embed_dim, c.ffn_dim, dropout=0.0)
+
+
+def decoder_layer(c):
+    dense = DenseAttention(c.embed_dim, c.num_heads)
+    deformable = MSDeformAttn(c.embed_dim, c.num_levels, c.num_heads, c.num_points)
+    return DecoderLayer(dense, deformable, c.embed_dim, c.ffn_dim, dropout=0.0)
+
+
+# %%
 class Parts(nn.Module):
     """Everything in the detector that has weights."""
 
@@ -1421,9 +1448,8 @@ class Parts(nn.Module):
         self.input_proj = build_input_projections(self.backbone.channels, c.num_levels, c.embed_dim)
         self.position = SinePositionEncoding(c.embed_dim // 2)
         self.level_embed = nn.Parameter(torch.randn(c.num_levels, c.embed_dim))
-        sizes = (c.embed_dim, c.num_levels, c.num_heads, c.num_points, c.ffn_dim, 0.0)
-        self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(c.encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(c.decoder_layers))
+        self.encoder = nn.ModuleList(encoder_layer(c) for _ in range(c.encoder_layers))
+        self.decoder = nn.ModuleList(decoder_layer(c) for _ in range(c.decoder_layers))
         self.query_embed = nn.Embedding(c.num_queries, 2 * c.embed_dim)
         self.reference_points = nn.Linear(c.embed_dim, 2)
         self.class_head = nn.Linear(c.embed_dim, c.num_classes)
@@ -1466,7 +1492,7 @@ class Detector(WithMemory):
         start = [x.expand(len(batch), -1, -1) for x in (content, position, reference)]
         heads = (self.class_head, self.box_head)
         *earlier, last = decode(self.decoder, heads, start, memory, tokens)
-        return Output(last.logits, last.boxes, earlier)
+        return Output(last.logits, last.boxes, auxiliary=earlier)
 
 
 # %% [markdown]
@@ -1478,7 +1504,7 @@ class Detector(WithMemory):
 torch.manual_seed(80)
 for parameter in model.parameters():
     parameter.add_(0.1 * torch.randn_like(parameter))
-names = {"encoder.layers.": "encoder.", "decoder.layers.": "decoder.",
+names = {"neck.": "", "encoder.layers.": "encoder.", "decoder.layers.": "decoder.",
          "class_heads.0.": "class_head.", "box_heads.0.": "box_head."}  # fmt: skip
 
 
@@ -1554,7 +1580,7 @@ print(f"{'all':17s}{sum(small_parts.values()):12,}{sum(base_parts.values()):14,}
 assert sum(base_parts.values()) == 40_069_665 and base_parts["backbone"] == 23_454_912
 
 # %% [markdown]
-# More than half is the backbone. `input_proj` is larger than the encoder: the 3 × 3 convolution of
+# More than half is the backbone. The neck is larger than the encoder: the 3 × 3 convolution of
 # the extra level alone has 9 · 2048 · 256 = 4.7 million. One encoder layer of the base model by hand, $C = 256$, $M = 8$,
 # $L = 4$, $K = 4$, feed-forward 1024: offsets and weights of $MLK = 128$ samples, two projections,
 # two linear layers, two norms.
@@ -1566,7 +1592,7 @@ feed_forward = (C_base + 1) * inner + (inner + 1) * C_base
 by_hand = attention_size + feed_forward + 2 * 2 * C_base
 print(f"{by_hand:,}")
 assert 6 * by_hand == base_parts["encoder"]
-assert base_parts["input_proj"] > base_parts["encoder"] and 9 * 2048 * 256 > 4.7e6
+assert base_parts["neck"] > base_parts["encoder"] and 9 * 2048 * 256 > 4.7e6
 assert base_parts["backbone"] > 0.5 * sum(base_parts.values())
 del base
 

@@ -9,7 +9,8 @@ from torchvision.ops import box_iou, generalized_box_iou
 from deformable_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid
 from deformable_detr.exercises import checks, expect
 from deformable_detr.inference.postprocess import postprocess
-from deformable_detr.models.transformer import move, token_centres
+from deformable_detr.models.heads import move
+from deformable_detr.models.tokens import token_centres
 from deformable_detr.structures import Output
 
 SHAPES = [(3, 5), (2, 4), (1, 2)]

@@ -4,7 +4,7 @@ import torch
 from torchvision.ops import box_iou
 
 from deformable_detr.exercises import checks, expect
-from deformable_detr.models.transformer import move
+from deformable_detr.models.heads import move
 
 
 @checks("10.1")
