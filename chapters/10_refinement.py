@@ -43,7 +43,8 @@ from deformable_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid
 from deformable_detr.data.coco import CocoDataset, collate
 from deformable_detr.data.transforms import digits_eval_transform
 from deformable_detr.exercises import check
-from deformable_detr.models.transformer import move
+from deformable_detr.models.heads import move
+from deformable_detr.models.selection import token_anchors
 from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")
@@ -168,7 +169,7 @@ print(
     "layers,",
     outputs[0].boxes.shape[1],
     "queries,",
-    outputs[0].first_stage.boxes.shape[1],
+    outputs[0].others["first"].boxes.shape[1],
     "proposals",
 )
 
@@ -320,11 +321,12 @@ check("10.2", refine)
 # ## 10.4 The first stage: every token proposes
 #
 # After the encoder, each token knows what is around it. Each gets an **anchor**: its own centre, and
-# a size that doubles from level to level. The box head moves the anchor; a class head scores it; the
-# best become references. So where a query starts now depends on the image. What it starts with does
+# a size that doubles from level to level. A box head moves the anchor, a class head scores it (the first
+# stage has its own, `first_stage.box_head` and `first_stage.class_head`); the best become references. So
+# where a query starts now depends on the image. What it starts with does
 # too, for there is no table of learned queries: each of a box's four numbers, times $2\pi$, becomes $C/2$
 # sines and cosines, the code of 8.5, and a linear layer and a norm turn these $2C$ numbers into $C$ of
-# position and $C$ of content (`first_stage.select`).
+# position and $C$ of content (`first_stage.make_queries`).
 
 
 # %%
@@ -343,7 +345,16 @@ shapes = [(32, 32), (16, 16), (8, 8)]
 anchors = anchors_of(shapes, model.config.anchor_size)
 widths = [round(x) for x in (128 * anchors[[0, 1024, 1280], 2]).tolist()]
 print(len(anchors), "anchors;", *widths, "pixels wide")
-assert len(anchors) == outputs[0].first_stage.boxes.shape[1]
+assert len(anchors) == outputs[0].others["first"].boxes.shape[1]
+
+# %% [markdown]
+# The library's anchors are the same. It also says which tokens may propose: those that are no padding, and
+# whose anchor's four numbers all lie between 0.01 and 0.99.
+
+# %%
+theirs, usable = token_anchors(model.tokens(collate([dataset[0]])), model.config.anchor_size)
+torch.testing.assert_close(theirs[0], anchors)
+assert torch.equal(usable[0], ((anchors > 0.01) & (anchors < 0.99)).all(-1))
 
 # %% [markdown]
 # The official size is 0.05 on the finest level: 40 pixels of an image of 800. On our 128 it would be
@@ -354,7 +365,7 @@ assert len(anchors) == outputs[0].first_stage.boxes.shape[1]
 
 # %%
 crowded = max(range(24), key=lambda i: (len(dataset[i][1].labels), -i))
-first = outputs[crowded].first_stage
+first = outputs[crowded].others["first"]
 best = first.logits[0, :, 0].topk(30).indices
 level_of = torch.tensor([level for level, (h, w) in enumerate(shapes) for _ in range(h * w)])
 print("of 30 proposals, by level:", *torch.bincount(level_of[best], minlength=3).tolist())
