@@ -35,6 +35,12 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help} | theirs)
 
 
+def with_default(config: type, name: str, default: object) -> Any:
+    """The field `name` of a configuration with another default, for a class that inherits it."""
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    return dataclasses.field(default=default, metadata=field.metadata)
+
+
 def help_of(config: object) -> dict[str, str]:
     """The line of help of each field of a configuration, by name."""
     return {field.name: field.metadata.get("help", "") for field in dataclasses.fields(config)}
@@ -47,7 +53,8 @@ def types_of(kind: type) -> dict[str, type]:
 
 
 def checked(given: Mapping[str, object], types: Mapping[str, type], what: str) -> dict[str, object]:
-    """Values as a configuration takes them: a list as a tuple, and for a float a whole number too.
+    """Values as a configuration takes them: of a list a tuple, of a whole number a float where one
+    is wanted, and of "none" None where an option may be that.
 
     given: by name, as TOML has them. types: from `types_of`. what: the name of the configuration in
     messages. ValueError, in one line, on an unknown name, with those that exist, and on a value of
@@ -96,6 +103,8 @@ def plain_type(kind: type) -> type:
 
 def _fit(value: object, kind: type, name: str) -> object:
     expected = plain_type(kind)
+    if value == "none" and type(None) in typing.get_args(kind):
+        return None
     if expected is tuple:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)

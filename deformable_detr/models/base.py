@@ -3,19 +3,50 @@
 A member of the family replaces parts. It is a small file, never a copy of `forward`.
 """
 
-from __future__ import annotations
-
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from deformable_detr.layers.stack import Stack
 from deformable_detr.losses.scoring import FocalScoring, Scoring
+from deformable_detr.options import option
 from deformable_detr.structures import Batch, Output, Predictions, Queries, Target, Tokens
 
 Sets = dict[str, Predictions]  # that training supervises beside the decoder's, by name
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """What decides the shape of every detector; the defaults are those of "Deformable DETR"."""
+
+    num_classes: int = option(91, "classes; the data's, where there is data")
+    num_queries: int = option(
+        300, "object queries: boxes that an image can have", "num_queries", "num_queries"
+    )
+    backbone: str = option("resnet50", 'a key of BACKBONES: "small", or a ResNet', "backbone")
+    dilation: bool = option(
+        False, "the backbone's last stage at stride 16 (DC5)", "dilation", "dilation"
+    )
+    embed_dim: int = option(256, "C, the width of tokens and queries", "hidden_dim", "d_model")
+    num_heads: int = option(
+        8, "heads", "nheads", ("encoder_attention_heads", "decoder_attention_heads")
+    )
+    encoder_layers: int = option(6, "layers of the encoder", "enc_layers", "encoder_layers")
+    decoder_layers: int = option(6, "layers of the decoder", "dec_layers", "decoder_layers")
+    ffn_dim: int = option(
+        1024, "width inside a layer", "dim_feedforward", ("encoder_ffn_dim", "decoder_ffn_dim")
+    )
+    dropout: float = option(0.1, "in [0, 1)", "dropout", "dropout")
+    position: str = option(
+        "sine", '"sine" or "learned"', "position_embedding", "position_embedding_type"
+    )
+    position_size: int = option(50, "rows and columns that learned positions cover")
+
+    def __post_init__(self) -> None:
+        check_counts(self)
 
 
 class BaseDetector(nn.Module):
@@ -26,7 +57,7 @@ class BaseDetector(nn.Module):
     one for each layer. It defines `queries`, and may change `encode`.
     """
 
-    def __init__(self, config: Any, scoring: Scoring | None = None) -> None:
+    def __init__(self, config: DetectorConfig, scoring: Scoring | None = None) -> None:
         super().__init__()
         self.config = config
         self.scoring = scoring or FocalScoring()
@@ -131,6 +162,11 @@ def check_counts(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
     wrong = {n: value for n, value in counts.items() if value < 1 and n not in may_be_zero}
     if wrong:
         raise ValueError(f"these must be at least 1: {wrong}")
+
+
+def for_each_image(memory: Tokens, *learned: Tensor) -> list[Tensor]:
+    """The same rows, (Q, C) each, for every image of a batch."""
+    return [x.expand(len(memory.features), -1, -1) for x in learned]
 
 
 def xavier(*parts: nn.Module) -> None:

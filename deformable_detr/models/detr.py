@@ -8,47 +8,33 @@ from deformable_detr.backbones import build_backbone
 from deformable_detr.layers.dense_attention import DenseAttention
 from deformable_detr.layers.position import build_position_encoding
 from deformable_detr.losses.scoring import SCORINGS
-from deformable_detr.models.base import BaseDetector, Sets, check_counts, xavier
+from deformable_detr.models.base import (
+    BaseDetector,
+    DetectorConfig,
+    Sets,
+    for_each_image,
+    xavier,
+)
 from deformable_detr.models.decoder import Decoder, DecoderLayer
 from deformable_detr.models.encoder import Encoder, EncoderLayer
 from deformable_detr.models.heads import BoxHead, ClassHead
 from deformable_detr.models.tokens import SingleScaleTokens
-from deformable_detr.options import option
+from deformable_detr.options import option, with_default
 from deformable_detr.structures import Queries, Target, Tokens
 
 
 @dataclass(frozen=True)
-class DETRConfig:
+class DETRConfig(DetectorConfig):
     """Everything that decides the detector's shape; the defaults are the paper's base model."""
 
-    num_classes: int = option(91, "classes; the data's, where there is data")
-    num_queries: int = option(
-        100, "object queries: boxes that an image can have", "num_queries", "num_queries"
-    )
-    backbone: str = option("resnet50", 'a key of BACKBONES: "small", or a ResNet', "backbone")
-    dilation: bool = option(
-        False, "the backbone's last stage at stride 16 (DC5)", "dilation", "dilation"
-    )
-    embed_dim: int = option(256, "C, the width of tokens and queries", "hidden_dim", "d_model")
-    num_heads: int = option(
-        8, "heads", "nheads", ("encoder_attention_heads", "decoder_attention_heads")
-    )
-    encoder_layers: int = option(6, "layers of the encoder", "enc_layers", "encoder_layers")
-    decoder_layers: int = option(6, "layers of the decoder", "dec_layers", "decoder_layers")
-    ffn_dim: int = option(
-        2048, "width inside a layer", "dim_feedforward", ("encoder_ffn_dim", "decoder_ffn_dim")
-    )
-    dropout: float = option(0.1, "in [0, 1)", "dropout", "dropout")
-    position: str = option(
-        "sine", '"sine" or "learned"', "position_embedding", "position_embedding_type"
-    )
-    position_size: int = option(50, "rows and columns that learned positions cover")
+    num_queries: int = with_default(DetectorConfig, "num_queries", 100)
+    ffn_dim: int = with_default(DetectorConfig, "ffn_dim", 2048)
     scoring: str = option("softmax", '"softmax", with a class for no object, or "focal"')
 
     def __post_init__(self) -> None:
         if self.scoring not in SCORINGS:
             raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {self.scoring!r}")
-        check_counts(self)
+        super().__post_init__()
 
 
 class DETR(BaseDetector):
@@ -88,5 +74,5 @@ class DETR(BaseDetector):
 
     def queries(self, memory: Tokens, targets: list[Target] | None) -> tuple[Queries, Sets]:
         """Learned positions, and contents of zero."""
-        position = self.query_embed.weight.expand(len(memory.features), -1, -1)
+        (position,) = for_each_image(memory, self.query_embed.weight)
         return Queries(position.new_zeros(position.shape), position), {}

@@ -1,0 +1,116 @@
+"""What detectors with deformable attention share: several levels, layers that sample. Chapter 8."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from deformable_detr.backbones import build_backbone
+from deformable_detr.layers.attention import MSDeformAttn
+from deformable_detr.layers.dense_attention import DenseAttention
+from deformable_detr.layers.position import build_position_encoding
+from deformable_detr.losses.scoring import Scoring
+from deformable_detr.models.base import BaseDetector, DetectorConfig, check_counts, xavier
+from deformable_detr.models.decoder import Decoder, DecoderLayer
+from deformable_detr.models.encoder import Encoder, EncoderLayer
+from deformable_detr.models.heads import BoxHead, ClassHead
+from deformable_detr.models.tokens import MultiScaleTokens
+from deformable_detr.options import option
+
+
+@dataclass(frozen=True)
+class DeformableConfig(DetectorConfig):
+    """What decides the shape of every detector with deformable attention."""
+
+    num_levels: int = option(
+        4,
+        "feature levels: 1 uses the backbone's last map, 2 and 3 its last maps, and each beyond is "
+        "a convolution of stride 2 on the one before",
+        "num_feature_levels",
+        "num_feature_levels",
+    )
+    num_points: int = option(
+        4,
+        "points per head and level",
+        ("enc_n_points", "dec_n_points"),
+        ("encoder_n_points", "decoder_n_points"),
+    )
+    deformable_stages: int = option(
+        0, "of a ResNet's last stages, to 3, how many have deformable convolutions"
+    )
+
+    def __post_init__(self) -> None:
+        check_counts(self, may_be_zero=("deformable_stages",))  # the backbone checks that
+
+
+class DeformableDetector(BaseDetector):
+    """Backbone, tokens of several levels, encoder, decoder and heads, from a configuration.
+
+    A member replaces the parts that it makes otherwise: `attention`, `self_attention`,
+    `make_decoder`; and says where queries come from, in `build_queries` and `queries`.
+    """
+
+    def __init__(
+        self,
+        config: DeformableConfig,
+        pretrained_backbone: bool = False,
+        scoring: Scoring | None = None,
+    ) -> None:
+        super().__init__(config, scoring)
+        C = config.embed_dim
+        self.backbone = build_backbone(
+            config.backbone, config.dilation, pretrained_backbone, config.deformable_stages
+        )
+        position = build_position_encoding(config.position, C, config.position_size)
+        self.neck = MultiScaleTokens(self.backbone.channels, config.num_levels, C, position)
+        width = C, config.ffn_dim, config.dropout
+        self.encoder = Encoder(
+            [EncoderLayer(self.attention(), *width) for _ in range(config.encoder_layers)]
+        )
+        self.decoder = self.make_decoder(
+            [
+                DecoderLayer(self.self_attention(), self.attention(), *width)
+                for _ in range(config.decoder_layers)
+            ]
+        )
+        self.build_queries()
+        heads = range(self.number_of_heads())
+        self.class_heads = nn.ModuleList(
+            ClassHead(C, config.num_classes, self.scoring) for _ in heads
+        )
+        self.box_heads = nn.ModuleList(BoxHead(C) for _ in heads)
+        self.reset_parameters()
+
+    def attention(self) -> nn.Module:
+        """What attends to the tokens, in each layer of encoder and decoder."""
+        c = self.config
+        return MSDeformAttn(c.embed_dim, c.num_levels, c.num_heads, c.num_points)
+
+    def self_attention(self) -> nn.Module:
+        """What queries attend to each other by, in each layer of the decoder."""
+        c = self.config
+        return DenseAttention(c.embed_dim, c.num_heads, c.dropout)
+
+    def make_decoder(self, layers: list[nn.Module]) -> Decoder:
+        """The decoder of these layers."""
+        return Decoder(layers)
+
+    def build_queries(self) -> None:
+        """The parameters that queries are made of."""
+
+    def number_of_heads(self) -> int:
+        """1, shared by all layers of the decoder, or one for each."""
+        return 1
+
+    def reset_parameters(self) -> None:
+        """The official initialisation; the backbone's own is left alone."""
+        xavier(self.encoder, self.decoder)
+        self.reset_queries()
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        self.neck.reset_parameters()
+        for head in self.box_heads:
+            head.reset_last_layer()
+
+    def reset_queries(self) -> None:
+        """What `build_queries` has made, as it is before training."""
