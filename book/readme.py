@@ -99,8 +99,9 @@ def draw_picture(path: Path) -> None:
     from deformable_detr.data.images import read_image
     from deformable_detr.data.transforms import digits_eval_transform
     from deformable_detr.inference.postprocess import postprocess
+    from deformable_detr.look.figures import draw_sampling_points
     from deformable_detr.look.pictures import draw_detections
-    from deformable_detr.look.sampling import draw_sampling_points, record_sampling
+    from deformable_detr.look.sampling import record_sampling
     from deformable_detr.weights.ours import load_model
 
     model, categories = load_model(ROOT / "data" / "checkpoints" / "digits.safetensors")

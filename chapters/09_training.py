@@ -59,15 +59,19 @@ from deformable_detr.data.transforms import MEAN, STD, digits_eval_transform, di
 from deformable_detr.evaluation.coco import evaluate, predict_dataset, score
 from deformable_detr.exercises import check
 from deformable_detr.inference.postprocess import postprocess
-from deformable_detr.look.gradients import FollowReferences, draw_gradient_norms, gradient_norms
-from deformable_detr.look.sampling import draw_sampling_points, record_sampling
+from deformable_detr.look.figures import draw_gradient_norms, draw_sampling_points
+from deformable_detr.look.gradients import FollowReferences, gradient_norms
+from deformable_detr.look.sampling import record_sampling
 from deformable_detr.losses.criterion import SetCriterion
-from deformable_detr.training.loop import DIGITS, PAPER, lr_factor, parameter_groups, train
+from deformable_detr.training.loop import PAPER, train
+from deformable_detr.training.optimiser import lr_factor, parameter_groups
+from deformable_detr.training.recipe import load_recipe
 from deformable_detr.weights.ours import load_model
 
 # %%
 plt.style.use("book.mplstyle")
 torch.set_num_threads(1)  # so that the times below are times of one core
+DIGITS = load_recipe("digits").train
 
 # %% [markdown]
 # ## 9.1 Digits in scenes

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from deformable_detr import Batch, DeformableDETR, Detections, Output, Sampling
-from deformable_detr.look.gradients import draw_gradient_norms, gradient_norms
+from deformable_detr.look.figures import draw_gradient_norms, draw_sampling_points
+from deformable_detr.look.gradients import gradient_norms
 from deformable_detr.look.pictures import PALETTE, caption_font, draw_boxes, draw_detections
-from deformable_detr.look.sampling import draw_sampling_points, record_sampling
+from deformable_detr.look.sampling import record_sampling
 from tests.conftest import TINY
 
 

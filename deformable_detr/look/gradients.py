@@ -1,14 +1,10 @@
-"""Which pixels move which item of a detection: gradient norms (Fig. 5 of the paper)."""
+"""Which pixels move which item of a detection: gradient norms (Fig. 5 of the paper). Chapter 9."""
 
-import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
-from PIL import Image
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from deformable_detr.boxes import cxcywh_to_xyxy
+from deformable_detr.losses.scoring import scoring_of
 from deformable_detr.structures import Batch
 
 ITEMS = ("x", "y", "w", "h", "score")
@@ -40,30 +36,10 @@ def gradient_norms(
     images = batch.images.clone().requires_grad_(True)
     with FollowReferences():
         output = model(Batch(images, batch.mask, batch.sizes))
-    items = [*output.boxes[image_index, query], output.logits[image_index, query, label].sigmoid()]
+    scores = scoring_of(output).scores(output.logits[image_index, query])
+    items = [*output.boxes[image_index, query], scores[label]]
     norms = {}
     for name, item in zip(ITEMS, items, strict=True):
         (gradient,) = torch.autograd.grad(item, images, retain_graph=True)
         norms[name] = gradient[image_index].norm(dim=0)
     return norms
-
-
-def draw_gradient_norms(
-    axes: list[Axes], image: np.ndarray | Image.Image, norms: dict[str, Tensor], box: Tensor
-) -> None:
-    """Five pictures, one for each item of `gradient_norms`, over a pale copy of the image.
-
-    axes: five. box: (4,) cxcywh, normalised to the image without padding, drawn as a rectangle.
-    """
-    pixels = np.asarray(image)
-    height, width = pixels.shape[:2]
-    x0, y0, x1, y1 = (cxcywh_to_xyxy(box) * torch.tensor([width, height] * 2)).tolist()
-    for axis, (name, norm) in zip(axes, norms.items(), strict=True):
-        norm = norm[:height, :width].cpu().numpy()
-        axis.imshow(pixels.mean(-1), cmap="gray", alpha=0.35)
-        axis.imshow(norm, cmap="inferno", alpha=0.75, vmax=np.quantile(norm, 0.998))
-        axis.add_patch(
-            Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color="#00C000", lw=1.5)
-        )
-        axis.set(title=name)
-        axis.set_axis_off()

@@ -1,4 +1,4 @@
-"""Pictures of what a detector finds and of what it looks at (Figs. 5 and 6 of the paper)."""
+"""Pictures with boxes: what a detector finds, and what is in a data set. Chapters 9 and 12."""
 
 import random
 import textwrap

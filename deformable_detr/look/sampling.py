@@ -55,12 +55,12 @@ def record_sampling(model: nn.Module) -> Iterator[SamplingRecord]:
             if sampler := _sampler(module):
                 samplers.add(sampler)
                 forward = _noting(module.forward, name, running)
-                undo.enter_context(_replaced(module, "forward", forward))
+                undo.enter_context(replaced(module, "forward", forward))
         if not samplers:
             raise ValueError(f"no module of {type(model).__name__} samples: nothing to record")
         for owner, name in samplers:
             function = _recording(getattr(owner, name), record, running)
-            undo.enter_context(_replaced(owner, name, function))
+            undo.enter_context(replaced(owner, name, function))
         yield record
 
 
@@ -139,7 +139,7 @@ def _from_arguments(
 
 
 @contextmanager
-def _replaced(owner: object, name: str, new: object) -> Iterator[None]:
+def replaced(owner: object, name: str, new: object) -> Iterator[None]:
     """An attribute that is another while open; one that was inherited is so again."""
     own = vars(owner).get(name)
     setattr(owner, name, new)

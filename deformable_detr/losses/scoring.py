@@ -37,6 +37,9 @@ class Scoring(Protocol):
         """The weighted class loss. logits: (B, Q, outputs). labels: (B, Q) int64, -1 where a query
         has no object. counted: (B, Q), False where a query is left out."""
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """What a detection's score is, in [0, 1]: (..., outputs) to (..., classes)."""
+
     def best(self, logits: Tensor, top_k: int) -> Best:
         """At most top_k detections of each image, best first."""
 
@@ -81,10 +84,14 @@ class FocalScoring:
             loss = loss[counted].sum()
         return self.loss_weight * loss / num_boxes
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """Each class's own probability."""
+        return logits.sigmoid()
+
     def best(self, logits: Tensor, top_k: int) -> Best:
         """The highest scores over all queries and classes: a query may appear with several."""
         _, Q, classes = logits.shape
-        scores, index = logits.sigmoid().flatten(1).topk(min(top_k, Q * classes), dim=1)
+        scores, index = self.scores(logits).flatten(1).topk(min(top_k, Q * classes), dim=1)
         return scores, index // classes, index % classes
 
 
@@ -121,9 +128,13 @@ class SoftmaxScoring:
         weights[nothing] = self.no_object
         return self.loss_weight * F.cross_entropy(logits.transpose(1, 2), labels, weights)
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """The probabilities of all classes but "no object"."""
+        return logits.softmax(-1)[..., :-1]
+
     def best(self, logits: Tensor, top_k: int) -> Best:
         """Each query's best class; "no object" is none."""
-        scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+        scores, labels = self.scores(logits).max(-1)
         scores, queries = scores.topk(min(top_k, logits.shape[1]), dim=1)
         return scores, queries, labels.gather(1, queries)
 
