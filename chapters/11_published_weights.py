@@ -86,7 +86,7 @@ for name, option in options.items():
     print(f"{name:>10} {count:,}", len(to_official(variant)), "tensors")
     assert count == published[name]
 
-# %% mystnb={"image": {"alt": "Horizontal bars of the number of parameters by part of the model: the backbone has more than half; the projections of its maps, the rest of encoder and decoder, and deformable attention follow; heads and queries are thin lines."}}
+# %% mystnb={"image": {"alt": "Horizontal bars of the number of parameters by part of the model: the backbone has more than half; the neck (the projections of its maps), the rest of encoder and decoder, and deformable attention follow; heads and queries are thin lines."}}
 attention = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 bars = Counter()
 for name, parameter in base.named_parameters():
