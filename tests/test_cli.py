@@ -16,17 +16,15 @@ import torchvision
 from PIL import Image
 
 from deformable_detr import DeformableDETR, cli
-from deformable_detr.cli import commands, main
-from deformable_detr.inference.predict import read_card, update_card
+from deformable_detr.cli import main
+from deformable_detr.inference.detector import read_card, update_card
 from deformable_detr.inference.views import MERGES
-from deformable_detr.training.config import PRECISIONS
 from deformable_detr.training.recipes import FOLDER as RECIPES
-from deformable_detr.training.recipes import NAMES
 from deformable_detr.weights.ours import load_model, save_model
 from tests.conftest import TINY
 
 CATEGORIES = [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}, {"id": 20, "name": "blue"}]
-TRAIN = ["--recipe", "digits", "--epochs", "1", "--batch-size", "2", "--queries", "6"]
+TRAIN = ["--recipe", "digits", "--epochs", "1", "--batch-size", "2", "--set", "model.num_queries=6"]
 SETTINGS = ["--accumulate", "2", "--ema-decay", "0.9", "--patience", "3", "--lr", "2e-3"]
 
 
@@ -38,10 +36,9 @@ def model_file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize(
-    "command", ["check", "sheet", "doctor", "train", "evaluate", "predict", "info"]
-)
-def test_help_has_an_example(command, capsys):
+@pytest.mark.parametrize("module", cli.COMMANDS, ids=lambda module: module.__name__)
+def test_help_has_an_example(module, capsys):
+    command = module.__name__.rpartition(".")[2]
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     text = capsys.readouterr().out
@@ -132,7 +129,7 @@ def test_predict_leaves_what_it_found_before_ctrl_c(coco, model_file, tmp_path, 
             raise KeyboardInterrupt
         return []
 
-    monkeypatch.setattr(commands, "describe", describe)
+    monkeypatch.setattr(cli.predict, "describe", describe)
     assert main(["predict", str(coco / "val"), *options]) == 130
     assert {result["image_id"] for result in json.loads(results.read_text())} == {100, 101, 102}
 
@@ -163,27 +160,36 @@ def test_what_cannot_be_written_is_said_at_the_start(coco, model_file, tmp_path,
             assert message in capsys.readouterr().err
 
 
-def test_the_parser_knows_the_librarys_names():
-    """They are spelt again in it, for nothing of the library is imported to print a help."""
-    assert (cli.RECIPES, cli.PRECISIONS) == (NAMES, PRECISIONS)
-    assert set(cli.MERGES) == set(MERGES)
-    code = "import sys, deformable_detr; before = set(sys.modules); import deformable_detr.cli; "
-    code += "print(sorted(m for m in set(sys.modules) - before if m.startswith('deformable')))"
+def test_help_is_there_at_once():
+    """Nothing that takes seconds to import is needed to print one."""
+    code = "import sys; from deformable_detr.cli import build_parser; build_parser(); "
+    code += "print(sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'numpy', 'PIL'}))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    assert printed == "['deformable_detr.cli']\n"
+    assert printed == "[]\n"
 
 
 def test_ctrl_c_while_the_library_is_imported(coco, capsys, monkeypatch):
+    name = "deformable_detr.look.pictures"
+
     class Interrupt:
-        def find_spec(self, name, *_):
-            if name == "deformable_detr.cli.commands":
+        def find_spec(self, wanted, *_):
+            if wanted == name:
                 raise KeyboardInterrupt
 
-    monkeypatch.delitem(sys.modules, "deformable_detr.cli.commands")
-    monkeypatch.delattr("deformable_detr.cli.commands")
+    monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Interrupt(), *sys.meta_path])
-    assert main(["check", str(coco)]) == 130
+    assert main(["sheet", str(coco)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_what_the_views_show_is_merged_as_the_help_says(coco, model_file, capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in MERGES)
+    arguments = ["evaluate", str(coco), "--model", str(model_file), "--tta", "--merge", "mean"]
+    assert main(arguments) == 2
+    assert "merge must be one of ['fusion', 'nms'], got 'mean'" in capsys.readouterr().err
 
 
 def test_published_weights_see_the_classes_that_the_data_has(coco, tmp_path, capsys):
@@ -202,8 +208,8 @@ def test_published_weights_see_the_classes_that_the_data_has(coco, tmp_path, cap
     assert [category["id"] for category in categories] == [3, 7, 20]
     assert model.config == dataclasses.replace(TINY, num_classes=3)
     capsys.readouterr()
-    assert main([*arguments, "--refine"]) == 2
-    assert "decides the model: leave out --refine" in capsys.readouterr().err
+    assert main([*arguments, "--set", "model.refine=true"]) == 2
+    assert "decides the model: leave out model.refine" in capsys.readouterr().err
 
 
 def test_zeros_on_the_command_line_count(coco, tmp_path, capsys):
@@ -222,7 +228,7 @@ def test_zeros_on_the_command_line_count(coco, tmp_path, capsys):
 
 def test_a_run_that_was_stopped_says_how_it_sees_images(coco, tmp_path, monkeypatch, capsys):
     """Its weights are evaluated at the size they were trained at, and resumed at no other."""
-    monkeypatch.setattr(commands, "finish", lambda *_: None)  # as if it had been killed before
+    monkeypatch.setattr(cli.train, "finish", lambda *_: None)  # as if it had been killed before
     run = tmp_path / "run"
     recipe = tmp_path / "mine.toml"
     text = (RECIPES / "digits.toml").read_text()
@@ -264,7 +270,7 @@ def test_a_backend_that_is_not_there_is_one_line(model_file, coco, monkeypatch, 
 
 
 def test_doctor(coco, capsys):
-    options = ["--recipe", "digits", "--queries", "6", "--steps", "3"]
+    options = ["--recipe", "digits", "--set", "model.num_queries=6", "--steps", "3"]
     assert main(["doctor", str(coco), *options]) == 0
     assert "ready to train" in capsys.readouterr().out
     path = coco / "annotations" / "train.json"
@@ -395,7 +401,7 @@ def test_errors_are_one_line(coco, model_file, tmp_path, capsys):
             "the small backbone has neither",
         ),
         (
-            ["train", str(coco), "--output", str(tmp_path / "run"), "--backbone", "vgg"],
+            ["train", str(coco), "--output", str(tmp_path / "x"), "--set", "model.backbone=vgg"],
             "backbone must be",
         ),
         (
@@ -417,8 +423,8 @@ def test_imagenet_weights_that_do_not_come(coco, tmp_path, capsys, monkeypatch):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torchvision.models, "get_model", refuse)
-    arguments = ["train", str(coco), "--output", str(tmp_path / "run"), "--backbone", "resnet18"]
-    assert main(arguments) == 2
+    arguments = ["train", str(coco), "--output", str(tmp_path / "run")]
+    assert main([*arguments, "--set", "model.backbone=resnet18"]) == 2
     error = capsys.readouterr().err.strip()
     assert "ImageNet weights of resnet18 did not come" in error and "\n" not in error
 
@@ -453,7 +459,7 @@ def test_out_of_memory_and_ctrl_c(model_file, capsys, monkeypatch):
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr("deformable_detr.cli.commands.complexity", fail)
+        monkeypatch.setattr("deformable_detr.evaluation.complexity.complexity", fail)
         assert main(["info", "--model", str(model_file)]) == code
         text = capsys.readouterr().err.strip()
         assert text.startswith(message) and "\n" not in text

@@ -1,5 +1,6 @@
 """Detections from whatever picture people have, in its pixels, with their data's own names."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, Detections, Output
+from deformable_detr import Batch, DeformableDETR, Detections, Output
 from deformable_detr.data.checks import check_dataset
 from deformable_detr.data.coco import CocoDataset, find_split
 from deformable_detr.data.images import read_image
@@ -24,6 +25,7 @@ from deformable_detr.inference.detector import (
 )
 from deformable_detr.inference.predict import predict, predict_each
 from deformable_detr.inference.views import View, fuse, make_views, suppress
+from deformable_detr.models import DETRConfig, build_model
 from deformable_detr.weights.ours import load_model, save_model
 from tests.conftest import TINY
 
@@ -71,6 +73,7 @@ def test_every_kind_of_picture_in_one_list(finder, tmp_path):
     for each in found[:4]:
         assert each.boxes.tolist() == [[pytest.approx(x, abs=1e-4) for x in (6, 10, 30, 22)]]
         assert each.names == ["green"] and each.category_ids == [7] and each.labels.tolist() == [1]
+        assert each.queries.tolist() == [1]
         assert each.scores.tolist() == [pytest.approx(torch.tensor(2.0).sigmoid().item())]
         assert each.size == (48, 64) and each.image.tobytes() == image.tobytes()
     assert found[2].path == found[3].path == tmp_path / "000000039769.png"
@@ -434,18 +437,26 @@ def test_merging_nothing():
 # Classes
 
 
-@pytest.mark.parametrize("two_stage", [False, True])
-def test_a_model_of_some_classes_keeps_their_logits(two_stage):
+SMALL = {"num_classes": 5, "backbone": "small", "embed_dim": 32, "num_heads": 2, "ffn_dim": 32}
+WITH_FIVE_CLASSES = {
+    "one stage": dataclasses.replace(TINY, num_classes=5),
+    "two stages": dataclasses.replace(TINY, num_classes=5, two_stage=True),
+    "no object": DETRConfig(**SMALL, num_queries=6, encoder_layers=1, decoder_layers=2),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_FIVE_CLASSES)
+def test_a_model_of_some_classes_keeps_their_logits(kind):
     torch.manual_seed(0)
-    config = DeformableDETRConfig(**vars(TINY) | {"num_classes": 5, "two_stage": two_stage})
-    model = DeformableDETR(config).eval()
+    model = build_model(WITH_FIVE_CLASSES[kind]).eval()
     for head in model.class_heads:
         torch.nn.init.normal_(head.weight)
     few = pick_classes(model, [4, 0, 2])
     batch = Batch.from_images([View(TO_TENSOR).of(picture())])
     with torch.no_grad():
         before, after = model(batch), few(batch)
-    torch.testing.assert_close(after.logits, before.logits[..., [4, 0, 2]])
+    kept = [4, 0, 2, 5] if kind == "no object" else [4, 0, 2]
+    torch.testing.assert_close(after.logits, before.logits[..., kept])
     torch.testing.assert_close(after.boxes, before.boxes)
     assert not few.training
 

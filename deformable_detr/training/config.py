@@ -60,6 +60,9 @@ class TrainConfig:
         for name, known in (("schedule", SCHEDULES), ("mixed_precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        for name in ("lr", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for least, names in (
             (1, ("epochs", "batch_size", "accumulate", "evaluate_every", "top_k")),
             (0, ("backbone_lr", "sampling_lr_factor", "weight_decay", "drop_epoch")),
@@ -68,8 +71,5 @@ class TrainConfig:
             for name in names:
                 if not least <= getattr(self, name) < math.inf:
                     raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("lr", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
