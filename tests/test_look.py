@@ -13,10 +13,19 @@ import torch
 from PIL import Image
 
 from deformable_detr import Batch, DeformableDETR, Detections, Output, Sampling
-from deformable_detr.look.figures import draw_gradient_norms, draw_sampling_points
+from deformable_detr.layers.dense_attention import DenseAttention
+from deformable_detr.look.attention import Attention, record_attention
+from deformable_detr.look.figures import (
+    draw_gradient_norms,
+    draw_query_attention,
+    draw_sampling_points,
+    draw_token_attention,
+)
 from deformable_detr.look.gradients import gradient_norms
 from deformable_detr.look.pictures import PALETTE, caption_font, draw_boxes, draw_detections
 from deformable_detr.look.sampling import record_sampling
+from deformable_detr.models import DETR, DETRConfig
+from deformable_detr.structures import Queries, Tokens
 from tests.conftest import TINY
 
 
@@ -148,3 +157,123 @@ def test_gradient_pictures_have_the_items_names():
     assert axes[0].patches[0].get_bbox().bounds == (5.5, 5.5, 12, 4)
     assert axes[0].images[1].get_array().shape == (16, 24)
     plt.close(figure)
+
+
+# DETR's maps
+
+
+class Pointing(torch.nn.Module):
+    """Each query looks at one token alone: the one whose feature it carries."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.attention = DenseAttention(2 * tokens, num_heads=2)
+        identity = torch.eye(2 * tokens)
+        with torch.no_grad():
+            self.attention.in_proj_weight.copy_(torch.cat([30 * identity, 30 * identity, identity]))
+
+    def forward(self, wanted, padding_mask, shape):
+        """wanted: (B, Q), tokens. Each head sees the whole code, one-hot, of a token."""
+        codes = torch.eye(padding_mask.shape[1]).repeat(1, 2)
+        features = codes.expand(len(wanted), -1, -1)
+        tokens = Tokens(features, 0 * features, padding_mask, [shape], torch.ones(2, 1, 2))
+        content = codes[wanted]
+        return self.attention.attend(Queries(content, 0 * content), tokens)
+
+
+@pytest.fixture
+def pointing():
+    """Two images, 60 x 80 and 40 x 56, as a map of 3 x 4; what their queries or tokens look at."""
+    mask = torch.zeros(2, 3, 4, dtype=torch.bool)
+    mask[1, 2:], mask[1, :, 3:] = True, True
+    wanted = torch.tensor([[6, 0, 11], [5, 6, 2]])
+    model = Pointing(12)
+    with torch.no_grad(), record_attention(model) as record:
+        model(wanted, mask.flatten(1), (3, 4))
+    return record["attention"], wanted
+
+
+def lit(figure, axes, size):
+    """The middles of cells of 20 x 20 pixels that have colour on a grey image, drawn as it is."""
+    figure.canvas.draw()
+    shown = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+    found = set()
+    for y in range(10, size[0], 20):
+        for x in range(10, size[1], 20):
+            column, up = axes.transData.transform((x + 3, y + 3)).round().astype(int)
+            colour = shown[len(shown) - 1 - up, column]
+            if colour.max() - colour.min() > 30:
+                found.add((y // 20, x // 20))
+            else:
+                assert abs(colour.mean() - 153) < 8  # the image, 128 on white at 0.8
+    return found
+
+
+GREY = [np.full((60, 80, 3), 128, np.uint8), np.full((40, 56, 3), 128, np.uint8)]
+
+
+@pytest.mark.parametrize(("image", "query"), [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)])
+def test_a_querys_token_lights_up_at_its_place(pointing, image, query):
+    """Also on a padded batch, and nothing but it: the image beneath stays as it is."""
+    attention, wanted = pointing
+    figure, axes = plt.subplots()
+    draw_query_attention(
+        axes, GREY[image], attention, query, (60, 80), image, box=(1, 2, 30, 20), label="nine"
+    )
+    place = divmod(int(wanted[image, query]), 4)
+    assert lit(figure, axes, GREY[image].shape[:2]) == {place}
+    assert axes.patches[0].get_bbox().bounds == (1, 2, 29, 18)
+    height, width = GREY[image].shape[:2]
+    assert axes.get_xlim() == (0, width) and axes.get_ylim() == (height, 0)
+    plt.close(figure)
+
+
+def test_the_token_at_a_point_is_the_one_in_whose_cell_it_lies():
+    """Token (row, column) looks at the next one in its row, and the last at the first."""
+    weights = torch.zeros(1, 2, 12, 12)
+    for token in range(12):
+        weights[0, :, token, token // 4 * 4 + (token + 1) % 4] = 1
+    attention = Attention(weights, [(3, 4)])
+    for point, looked_at in {(0, 0): (0, 1), (59, 39): (1, 3), (79, 59): (2, 0)}.items():
+        figure, axes = plt.subplots()
+        draw_token_attention(axes, GREY[0], attention, point, (60, 80))
+        assert axes.lines[0].get_xydata().tolist() == [list(point)]
+        assert lit(figure, axes, (60, 80)) == {looked_at}
+        plt.close(figure)
+
+
+def test_what_attention_cannot_be_drawn():
+    _, axes = plt.subplots()
+    attention = Attention(torch.ones(1, 1, 12, 12), [(3, 4)])
+    with pytest.raises(ValueError, match=r"in the image of 80 x 60 pixels, got \(80, 3\)"):
+        draw_token_attention(axes, GREY[0], attention, (80, 3), (60, 80))
+    for shapes, given in ((None, "none"), ([(2, 3), (2, 3)], "2 maps")):
+        attention = Attention(torch.ones(1, 1, 12, 12), shapes)
+        with pytest.raises(ValueError, match=f"tokens of one map, got {given}"):
+            draw_query_attention(axes, GREY[0], attention, 0, (60, 80))
+    plt.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_drawn_too(dtype):
+    figure, axes = plt.subplots(1, 2)
+    locations = torch.rand(1, 1, 2, 1, 2, 2).to(dtype)
+    sampling = Sampling(locations, torch.rand(1, 1, 2, 1, 2).to(dtype), [(3, 4)])
+    draw_sampling_points(axes[0], GREY[0], sampling, 0, (60, 80))
+    attention = Attention(torch.rand(1, 2, 12, 12).to(dtype), [(3, 4)])
+    draw_query_attention(axes[1], GREY[0], attention, 0, (60, 80))
+    plt.close(figure)
+
+
+def test_score_gradients_are_of_the_models_own_scoring():
+    """DETR's score is a softmax, to which the logit of no object belongs."""
+    torch.manual_seed(0)
+    config = DETRConfig(num_classes=3, num_queries=4, backbone="small", embed_dim=32, num_heads=2)
+    config = dataclasses.replace(config, encoder_layers=1, decoder_layers=1, ffn_dim=32)
+    model = DETR(config).double().eval()
+    batch = Batch.from_images([torch.rand(3, 32, 48).double()])
+    norms = gradient_norms(model, batch, query=1, label=2)
+    images = batch.images.clone().requires_grad_(True)
+    score = model(Batch(images, batch.mask, batch.sizes)).logits[0, 1].softmax(-1)[2]
+    (gradient,) = torch.autograd.grad(score, images)
+    torch.testing.assert_close(norms["score"], gradient[0].norm(dim=0))

@@ -113,7 +113,7 @@ def draw_gradient_norms(
     x0, y0, x1, y1 = (cxcywh_to_xyxy(box) * torch.tensor([width, height] * 2)).tolist()
     for axis, (name, norm) in zip(axes, norms.items(), strict=True):
         norm = norm[:height, :width].float().cpu().numpy()
-        axis.imshow(pixels.mean(-1), cmap="gray", alpha=0.35)
+        axis.imshow(_gray(pixels), alpha=0.35)
         axis.imshow(norm, cmap="inferno", alpha=0.75, vmax=np.quantile(norm, 0.998))
         _mark(axis, None, (x0 - 0.5, y0 - 0.5, x1 - 0.5, y1 - 0.5))  # pixel centres are integers
         axis.set(title=name)
@@ -159,11 +159,15 @@ def _draw_image(axes: Axes, image: Picture, label: str, gray: bool = False) -> N
     """The image, a little paler; (0, 0) is the corner of its first pixel."""
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
-    if gray:
-        pixels = pixels.mean(-1)
-    axes.imshow(pixels, extent=(0, width, height, 0), alpha=0.8, cmap="gray")
+    pixels = _gray(pixels) if gray else pixels
+    axes.imshow(pixels, extent=(0, width, height, 0), alpha=0.8)
     axes.set(xlim=(0, width), ylim=(height, 0), title=label)
     axes.set_axis_off()
+
+
+def _gray(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 3) without colour; not (H, W), which would be stretched to all of black and white."""
+    return np.broadcast_to(pixels.mean(-1, keepdims=True), pixels.shape).astype(pixels.dtype)
 
 
 def _mark(
