@@ -48,10 +48,12 @@ from deformable_detr.data.coco import CocoDataset, find_split
 from deformable_detr.data.transforms import digits_eval_transform, digits_train_transform
 from deformable_detr.evaluation.coco import evaluate
 from deformable_detr.evaluation.report import analyse
+from deformable_detr.evaluation.report_page import write_html
 from deformable_detr.exercises import check
 from deformable_detr.models.deformable_detr import DeformableDETR
 from deformable_detr.training.doctor import doctor
-from deformable_detr.training.loop import DIGITS, train
+from deformable_detr.training.loop import train
+from deformable_detr.training.recipe import load_recipe
 from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")
@@ -226,12 +228,12 @@ model = DeformableDETR(config)
 published, own = source.state_dict(), model.state_dict()
 fitting = {k: v for k, v in published.items() if v.shape == own[k].shape}
 for kind in ("weight", "bias"):  # of the first stage's head
-    name = f"class_heads.{config.decoder_layers}.{kind}"
+    name = f"first_stage.class_head.{kind}"
     own[name][0] = published[name][0]
 model.load_state_dict(own | fitting)
 renewed = sorted(set(own) - set(fitting))
 print(len(fitting), "tensors kept,", len(renewed), "made anew, such as", renewed[0])
-assert all(name.startswith("class_heads") for name in renewed)
+assert all("class_head" in name for name in renewed)
 
 # %% [markdown]
 # `DeformableDETR.from_pretrained(path, num_classes=3)` does this with a line for each tensor, also for
@@ -268,7 +270,8 @@ assert diagnosis.healthy and diagnosis.ap > 0.5  # below 100 steps the doctor on
 # see what the start was worth.
 
 # %%
-recipe = dataclasses.replace(DIGITS, epochs=2, lr=5e-4, backbone_lr=5e-4, warmup_steps=10)
+recipe = load_recipe("digits").train
+recipe = dataclasses.replace(recipe, epochs=2, lr=5e-4, backbone_lr=5e-4, warmup_steps=10)
 runs = {}
 for name, start in (("fine-tuned", model), ("from nothing", DeformableDETR(config))):
     losses = []
@@ -316,7 +319,7 @@ assert sum(tuned[-10:]) < 0.5 * sum(tuned[:10])
 # *difficulty ●●○ · 15 minutes · 4 lines*
 #
 # With very few images one may train only the part that is new. Return the names of the parameters
-# that should learn: those of the class heads, and, with `boxes=True`, of the box heads too. Set
+# that should learn: those of the decoder's class heads, and, with `boxes=True`, of its box heads too. Set
 # `requires_grad` accordingly.
 
 
@@ -383,7 +386,7 @@ assert report.errors.counts["correct"] > 100
 
 # %%
 page = Path(temporary.name) / "report.html"
-report.write_html(page)
+write_html(report, page)
 text = page.read_text()
 links, pictures = "http://" in text or "https://" in text, text.count("<img") > 0
 print("links to other hosts:", links, "and pictures inside:", pictures)

@@ -18,6 +18,7 @@ from deformable_detr.data.coco import CocoDataset, find_split
 from deformable_detr.evaluation.coco import score
 from deformable_detr.evaluation.mistakes import KINDS, judge, judge_all
 from deformable_detr.evaluation.report import analyse, analyse_results, choose_threshold
+from deformable_detr.evaluation.report_page import write_html
 from tests.conftest import TINY, save_annotations
 
 OTHER = {3: 7, 7: 20, 20: 3}  # red for green, green for blue, blue for red
@@ -258,7 +259,7 @@ def test_data_without_images_objects_or_classes(coco, tmp_path, gone):
     assert math.isnan(report.metrics.ap) and math.isnan(report.errors.recall)
     assert all(curve.precision == [] and math.isnan(curve.ap50) for curve in report.curves)
     report.write_json(tmp_path / "report.json")
-    report.write_html(tmp_path / "report.html")
+    write_html(report, tmp_path / "report.html")
     assert "No image has an error." in (tmp_path / "report.html").read_text()
 
 
@@ -296,7 +297,7 @@ class Page(HTMLParser):
 def test_the_page_stands_alone_and_says_what_it_shows(dataset, tmp_path):
     dataset.categories[0]["name"] = "<red> & 'co'"
     report = analyse_results(truth(dataset, swap=True), dataset)
-    report.write_html(tmp_path / "deep" / "report.html")
+    write_html(report, tmp_path / "deep" / "report.html")
     text = (tmp_path / "deep" / "report.html").read_text("utf-8")
     page = Page(text)
     assert page.tags["img"] == 5 and page.tags["svg"] == 3
@@ -345,7 +346,7 @@ def test_what_cannot_be_written_says_so_and_leaves_what_was_there(dataset, tmp_p
     path.write_text("before")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match=r"cannot write .*report\.html: disk full"):
-        report.write_html(path)
+        write_html(report, path)
     assert path.read_text() == "before" and [p.name for p in tmp_path.glob(".report*")] == []
 
 

@@ -1,11 +1,20 @@
 """Backbones: an image in, feature maps at three strides out. Chapter 8; deformable convolution,
-chapter 3."""
+chapter 3.
+
+BACKBONES has what makes each by its name: a function of dilation, of whether ImageNet's weights are
+loaded, and of how many last stages have deformable convolutions.
+"""
+
+from functools import partial
 
 import torchvision
 from torch import nn
 
 from deformable_detr.backbones.resnet import STAGES, ResNetBackbone
-from deformable_detr.backbones.small import SmallBackbone
+from deformable_detr.backbones.small import small_backbone
+
+RESNETS = [n for n in torchvision.models.list_models() if n.startswith(("resn", "wide_resn"))]
+BACKBONES = {"small": small_backbone} | {name: partial(ResNetBackbone, name) for name in RESNETS}
 
 
 def build_backbone(
@@ -14,20 +23,12 @@ def build_backbone(
     """The backbone called `name`: "small" or a ResNet of torchvision ("resnet50", "resnet101",
     "resnext101_32x8d", "resnext101_64x4d"...).
 
-    pretrained loads torchvision's ImageNet weights. deformable_stages: how many of the last stages
-    have deformable convolutions, 0 to 3. ValueError on other names and numbers.
+    dilation: the last stage at stride 16 (DC5). pretrained loads torchvision's ImageNet weights.
+    deformable_stages: how many of the last stages have deformable convolutions, 0 to 3. The module
+    has `channels` and `strides` of its maps. ValueError on other names and numbers.
     """
     if not 0 <= deformable_stages <= len(STAGES):
         raise ValueError(f"deformable_stages must be from 0 to 3, got {deformable_stages}")
-    if name == "small":
-        if dilation or pretrained or deformable_stages:
-            raise ValueError(
-                "the small backbone has neither dilation nor ImageNet weights nor deformable stages"
-            )
-        return SmallBackbone()
-    resnets = [n for n in torchvision.models.list_models() if n.startswith(("resn", "wide_resn"))]
-    if name not in resnets:
-        raise ValueError(f"backbone must be 'small' or one of {resnets}, got {name!r}")
-    if dilation and name in ("resnet18", "resnet34"):
-        raise ValueError(f"{name} has no dilated form in torchvision; use resnet50 or deeper")
-    return ResNetBackbone(name, dilation, pretrained, deformable_stages)
+    if name not in BACKBONES:
+        raise ValueError(f"backbone must be 'small' or one of {RESNETS}, got {name!r}")
+    return BACKBONES[name](dilation, pretrained, deformable_stages)

@@ -1,4 +1,4 @@
-"""Convolutional backbones: an image in, feature maps at three strides out."""
+"""ResNets as detectors have them: three maps, frozen batch norm. Chapter 8."""
 
 from itertools import pairwise
 
@@ -12,6 +12,7 @@ from deformable_detr.layers.stack import Stack
 
 STAGES = ("layer2", "layer3", "layer4")  # torchvision's names for C3, C4 and C5
 HEAD = ("avgpool", "fc")
+BASIC = ("resnet18", "resnet34")  # without bottlenecks
 
 
 class ResNetBackbone(Stack):
@@ -31,6 +32,8 @@ class ResNetBackbone(Stack):
         deformable_stages: int = 0,
     ) -> None:
         super().__init__()
+        if dilation and name in BASIC:
+            raise ValueError(f"{name} has no dilated form in torchvision; use resnet50 or deeper")
         resnet = torchvision.models.get_model(
             name,
             # those that detectors are published with; torchvision's later ones score higher

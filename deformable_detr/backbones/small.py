@@ -1,4 +1,4 @@
-"""A small backbone for small images."""
+"""A small backbone for small images. Chapter 8."""
 
 from itertools import pairwise
 
@@ -51,3 +51,12 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels_in, H, W) to (B, channels_out, ceil(H/2), ceil(W/2))."""
         return (self.body(x) + self.shortcut(x)).relu()
+
+
+def small_backbone(dilation: bool, pretrained: bool, deformable_stages: int) -> SmallBackbone:
+    """The small backbone; ValueError where more is asked of it than it has."""
+    if dilation or pretrained or deformable_stages:
+        raise ValueError(
+            "the small backbone has neither dilation nor ImageNet weights nor deformable stages"
+        )
+    return SmallBackbone()

@@ -127,8 +127,10 @@ def detect_all(
 
 def write_report(found: "Report", args: argparse.Namespace) -> None:
     """--json and --report."""
+    from deformable_detr.evaluation.report_page import write_html
+
     if args.json:
         found.write_json(args.json)
     if args.report:
-        found.write_html(args.report)
+        write_html(found, args.report)
         print(f"report: {args.report}")

@@ -1,4 +1,4 @@
-"""COCO metrics by pycocotools."""
+"""COCO metrics by pycocotools. Chapter 9."""
 
 import dataclasses
 import math
@@ -17,8 +17,8 @@ from tqdm import tqdm
 from deformable_detr.data.coco import CocoDataset, collate
 from deformable_detr.evaluation_mode import evaluating
 from deformable_detr.inference.postprocess import postprocess
-from deformable_detr.models.deformable_detr import DeformableDETR
-from deformable_detr.training.batches import ignore_interrupt
+from deformable_detr.interrupts import ignore_interrupt
+from deformable_detr.models.base import BaseDetector
 
 COCO_THRESHOLDS = (32**2, 96**2)  # areas at which small and medium objects end, in pixels
 
@@ -80,7 +80,7 @@ def rounded(value: object) -> object:
 
 @torch.no_grad()
 def predict_dataset(
-    model: DeformableDETR,
+    model: BaseDetector,
     dataset: CocoDataset,
     batch_size: int = 8,
     num_workers: int = 0,
@@ -121,7 +121,7 @@ def predict_dataset(
 
 
 def evaluate(
-    model: DeformableDETR,
+    model: BaseDetector,
     dataset: CocoDataset,
     batch_size: int = 8,
     num_workers: int = 0,
@@ -136,7 +136,7 @@ def evaluate(
     return score(predict_dataset(model, dataset, batch_size, num_workers, progress, top_k), dataset)
 
 
-def check_classes(model: DeformableDETR, dataset: CocoDataset) -> None:
+def check_classes(model: BaseDetector, dataset: CocoDataset) -> None:
     """ValueError unless the model has as many classes as the data has categories."""
     if model.config.num_classes != len(dataset.categories):
         raise ValueError(

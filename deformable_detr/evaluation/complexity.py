@@ -1,4 +1,7 @@
-"""What a detector costs: parameters, multiply-adds, seconds and memory (Table 1, Appendix A.1)."""
+"""What a detector costs: parameters, multiply-adds, seconds and memory (Table 1, Appendix A.1).
+
+Chapter 8 reads it.
+"""
 
 import dataclasses
 import math

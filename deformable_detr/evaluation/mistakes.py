@@ -1,4 +1,7 @@
-"""The kind of each error of a detector, as in "TIDE" (Bolya et al., 2020), and what it costs."""
+"""The kind of each error of a detector, as in "TIDE" (Bolya et al., 2020), and what it costs.
+
+Chapter 12.
+"""
 
 from collections import Counter
 from dataclasses import dataclass

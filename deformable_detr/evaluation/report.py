@@ -1,4 +1,7 @@
-"""What a detector gets wrong: metrics, curves, confusions, kinds of errors, the worst images."""
+"""What a detector gets wrong: metrics, curves, confusions, kinds of errors, the worst images.
+
+Chapter 12 reads one.
+"""
 
 import dataclasses
 import math
@@ -29,8 +32,8 @@ from deformable_detr.evaluation.mistakes import (
     match,
     overlap_of,
 )
-from deformable_detr.files import write_atomically, write_json
-from deformable_detr.models.deformable_detr import DeformableDETR
+from deformable_detr.files import write_json
+from deformable_detr.models.base import BaseDetector
 
 WORST = 12  # images that a report shows at most
 
@@ -153,20 +156,9 @@ class Report:
         """`to_dict` as a file, atomically. OSError where it cannot be written."""
         write_json(path, self.to_dict())
 
-    def write_html(self, path: Path | str) -> None:
-        """One page with tables, curves and pictures that needs no other file, atomically.
-
-        Reads the worst images: ValueError or FileNotFoundError where one cannot be read. OSError
-        where the page cannot be written.
-        """
-        from deformable_detr.evaluation.report_page import page  # it builds on the classes above
-
-        text = page(self)
-        write_atomically(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
-
 
 def analyse(
-    model: DeformableDETR,
+    model: BaseDetector,
     dataset: CocoDataset,
     batch_size: int = 8,
     threshold: float | None = 0.5,

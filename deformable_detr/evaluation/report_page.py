@@ -1,14 +1,16 @@
-"""A report as one HTML page: no scripts, no other files, for light and dark screens."""
+"""A report as one HTML page: no scripts, no other files, for light and dark screens. Chapter 12."""
 
 import base64
 from collections.abc import Iterable
 from html import escape
 from io import BytesIO
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from deformable_detr.evaluation.mistakes import FOUND, KINDS, ImageReport, Judged
 from deformable_detr.evaluation.report import Confusion, Curve, Report, figure
+from deformable_detr.files import write_atomically
 from deformable_detr.look.pictures import draw_boxes
 
 COLOURS = {  # Okabe and Ito's, which colour-blind readers tell apart
@@ -40,6 +42,16 @@ img, svg { width: 100%; height: auto; }
 .line { fill: none; stroke: var(--curve); stroke-width: 2; }
 .key { display: inline-block; width: 1em; height: 1em; border: 1px solid var(--text); }
 """
+
+
+def write_html(report: Report, path: Path | str) -> None:
+    """Write the page, atomically.
+
+    Reads the worst images: ValueError or FileNotFoundError where one cannot be read. OSError where
+    the page cannot be written.
+    """
+    text = page(report)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
 
 
 def page(report: Report) -> str:
