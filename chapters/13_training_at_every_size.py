@@ -60,14 +60,16 @@ from deformable_detr.data.transforms import digits_eval_transform
 from deformable_detr.evaluation.complexity import PAPER_SIZE, LiveTensors, make_batch
 from deformable_detr.exercises import check
 from deformable_detr.losses.criterion import SetCriterion
-from deformable_detr.training.loop import DIGITS, PAPER, Trainer
+from deformable_detr.training.loop import PAPER, train_step
 from deformable_detr.training.optimiser import averaged, lr_factor, parameter_groups
 from deformable_detr.training.recipe import load_recipe
+from deformable_detr.training.setup import Training
 from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")
 torch.manual_seed(0)
 torch.set_num_threads(1)
+DIGITS = load_recipe("digits").train
 
 # %% [markdown]
 # ## 13.1 What stands in a recipe
@@ -227,7 +229,7 @@ def test_accumulated_is_large():
 test_accumulated_is_large()
 
 # %% [markdown]
-# The library does this in `Trainer.train_step`. Give it the four images as one batch and as two:
+# The library does this in `train_step`. Give it the four images as one batch and as two:
 
 # %%
 temporary = tempfile.TemporaryDirectory()
@@ -237,8 +239,8 @@ plain = dataclasses.replace(DIGITS, batch_size=2, accumulate=2, clip_norm=1e9)
 
 def step_of(batches):
     """The loss and the gradient's norm that one step of the library reports."""
-    trainer = Trainer(copy.deepcopy(model), digits, None, folder, plain, progress=False)
-    terms = trainer.train_step(batches)
+    training = Training(copy.deepcopy(model), digits, None, folder, plain, progress=False)
+    terms = train_step(training, batches)
     return terms["loss"], terms["gradient_norm"]
 
 
@@ -364,11 +366,11 @@ torch.testing.assert_close(weight.grad, by_hand)
 # %%
 fresh = DeformableDETR(shipped.config)
 recipe = dataclasses.replace(DIGITS, warmup_steps=10)
-trainer = Trainer(fresh, digits, None, folder, recipe, progress=False)
+training = Training(fresh, digits, None, folder, recipe, progress=False)
 norms = []
-for batches in islice(trainer.batches(), 24):
-    norms.append(trainer.train_step(batches)["gradient_norm"])
-    trainer.step += 1
+for batches in islice(training.batches(), 24):
+    norms.append(train_step(training, batches)["gradient_norm"])
+    training.step += 1
 assert min(norms) > 5 * DIGITS.clip_norm  # clipped to a fifth at most
 
 # %% mystnb={"image": {"alt": "The gradient's norm in the first 24 steps of a training, on a logarithmic axis: between four and twelve, far above two dashed lines at 0.5 and 0.1."}}
@@ -960,7 +962,7 @@ assert not torch.allclose(torch.tensor(found["own"]), wanted, rtol=0.05)
 
 # %% [markdown]
 # The average over $P$ processes of $g_p / (N / P)$ is $\sum g_p / N$: hence the mean number, as in
-# `losses.count_boxes` and in the official code. It is 13.3 once more, with processes in place of batches.
+# `losses.criterion.count_boxes` and in the official code. It is 13.3 once more, with processes in place of batches.
 # The whole trainer is tested so: two processes log the same losses as one with the double batch
 # (`tests/test_train.py`).
 #

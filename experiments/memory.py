@@ -24,8 +24,9 @@ from deformable_detr.losses.criterion import SetCriterion
 from deformable_detr.models.deformable_detr import DeformableDETR, DeformableDETRConfig
 from deformable_detr.provenance import provenance
 from deformable_detr.structures import Batch, Target
-from deformable_detr.training.loop import PAPER, PRECISION, in_float32
+from deformable_detr.training.loop import PAPER
 from deformable_detr.training.optimiser import parameter_groups
+from deformable_detr.training.precision import autocast
 
 BOXES = 7  # of an image; COCO has 7.3 on average
 PARTS = ("backbone", "input_proj", "encoder", "decoder")
@@ -81,15 +82,14 @@ class Step:
         self.model.set_gradient_checkpointing(size.gradient_checkpointing)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, PAPER))
         self.criterion, self.batch = SetCriterion(), random_batch(size)
-        self.dtype = PRECISION[size.mixed_precision]
+        self.precision = size.mixed_precision
 
     def backward(self) -> None:
         """The gradients."""
         self.optimizer.zero_grad()
-        half = self.dtype if self.dtype != torch.float32 else None
-        with torch.autocast("cpu", half, half is not None):
+        with autocast(torch.device("cpu"), self.precision):
             output = self.model(self.batch)
-        sum(self.criterion(in_float32(output), self.batch.targets).values()).backward()
+        sum(self.criterion(output.float(), self.batch.targets).values()).backward()
 
     def __call__(self) -> None:
         """One whole step."""

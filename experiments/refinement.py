@@ -19,7 +19,8 @@ from deformable_detr.evaluation.coco import evaluate
 from deformable_detr.files import write_json
 from deformable_detr.models.deformable_detr import DeformableDETR
 from deformable_detr.provenance import provenance
-from deformable_detr.training.loop import DIGITS, train
+from deformable_detr.training.loop import train
+from deformable_detr.training.recipe import load_recipe
 
 SEEDS = (0, 1, 2)
 VARIANTS = {
@@ -48,7 +49,7 @@ def run(variant: str, seed: int) -> dict:
         train_set,
         None,
         folder,
-        dataclasses.replace(DIGITS, epochs=1, seed=seed),
+        dataclasses.replace(load_recipe("digits").train, epochs=1, seed=seed),
         on_step=lambda step, terms: losses.append([step, terms["loss_giou"]]),
         progress=False,
     )

@@ -10,9 +10,9 @@ from torchvision.transforms import v2
 
 from deformable_detr import DeformableDETR
 from deformable_detr.data.coco import CocoDataset, find_split
+from deformable_detr.data.preparation import PREPARATIONS
 from deformable_detr.data.transforms import TO_TENSOR, digits_train_transform
 from deformable_detr.training import doctor
-from deformable_detr.training.recipes import TRANSFORMS
 from tests.conftest import TINY, save_annotations
 
 
@@ -100,12 +100,13 @@ def test_a_transform_that_leaves_boxes_behind_is_fatal(coco):
     assert text.startswith("after the transform boxes lie within") and "annotation 100" in text
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", PREPARATIONS)
 def test_the_transforms_of_every_recipe_keep_boxes_on_their_pixels(coco, name):
     """Also for boxes that do not start at a whole pixel."""
     edit(coco, lambda c: c["annotations"][1].update(bbox=[3.4, 7.7, 18.3, 29.9]))
-    for make in TRANSFORMS[name]:
-        dataset, seen = load(coco, make()), 0
+    prepare = PREPARATIONS[name]
+    for transform in (prepare.train_transform(), prepare.eval_transform()):
+        dataset, seen = load(coco, transform), 0
         for seed in range(12):
             torch.manual_seed(seed)
             for _, error in doctor.box_errors(dataset, seed % 2):
@@ -128,10 +129,10 @@ def test_boxes_off_by_some_pixels_are_measured():
 
 def test_a_part_without_gradient_is_fatal(coco):
     model = model_of()
-    for projection in model.input_proj:
+    for projection in model.neck.input_proj:
         projection.register_forward_hook(lambda module, inputs, output: output.detach())
     (text,) = texts(examine(coco, model), "fatal")
-    assert text == "no gradient reaches ['backbone', 'input_proj']"
+    assert text == "no gradient reaches ['backbone']"
 
 
 def test_numbers_that_are_none_are_fatal_and_traced(coco):

@@ -1,6 +1,7 @@
 """Training: recipes, exact resumption, Ctrl-C, and what stops it."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -19,16 +20,29 @@ from deformable_detr import DeformableDETR, DeformableDETRConfig
 from deformable_detr.data.coco import CocoDataset, collate, find_split
 from deformable_detr.data.transforms import digits_train_transform
 from deformable_detr.evaluation.coco import evaluate, predict_dataset
+from deformable_detr.interrupts import Interrupted
 from deformable_detr.losses.criterion import SetCriterion
+from deformable_detr.provenance import processor
 from deformable_detr.structures import Batch
-from deformable_detr.training import loop as training
+from deformable_detr.training import setup
 from deformable_detr.training.config import TrainConfig
-from deformable_detr.training.loop import lr_factor, parameter_groups, train
-from deformable_detr.training.optimiser import averaged, freeze
-from deformable_detr.training.recipes import NAMES, load_recipe
-from deformable_detr.weights.ours import load_model
+from deformable_detr.training.faults import NonFiniteLossError
+from deformable_detr.training.loop import PAPER, make_steps, train
+from deformable_detr.training.optimiser import (
+    averaged,
+    freeze,
+    load_state_by_name,
+    lr_factor,
+    parameter_groups,
+    state_by_name,
+)
+from deformable_detr.training.recipe import load_recipe
+from deformable_detr.training.recipes import NAMES
+from deformable_detr.training.setup import Training
+from deformable_detr.weights.ours import load_model, upgrade_name
 from tests.conftest import TINY, save_annotations, write_coco
 
+GOLDEN = Path(__file__).parent / "golden"
 RECIPE = TrainConfig(epochs=4, batch_size=2, lr=1e-3, backbone_lr=1e-3, evaluate_every=2)
 
 
@@ -58,7 +72,7 @@ def stop_at(step):
 def test_resuming_in_mid_epoch_is_as_if_it_had_never_stopped(coco, tmp_path, workers):
     recipe = dataclasses.replace(RECIPE, num_workers=workers)
     whole, _ = run(coco, tmp_path / "whole")
-    with pytest.raises(training.Interrupted, match=r"stopped at step 5 of 12; .*checkpoint.pt"):
+    with pytest.raises(Interrupted, match=r"stopped at step 5 of 12; .*checkpoint.pt"):
         run(coco, tmp_path / "parts", recipe, on_step=stop_at(5))
     parts, metrics = run(coco, tmp_path / "parts", recipe)
     for name, tensor in whole.state_dict().items():
@@ -69,7 +83,7 @@ def test_resuming_in_mid_epoch_is_as_if_it_had_never_stopped(coco, tmp_path, wor
 
 
 def test_a_log_line_cut_short_by_a_crash_does_not_stop_a_resumption(coco, tmp_path):
-    with pytest.raises(training.Interrupted):
+    with pytest.raises(Interrupted):
         run(coco, tmp_path / "run", on_step=stop_at(5))
     with open(tmp_path / "run" / "log.jsonl", "a") as log:
         log.write('{"step": 6, "lo')
@@ -84,7 +98,8 @@ from pathlib import Path
 from deformable_detr import DeformableDETR
 from deformable_detr.data.coco import CocoDataset, find_split
 from deformable_detr.training.config import TrainConfig
-from deformable_detr.training.loop import Interrupted, train
+from deformable_detr.interrupts import Interrupted
+from deformable_detr.training.loop import train
 from tests.conftest import TINY
 
 class Slow(CocoDataset):
@@ -151,16 +166,83 @@ def assert_same_weights(one, other):
 
 def test_a_checkpoint_from_before_the_newer_options_is_continued(coco, tmp_path):
     whole, _ = run(coco, tmp_path / "whole")
-    with pytest.raises(training.Interrupted):
+    with pytest.raises(Interrupted):
         run(coco, tmp_path / "parts", on_step=stop_at(5))
     path = tmp_path / "parts" / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
     for name in ("accumulate", "frozen", "ema_decay", "top_k", "mixed_precision"):
         del state["identity"][f"recipe {name}"]
-    del state["stale"], state["scaler"]
+    del state["stale"], state["scaler"], state["epochs_ended"], state["identity"]["model"]
     torch.save(state, path)
     parts, _ = run(coco, tmp_path / "parts")
     assert_same_weights(whole, parts)
+
+
+def test_a_run_of_version_0_1_is_resumed(tmp_path, monkeypatch):
+    """Its checkpoint has the optimiser's state by numbers, and other names and another order of
+    parameters. Exact on the processor and the torch that went on with it then; elsewhere sums are
+    added in another order, and Adam turns small gradients into steps of full length."""
+    before = json.loads((GOLDEN / "run.json").read_text())
+    (tmp_path / "checkpoint.pt").write_bytes((GOLDEN / "checkpoint.pt").read_bytes())
+    samples = GOLDEN.parents[1] / "data" / "samples"
+    data = CocoDataset(samples, samples / "annotations.json", digits_train_transform())
+    model = DeformableDETR(DeformableDETRConfig(**before["model"]))
+    recipe = TrainConfig(**before["train"] | {"frozen": tuple(before["train"]["frozen"])})
+
+    # the gradient's norm is the one sum over all parameters: here, too, in their order then
+    parameters, total_norm = dict(model.named_parameters()), nn.utils.get_total_norm
+    order = [upgrade_name(name, model.config) for name in before["state"]]
+    order = [parameters[name] for name in order if name in parameters]
+    norm = lambda _: total_norm([p.grad for p in order if p.grad is not None])  # noqa: E731
+    monkeypatch.setattr(nn.utils, "get_total_norm", norm)
+
+    losses, threads = [], torch.get_num_threads()
+    options = {"progress": False, "card": {"transforms": "digits"}}
+    options["on_step"] = lambda step, terms: losses.append(terms["loss"])
+    torch.set_num_threads(1)
+    train(model, data, None, tmp_path, recipe, **options)
+    torch.set_num_threads(threads)
+    assert losses == pytest.approx(before["losses"], rel=1e-3)
+    trained = load_model(tmp_path / "last.safetensors")[0].state_dict()
+    wanted = {upgrade_name(name, model.config): x for name, x in before["state"].items()}
+    assert trained.keys() == wanted.keys()
+    for name, tensor in trained.items():
+        expected = pytest.approx(wanted[name]["norm"], rel=1e-3, abs=1e-3)
+        assert tensor.double().norm().item() == expected, name
+    if (processor(), torch.__version__) == (before["cpu"], before["torch"]):
+        assert losses == before["losses"]
+        for name, tensor in trained.items():
+            digest = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+            assert digest == wanted[name]["sha256"], name
+
+
+def test_an_optimiser_finds_its_state_again_in_another_order():
+    """By name, in groups of other rates, and where a parameter has had no gradient yet."""
+
+    class Model(nn.Module):
+        def __init__(self, *names):
+            super().__init__()
+            for name in names:
+                setattr(self, name, nn.Linear(2, 2, bias=False))
+
+    def optimizer_of(model):
+        return torch.optim.AdamW(parameter_groups(model, PAPER))
+
+    one = Model("backbone", "first", "second", "sampling_offsets", "idle")
+    other = Model("idle", "second", "sampling_offsets", "first", "backbone")
+    here, there = optimizer_of(one), optimizer_of(other)
+    sum(p.square().sum() for name, p in one.named_parameters() if "idle" not in name).backward()
+    here.step()
+    state = state_by_name(here, one)
+    assert state.keys() == {name for name, _ in one.named_parameters()} - {"idle.weight"}
+    load_state_by_name(there, other, state)
+    again = state_by_name(there, other)
+    assert again.keys() == state.keys()
+    for name, values in state.items():
+        assert all(torch.equal(again[name][key], x) for key, x in values.items()), name
+    few = Model("second")
+    with pytest.raises(ValueError, match=r"the optimiser has no parameter backbone\.weight"):
+        load_state_by_name(optimizer_of(few), few, state)
 
 
 def steady_model():
@@ -190,8 +272,9 @@ TWO = """
 import os, signal
 from pathlib import Path
 from tests.test_train import EQUAL, one_without_boxes, steady_model, train
-from deformable_detr.cli import commands
-from deformable_detr.training.loop import Interrupted, make_accelerator
+from deformable_detr.cli import beforehand
+from deformable_detr.interrupts import Interrupted
+from deformable_detr.training.processes import make_accelerator
 
 def on_step(step, losses):
     if step == 4 and os.environ["RANK"] == "1":
@@ -208,12 +291,13 @@ try:  # a folder that only one of two machines sees
 except ValueError as error:
     print(f"process {os.environ['RANK']}: {error}", flush=True)
 if os.environ["RANK"] == "1":
-    commands.check_dataset = None  # the other process looks, and both refuse
+    beforehand.check_dataset = None  # the other process looks, and both refuse
 try:
-    commands.refuse_faults(Path("faulty"), ("train",), make_accelerator())
+    beforehand.refuse_faults(Path("faulty"), ("train",), make_accelerator())
 except ValueError as error:
     print(f"process {os.environ['RANK']}: {error}", flush=True)
 """
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 EQUAL = TrainConfig(epochs=3, batch_size=1, lr=1e-3, backbone_lr=1e-3)
 
 
@@ -228,8 +312,7 @@ def test_two_processes_step_as_one_with_the_double_batch_and_stop_together(coco,
     content = write_coco(tmp_path / "faulty")
     content["annotations"][1]["category_id"] = 99
     save_annotations(tmp_path / "faulty", content)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    printed = run_script(tmp_path, TWO, before=launch)
+    printed = run_script(tmp_path, TWO, before=LAUNCH)
     double = dataclasses.replace(EQUAL, batch_size=2)
     data = one_without_boxes(coco)
     train(steady_model(), data, None, tmp_path / "one", double, progress=False)
@@ -244,6 +327,36 @@ def test_two_processes_step_as_one_with_the_double_batch_and_stop_together(coco,
     assert state["step"] == 4 and state["identity"]["processes"] == 2
     assert len(state["random_states"]) == 2
     assert len(list((tmp_path / "equal").glob("events.*"))) == 1
+
+
+RESUMED = """
+import os, signal
+from deformable_detr.interrupts import Interrupted
+from tests.test_train import PAIR, make, train
+
+def stop(step, losses):
+    if step == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGINT)
+
+for folder, on_step in (("whole", None), ("parts", stop), ("parts", None)):
+    try:
+        train(*make("coco"), folder, PAIR, on_step=on_step, progress=False)
+    except Interrupted as stopped:
+        print(stopped, flush=True)
+"""
+PAIR = dataclasses.replace(RECIPE, epochs=2, batch_size=1)
+
+
+def test_two_processes_resume_as_if_they_had_never_stopped(coco, tmp_path):
+    """Each with its own random numbers, on which dropout depends."""
+    printed = run_script(tmp_path, RESUMED, before=LAUNCH)
+    assert printed.count("stopped at step 4 of 6") == 2
+    states = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["random_states"]
+    assert not torch.equal(*states)
+    logs = [(tmp_path / folder / "log.jsonl").read_text() for folder in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    saved = [load_model(tmp_path / name / "last.safetensors")[0] for name in ("whole", "parts")]
+    assert_same_weights(*saved)
 
 
 def test_accumulated_batches_step_as_a_large_one(coco, tmp_path):
@@ -283,7 +396,7 @@ def test_dropout_and_augmentation_do_something(coco, tmp_path):
         model = DeformableDETR(dataclasses.replace(TINY, dropout=dropout))
         recipe = dataclasses.replace(RECIPE, epochs=1)
         train(model, train_set, None, tmp_path / name, recipe, progress=False)
-        return model.level_embed
+        return model.neck.level_embed
 
     both = trained("both")
     assert torch.equal(both, trained("again"))
@@ -297,7 +410,7 @@ def test_what_a_run_leaves_behind(coco, tmp_path):
     assert {"checkpoint.pt", "log.jsonl", "best.safetensors", "last.safetensors"} <= names
     assert any(name.startswith("events.") for name in names)
     last, categories = load_model(tmp_path / "run" / "last.safetensors")
-    assert torch.equal(last.level_embed, model.level_embed)
+    assert torch.equal(last.neck.level_embed, model.neck.level_embed)
     assert [c["name"] for c in categories] == ["red", "green", "blue"]
     log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [x["step"] for x in log if "loss" in x] == list(range(1, 13))
@@ -334,7 +447,7 @@ def test_starting_anew_leaves_nothing_of_the_run_before(coco, tmp_path):
     run(coco, tmp_path / "run", dataclasses.replace(RECIPE, epochs=1))
     before = {path for path in (tmp_path / "run").glob("events.*")}
     model, train_set, _ = make(coco)
-    with pytest.raises(training.Interrupted):
+    with pytest.raises(Interrupted):
         train(
             model,
             train_set,
@@ -362,7 +475,7 @@ def test_an_evaluation_that_fails_is_made_up_for(coco, tmp_path, monkeypatch, fa
             raise MemoryError
         return evaluate(*given, **options)
 
-    monkeypatch.setattr(training, "evaluate", fail)
+    monkeypatch.setattr(setup, "evaluate", fail)
     with pytest.raises(MemoryError):
         run(coco, tmp_path / "parts")
     assert torch.load(tmp_path / "parts" / "checkpoint.pt")["step"] == 6 * failing
@@ -385,16 +498,16 @@ def test_half_precision_leaves_a_step_out_where_the_scale_is_too_large(coco, tmp
     model, train_set, _ = make(coco)
     before = {name: x.clone() for name, x in model.named_parameters()}
     gradients = iter([torch.inf])
-    model.level_embed.register_hook(lambda g: g * next(gradients, 1))
-    trainer = training.Trainer(model, train_set, None, tmp_path / "run", HALF, progress=False)
+    model.neck.level_embed.register_hook(lambda g: g * next(gradients, 1))
+    training = Training(model, train_set, None, tmp_path / "run", HALF, progress=False)
     moved = []
 
     def on_step(step, losses):
         learned = dict(model.named_parameters())
         moved.append(any(not torch.equal(before[name], learned[name]) for name in before))
-        assert trainer.average.n_averaged == step - 1
+        assert training.average.n_averaged == step - 1
 
-    trainer.run(on_step)
+    make_steps(training, on_step)
     assert moved[:2] == [False, True]
     log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert log[0]["gradient_norm"] is None
@@ -406,7 +519,7 @@ def test_half_precision_leaves_a_step_out_where_the_scale_is_too_large(coco, tmp
 
 def test_half_precision_resumes_with_its_scale(coco, tmp_path):
     whole, _ = run(coco, tmp_path / "whole", HALF)
-    with pytest.raises(training.Interrupted):
+    with pytest.raises(Interrupted):
         run(coco, tmp_path / "parts", HALF, on_step=stop_at(5))
     state = torch.load(tmp_path / "parts" / "checkpoint.pt")
     parts, _ = run(coco, tmp_path / "parts", HALF)
@@ -415,16 +528,16 @@ def test_half_precision_resumes_with_its_scale(coco, tmp_path):
 
     state["scaler"]["scale"] = 2.0**10
     torch.save(state, tmp_path / "parts" / "checkpoint.pt")
-    trainer = training.Trainer(*make(coco), tmp_path / "parts", HALF, progress=False)
-    trainer.load()
-    assert trainer.scaler.get_scale() == 2**10
+    training = Training(*make(coco), tmp_path / "parts", HALF, progress=False)
+    training.resume()
+    assert training.scaler.get_scale() == 2**10
 
 
 def test_half_precision_gives_up_where_no_scale_helps(coco, tmp_path):
     model, train_set, _ = make(coco)
-    model.level_embed.register_hook(lambda gradient: gradient * torch.nan)
+    model.neck.level_embed.register_hook(lambda gradient: gradient * torch.nan)
     recipe = dataclasses.replace(HALF, epochs=9)
-    with pytest.raises(training.NonFiniteLossError, match="the gradient is not finite at step 18"):
+    with pytest.raises(NonFiniteLossError, match="the gradient is not finite at step 18"):
         train(model, train_set, None, tmp_path / "run", recipe, progress=False)
 
 
@@ -445,7 +558,7 @@ def spoil(parameter):
 
 
 NOT_FINITE = {
-    r"the model's output is .*: first in class_heads.1 \(Linear\), whose weight is": (
+    r"the model's output is .*: first in class_heads.1 \(ClassHead\), whose weight is": (
         lambda model: spoil(model.class_heads[1].weight)
     ),
     r"the model's output is .*: first in backbone.blocks.2.body.1 \(BatchNorm2d\), whose bias": (
@@ -454,8 +567,8 @@ NOT_FINITE = {
     r"the model's output is .*: first in encoder.layers.0.ffn \(FeedForward\); no checkpoint": (
         divide_by_zero
     ),
-    "the gradient is .*: in level_embed and 0 more": (
-        lambda model: model.level_embed.register_hook(lambda gradient: gradient / 0)
+    "the gradient is .*: in neck.level_embed and 0 more": (
+        lambda model: model.neck.level_embed.register_hook(lambda gradient: gradient / 0)
     ),
 }
 
@@ -464,7 +577,7 @@ NOT_FINITE = {
 def test_what_is_not_finite_stops_at_once_and_is_named_with_the_images(coco, tmp_path, message):
     model, train_set, val_set = make(coco)
     NOT_FINITE[message](model)
-    with pytest.raises(training.NonFiniteLossError, match=message) as error:
+    with pytest.raises(NonFiniteLossError, match=message) as error:
         train(model, train_set, val_set, tmp_path / "run", RECIPE, progress=False)
     assert re.search(r"not finite at step 1, images \[10\d, 10\d\]: ", str(error.value))
 
@@ -509,14 +622,14 @@ def test_classes_must_be_those_of_the_data(coco, tmp_path):
 def test_the_papers_parameter_groups():
     with torch.device("meta"):
         model = DeformableDETR(DeformableDETRConfig())
-    rest, backbone, sampling = parameter_groups(model, training.PAPER)
+    rest, backbone, sampling = parameter_groups(model, PAPER)
     count = [sum(p.numel() for p in group["params"]) for group in (rest, backbone, sampling)]
     assert count == [39_847_265 - 23_232_512 - 790_018, 23_232_512, 790_018]
     assert [g["lr"] for g in (rest, backbone, sampling)] == pytest.approx([2e-4, 2e-5, 2e-5])
 
 
 def test_schedules():
-    paper = training.PAPER
+    paper = PAPER
     factors = [lr_factor(step, 500, 10, paper) for step in (0, 399, 400, 499)]
     assert factors == [1, 1, 0.1, 0.1]
     cosine = dataclasses.replace(paper, schedule="cosine", warmup_steps=4)
@@ -592,7 +705,7 @@ def test_bfloat16_keeps_references_and_valid_ratios_in_float32(two_stage):
 def test_evaluation_takes_as_many_detections_as_the_recipe_says(coco, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        training, "evaluate", lambda *a, **options: seen.append(options) or evaluate(*a, **options)
+        setup, "evaluate", lambda *a, **options: seen.append(options) or evaluate(*a, **options)
     )
     run(coco, tmp_path, dataclasses.replace(RECIPE, epochs=1, top_k=7))
     assert [options["top_k"] for options in seen] == [7]
@@ -626,9 +739,9 @@ def test_averaged_weights_are_what_is_evaluated_and_saved(coco, tmp_path):
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     for name in ("last", "best"):
         saved, _ = load_model(tmp_path / "run" / f"{name}.safetensors")
-        assert torch.equal(saved.level_embed, state["average"]["module.level_embed"])
-    assert torch.equal(model.level_embed, state["model"]["level_embed"])
-    assert not torch.equal(model.level_embed, saved.level_embed)
+        assert torch.equal(saved.neck.level_embed, state["average"]["module.neck.level_embed"])
+    assert torch.equal(model.neck.level_embed, state["model"]["neck.level_embed"])
+    assert not torch.equal(model.neck.level_embed, saved.neck.level_embed)
     assert str(evaluate(saved, make(coco)[2], progress=False)) == str(metrics)
 
 
@@ -640,7 +753,7 @@ def test_patience_ends_a_run_that_no_longer_gets_better(coco, tmp_path, monkeypa
     def scripted(*args, **options):
         return dataclasses.replace(metrics, ap=next(aps))
 
-    monkeypatch.setattr(training, "evaluate", scripted)
+    monkeypatch.setattr(setup, "evaluate", scripted)
     best = tmp_path / "run" / "best.safetensors"
     seen = {}
 
@@ -673,7 +786,7 @@ def test_parts_of_a_resnet_learn_as_the_recipe_says():
 
 def test_the_papers_recipe_is_the_default():
     recipe = load_recipe("paper")
-    assert recipe.train == TrainConfig() == training.PAPER
+    assert recipe.train == TrainConfig() == PAPER
     assert recipe.model_config(91) == DeformableDETRConfig()
 
 
@@ -700,7 +813,7 @@ def test_own_recipes_are_files(tmp_path):
         ("", "needs a line 'about'"),
         ('about = "x"\nlr = 1', "a recipe has no 'lr'; it has about"),
         ('about = "x"\n[train]\nrate = 1', r"\[train\] has no 'rate'; it has epochs"),
-        ('about = "x"\n[train]\nepochs = 1.5', "epochs must be of type int, got 1.5"),
+        ('about = "x"\n[train]\nepochs = 1.5', "epochs must be a whole number, got 1.5"),
         ('about = "x"\n[train]\nschedule = "poly"', "schedule must be"),
         ('about = "x"\n[model]\ntwo_stage = true', "two_stage needs refine"),
         ('about = "x"\ntransforms = "none"', "transforms must be one of"),

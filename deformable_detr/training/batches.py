@@ -1,13 +1,48 @@
-"""Which images make up each step, and how they look in it: by seed and step alone."""
+"""Which images make up each step, and how they look in it: by seed and step alone. Chapter 13."""
 
-import signal
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from deformable_detr.data.coco import collate
+from deformable_detr.interrupts import ignore_interrupt
+from deformable_detr.structures import Batch
 from deformable_detr.training.config import TrainConfig
+
+
+def count_steps(images: int, config: TrainConfig, processes: int) -> int:
+    """The steps of an epoch, which leaves out a last, smaller batch.
+
+    Raises ValueError where the images are fewer than one batch.
+    """
+    batch = config.batch_size * config.accumulate * processes
+    if images < batch:
+        raise ValueError(f"{images} training images are less than a batch of {batch}")
+    return images // batch
+
+
+def load_batches(
+    dataset: Dataset,
+    config: TrainConfig,
+    steps: range,
+    steps_per_epoch: int,
+    process: int,
+    processes: int,
+) -> Iterator[list[Batch]]:
+    """The config.accumulate batches of one process for each of the steps."""
+    loader = DataLoader(
+        SeededDataset(dataset, config.seed),
+        batch_sampler=BatchOrder(len(dataset), config, steps, steps_per_epoch, process, processes),
+        collate_fn=collate,
+        num_workers=config.num_workers,
+        worker_init_fn=ignore_interrupt,
+        generator=torch.Generator(),  # leaves the global random state alone
+    )
+    batches = iter(loader)
+    return iter(lambda: list(islice(batches, config.accumulate)), [])
 
 
 class BatchOrder:
@@ -59,8 +94,3 @@ class SeededDataset(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hash((self.seed, epoch, index)))
             return self.dataset[index]
-
-
-def ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C to the main process: the batch that it waits for must still come."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

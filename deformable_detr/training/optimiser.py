@@ -1,28 +1,35 @@
-"""What a recipe asks of the optimiser: rates, frozen parts and averaged weights."""
+"""What a recipe asks of the optimiser: rates, frozen parts, averaged weights. Chapters 9, 13."""
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from deformable_detr.training.config import TrainConfig
 
+GROUPS = ("rest", "backbone", "sampling")  # in the optimiser's order
+
+
+def group_of(name: str) -> str:
+    """Which of GROUPS a parameter belongs to: what decides where to sample learns slowly."""
+    if name.startswith("backbone."):
+        return "backbone"
+    slow = ("reference_points", "sampling_offsets")
+    return "sampling" if any(word in name for word in slow) else "rest"
+
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """Trainable parameters by learning rate: the backbone's, those that decide where to sample,
-    and the rest."""
-    slow = ("reference_points", "sampling_offsets")
+    """Trainable parameters by learning rate, for a torch optimiser (the official code's rates)."""
     rates = {
         "rest": config.lr,
         "backbone": config.backbone_lr,
         "sampling": config.lr * config.sampling_lr_factor,
     }
-    groups: dict[str, list[Tensor]] = {name: [] for name in rates}
+    groups: dict[str, list[Tensor]] = {name: [] for name in GROUPS}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        kind = "sampling" if any(word in name for word in slow) else "rest"
-        groups["backbone" if name.startswith("backbone.") else kind].append(parameter)
+        if parameter.requires_grad:
+            groups[group_of(name)].append(parameter)
     return [
         {"params": parameters, "lr": rates[name], "initial_lr": rates[name]}
         for name, parameters in groups.items()
@@ -38,8 +45,34 @@ def lr_factor(step: int, total_steps: int, steps_per_epoch: int, config: TrainCo
     return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total_steps)))
 
 
+def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict]:
+    """What an optimiser remembers of each parameter, by its name in the model: unlike torch's own
+    `state_dict`, which counts parameters, it survives a change of their order."""
+    return {
+        name: optimizer.state[parameter]
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
+
+
+def load_state_by_name(
+    optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, dict]
+) -> None:
+    """Give an optimiser back what `state_by_name` took; ValueError for what it does not train."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    if unknown := state.keys() - set(order):
+        raise ValueError(f"the optimiser has no parameter {min(unknown)}")
+    numbered = {number: state[name] for number, name in enumerate(order) if name in state}
+    groups = optimizer.state_dict()["param_groups"]  # the rates are the recipe's
+    optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+
+
 def freeze(backbone: nn.Module, parts: tuple[str, ...]) -> None:
-    """Have a ResNet's parts learn, but for those named, such as "conv1" or "layer1"."""
+    """Have a ResNet's parts learn, but for those named, such as "conv1" or "layer1".
+
+    Raises ValueError for a part that the backbone does not have.
+    """
     children = [name for name, _ in getattr(backbone, "body", backbone).named_children()]
     unknown = set(parts) - set(children)
     if unknown:
