@@ -113,7 +113,8 @@ def watch(model: nn.Module, name: str) -> list:
     """Hooks that put a range around each part of a model, for the profiler; returns handles."""
     inner = model if name == OURS else model.model
     watched = [(getattr(inner, part), part) for part in ("backbone", "encoder", "decoder")]
-    watched += [(module, "input projections") for module in inner.input_proj]
+    projections = model.neck.input_proj if name == OURS else inner.input_proj
+    watched += [(module, "input projections") for module in projections]
     watched += [
         (module, "operator")
         for module in model.modules()

@@ -104,7 +104,7 @@ def draw_query_attention(
 def draw_gradient_norms(
     axes: list[Axes], image: Picture, norms: dict[str, Tensor], box: Tensor
 ) -> None:
-    """Five pictures, one for each item of `gradient_norms`, over a pale copy of the image (Fig. 5).
+    """Five pictures, one for each item of `gradient_norms`, over the image in grey (Fig. 5).
 
     axes: five. box: (4,) cxcywh, normalised to the image without padding, drawn as a rectangle.
     """
@@ -113,8 +113,8 @@ def draw_gradient_norms(
     x0, y0, x1, y1 = (cxcywh_to_xyxy(box) * torch.tensor([width, height] * 2)).tolist()
     for axis, (name, norm) in zip(axes, norms.items(), strict=True):
         norm = norm[:height, :width].float().cpu().numpy()
-        axis.imshow(_gray(pixels), alpha=0.35)
-        axis.imshow(norm, cmap="inferno", alpha=0.75, vmax=np.quantile(norm, 0.998))
+        axis.imshow(_gray(pixels))
+        axis.imshow(norm, cmap="inferno", alpha=0.7, vmax=np.quantile(norm, 0.998))
         _mark(axis, None, (x0 - 0.5, y0 - 0.5, x1 - 0.5, y1 - 0.5))  # pixel centres are integers
         axis.set(title=name)
         axis.set_axis_off()
@@ -146,7 +146,7 @@ def _draw_weights(
         mean,
         cmap="plasma",
         norm=scale,
-        alpha=0.8 * scale(mean),
+        alpha=0.7 * scale(mean),
         extent=(0, width, height, 0),
         interpolation="nearest",
     )
