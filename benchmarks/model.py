@@ -20,6 +20,7 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
 from benchmarks import timing
-from benchmarks.peers import HUGGING_FACE, OURS, report
+from benchmarks.peers import HUGGING_FACE, OURS, progress
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, MSDeformAttn
 from deformable_detr.files import write_json
 from deformable_detr.provenance import provenance
@@ -104,7 +105,7 @@ def measure_times(mode: str, calls: dict[str, timing.Call], threads: int, rounds
     """A row for each model; time and peak memory."""
     each = dict.fromkeys(calls, rounds)
     result = timing.side_by_side(calls, each, attempts=1, warm=False, memory=True)
-    report(f"{mode}, {threads} threads: {dict((n, r['median_ms']) for n, r in result.items())}")
+    progress(f"{mode}, {threads} threads: {dict((n, r['median_ms']) for n, r in result.items())}")
     where = {"mode": mode, "threads": threads}
     return [{**where, "model": name, **figures} for name, figures in result.items()]
 
@@ -218,6 +219,12 @@ def summarise(result: dict) -> dict:
     return {"ratios": ratios}
 
 
+def stored(path: Path, about: dict) -> dict:
+    """The results so far, where they come from the same command, machine and versions; or none."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    return old if all(old.get(key) == value for key, value in about.items()) else about
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -227,10 +234,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     path = timing.RESULTS / "model_cpu.json"
-    result = provenance(COMMAND, ("torchvision", "transformers"))
-    old = json.loads(path.read_text()) if path.exists() else {}
-    if all(old.get(key) == value for key, value in result.items()):
-        result = old
+    result = stored(path, provenance(COMMAND, ("torchvision", "transformers")))
 
     def save(table: str, rows: list[dict]) -> None:
         replace(result, table, rows)

@@ -32,12 +32,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import timing
+from benchmarks.operator_results import merge, plot
 from benchmarks.peers import (
     CASES,
     COMPILED,
-    HUGGING_FACE,
     MODES,
-    OFFICIAL,
     OURS,
     PACKAGE,
     D,
@@ -47,7 +46,7 @@ from benchmarks.peers import (
     call,
     inputs,
     peers,
-    report,
+    progress,
 )
 from deformable_detr.files import write_json
 from deformable_detr.provenance import provenance
@@ -78,7 +77,7 @@ def measure(part: str, name: str, threads: list[int], attempts: int, compiled: b
             result = timing.side_by_side(calls, rounds, attempts)
             where = {"shape": name, "mode": mode, "threads": count, "allocator": part}
             rows += [{**where, "peer": peer, **figures} for peer, figures in result.items()]
-            report(f"{where} {dict((p, r['median_ms']) for p, r in result.items())}")
+            progress(f"{where} {dict((p, r['median_ms']) for p, r in result.items())}")
     return rows
 
 
@@ -93,7 +92,7 @@ def measure_memory(name: str, compiled: bool) -> list[dict]:
             run()  # builds, compiles and imports
             where = {"shape": name, "mode": mode, "peer": peer}
             memory.append(where | {"extra_mib": timing.peak_mib(run)})
-            report(str(memory[-1]))
+            progress(str(memory[-1]))
     return memory
 
 
@@ -148,24 +147,6 @@ def build_seconds() -> dict[str, float]:
     return {"first_call_s": round(times[0], 2), "cached_first_call_s": round(times[1], 3)}
 
 
-def ratios(rows: list[dict]) -> list[dict]:
-    """How many times as long as ours each peer takes: medians, and minima, which disturbances
-    change least; same shape, mode, threads and allocator."""
-    keys = ("shape", "mode", "threads", "allocator")
-    ours = {tuple(row[k] for k in keys): row for row in rows if row["peer"] == OURS}
-    result = []
-    for row in rows:
-        base = ours.get(tuple(row[k] for k in keys))
-        if row["peer"] != OURS and base:
-            times = {
-                "times": round(row["median_ms"] / base["median_ms"], 2),
-                "times_of_minima": round(row["minimum_ms"] / base["minimum_ms"], 2),
-                "times_of_cpu": round(row["cpu_median_ms"] / base["cpu_median_ms"], 2),
-            }
-            result.append({k: row[k] for k in (*keys, "peer")} | times)
-    return result
-
-
 def scaling(shapes: list[str]) -> list[dict]:
     """How many times as fast two threads are as one, in turn: ours at these shapes, and what the
     machine itself can do: a product of matrices that its caches hold, a copy that they do not."""
@@ -198,81 +179,8 @@ def scaling(shapes: list[str]) -> list[dict]:
             "times_of_minima": round(one["minimum_ms"] / two["minimum_ms"], 2),
         }
         result.append({"work": work, **ratios})
-        report(str(result[-1]))
+        progress(str(result[-1]))
     return result
-
-
-def merge(old: dict, new: dict) -> dict:
-    """New rows in the place of old ones for the same thing, on the same machine and versions."""
-    same = ("cpu", "vectors", "cores", "versions")
-    if any(old.get(key) != new[key] for key in same):
-        old = {}
-    merged = dict(new)
-    for table, keys in {
-        "rows": ("shape", "mode", "threads", "allocator", "peer"),
-        "memory": ("shape", "mode", "peer"),
-        "scaling": ("work",),
-    }.items():
-        both = *old.get(table, ()), *new.get(table, ())
-        kept = {tuple(row[k] for k in keys): row for row in both}
-        merged[table] = list(kept.values())
-    merged["ratios"] = ratios(merged["rows"])
-    encoder = [
-        row
-        for row in merged["rows"]
-        if (row["shape"], row["threads"], row["peer"]) == ("encoder", 1, OURS)
-    ]
-    merged["part_of_the_limit"] = [
-        {k: row[k] for k in ("mode", "allocator")}
-        | {"part": round(merged["limit"][f"{row['mode']}_ms"] / row["median_ms"], 2)}
-        for row in encoder
-    ]
-    return merged
-
-
-def plot(result: dict, path: Path) -> None:
-    """How many times faster ours is, one thread: a panel an allocator, a bar a peer, as far as they
-    were measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    titles = {"default": "allocator as it comes", "kept": "allocator told to keep its memory"}
-    rows = [row for row in result["ratios"] if row["threads"] == 1]
-    allocators = [name for name in titles if any(row["allocator"] == name for row in rows)]
-    names = [
-        name
-        for name in (OFFICIAL, HUGGING_FACE, PACKAGE, COMPILED)
-        if any(row["peer"] == name for row in rows)
-    ]
-    groups = [(shape, mode) for shape in CASES for mode in MODES]
-    with plt.style.context(timing.ROOT / "chapters" / "book.mplstyle"):
-        figure, panels = plt.subplots(
-            1, len(allocators), figsize=(9.5, 6), sharex=True, sharey=True, squeeze=False
-        )
-        for panel, allocator in zip(panels[0], allocators, strict=True):
-            for index, peer in enumerate(names):
-                chosen = {
-                    (row["shape"], row["mode"]): row["times"]
-                    for row in rows
-                    if (row["allocator"], row["peer"]) == (allocator, peer)
-                }
-                places = [i + 0.2 * (index - 1.5) for i, g in enumerate(groups) if g in chosen]
-                lengths = [chosen[g] for g in groups if g in chosen]
-                bars = panel.barh(places, lengths, 0.19, color=f"C{index}", label=peer)
-                panel.bar_label(bars, fmt="%.1f x", padding=2, fontsize=8)
-            panel.axvline(1, color="black", linewidth=1)
-            panel.set_title(titles[allocator])
-            panel.set_xlabel("times as long as ours (the line)")
-        panels[0, 0].set_yticks(range(len(groups)), [f"{shape}\n{mode}" for shape, mode in groups])
-        panels[0, 0].invert_yaxis()
-        panels[0, 0].set_xlim(0, 1.12 * max(row["times"] for row in rows))
-        figure.suptitle(f"Multi-scale deformable attention, one thread ({result['cpu']})")
-        legend = panels[0, 0].get_legend_handles_labels()
-        figure.legend(*legend, loc="outside lower center", ncols=4)
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def measure_cuda() -> dict:
@@ -296,7 +204,7 @@ def measure_cuda() -> dict:
                     {**where, "peer": peer, "graph": graphs[peer], **figures}
                     for peer, figures in result.items()
                 ]
-                report(f"{where} {dict((p, r['median_ms']) for p, r in result.items())}")
+                progress(f"{where} {dict((p, r['median_ms']) for p, r in result.items())}")
     about = provenance(COMMAND, ("transformers", PACKAGE))
     return about | {"device": torch.cuda.get_device_name(), "rows": rows}
 

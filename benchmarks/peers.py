@@ -22,7 +22,7 @@ Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A shape: images, the levels' sizes, and queries, one a token where None."""
+    """A shape: images, the levels' sizes, and queries, one per token where None."""
 
     batch: int
     levels: tuple[tuple[int, int], ...]
@@ -100,7 +100,7 @@ def peers(levels: tuple, device: str = "cpu", compiled: bool = False) -> dict[st
     try:
         from transformers.models.deformable_detr import modeling_deformable_detr
     except ImportError:
-        report(f"{HUGGING_FACE} is left out: pip install transformers")
+        progress(f"{HUGGING_FACE} is left out: pip install transformers")
     else:
         module = modeling_deformable_detr.MultiScaleDeformableAttention()
         found[HUGGING_FACE] = lambda value, locations, weights: module(
@@ -109,7 +109,7 @@ def peers(levels: tuple, device: str = "cpu", compiled: bool = False) -> dict[st
     try:
         import torch_ms_deform_attn as package
     except ImportError:
-        report(f"{PACKAGE} is left out: it cannot be imported; this file's start says how")
+        progress(f"{PACKAGE} is left out: it cannot be imported; this file's start says how")
     else:
         found[PACKAGE] = lambda value, locations, weights: package.ms_deform_attn(
             value, shapes, starts, locations, weights
@@ -120,7 +120,7 @@ def peers(levels: tuple, device: str = "cpu", compiled: bool = False) -> dict[st
     return found
 
 
-def report(line: str) -> None:
+def progress(line: str) -> None:
     """Progress goes to the screen, not into results."""
     print(line, file=sys.stderr, flush=True)
 

@@ -40,7 +40,7 @@ def run_times(results: dict[str, dict]) -> str:
 
 
 def machines(results: dict[str, dict]) -> str:
-    """The processors and package versions that the figures were measured with, one a line."""
+    """The processors and package versions that the figures were measured with, one per line."""
     lines = set()
     for measured in results.values():
         packages = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())

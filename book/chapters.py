@@ -36,7 +36,7 @@ WARNING = re.compile(r"\b\w*Warning: ")
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
 METADATA = ("tags", "mystnb")
 PACKAGES = ("torchvision", "numpy", "matplotlib")
-WORDS_A_MINUTE, CODE_LINES_A_MINUTE = 200, 15
+WORDS_PER_MINUTE, CODE_LINES_PER_MINUTE = 200, 15
 CHAPTER_SECONDS, BOOK_SECONDS, CHAPTER_MIB = 120, 900, 1536
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 PEAK_MEMORY = """
@@ -118,7 +118,7 @@ def reading_minutes(notebook: NotebookNode) -> int:
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     words = sum(len(text.split()) for text in prose)
     lines = sum(1 for text in code for line in text.splitlines() if line.strip())
-    return max(1, round(words / WORDS_A_MINUTE + lines / CODE_LINES_A_MINUTE))
+    return max(1, round(words / WORDS_PER_MINUTE + lines / CODE_LINES_PER_MINUTE))
 
 
 def is_exercise(cell: NotebookNode) -> bool:

@@ -5,7 +5,21 @@ import re
 import sys
 from pathlib import Path
 
+import matplotlib
 import nbformat
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from PIL import Image
+from torch import nn
+
+from deformable_detr import Batch, Detections, postprocess
+from deformable_detr.data.images import read_image
+from deformable_detr.data.transforms import digits_eval_transform
+from deformable_detr.look.figures import draw_sampling_points
+from deformable_detr.look.pictures import draw_detections
+from deformable_detr.look.sampling import record_sampling
+from deformable_detr.weights.ours import load_model
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -89,52 +103,48 @@ def updated(text: str) -> str:
 
 def draw_picture(path: Path) -> None:
     """What the shipped detector finds on three sample images, and where it looked for one digit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import torch
-
-    from deformable_detr import Batch
-    from deformable_detr.data.images import read_image
-    from deformable_detr.data.transforms import digits_eval_transform
-    from deformable_detr.inference.postprocess import postprocess
-    from deformable_detr.look.figures import draw_sampling_points
-    from deformable_detr.look.pictures import draw_detections
-    from deformable_detr.look.sampling import record_sampling
-    from deformable_detr.weights.ours import load_model
-
     model, categories = load_model(ROOT / "data" / "checkpoints" / "digits.safetensors")
     names = [category["name"] for category in categories]
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.1), layout="constrained")
     for axis, number in zip(axes, (8, 12, 21, 12), strict=True):
         image = read_image(ROOT / "data" / "samples" / f"{number:06}.png")
-        batch = Batch.from_images([digits_eval_transform()(image)])
-        with torch.no_grad(), record_sampling(model) as record:
-            (found,) = postprocess(model(batch), [(image.height, image.width)], threshold=0.4)
-        if axis is not axes[-1]:
-            axis.imshow(draw_detections(image, found, names))
+        if axis is axes[-1]:
+            draw_widest_digit(axis, model, image, names)
+        else:
+            axis.imshow(draw_detections(image, detect(model, image), names))
             axis.set_axis_off()
-            continue
-        best = int((found.boxes[:, 2] - found.boxes[:, 0]).argmax())  # the widest digit
-        box = found.boxes[best].tolist()
-        centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-        label = f"where it looked for this {names[found.labels[best]]}"
-        draw_sampling_points(
-            axis,
-            image,
-            record.decoder[-1],
-            int(found.queries[best]),
-            tuple(batch.images.shape[-2:]),
-            reference=centre,
-            box=tuple(box),
-            label=label,
-        )
     figure.savefig(path, dpi=110)
+
+
+def detect(model: nn.Module, image: Image.Image) -> Detections:
+    """What the shipped detector finds on one sample image."""
+    batch = Batch.from_images([digits_eval_transform()(image)])
+    with torch.no_grad():
+        (found,) = postprocess(model(batch), [(image.height, image.width)], threshold=0.4)
+    return found
+
+
+def draw_widest_digit(axes: Axes, model: nn.Module, image: Image.Image, names: list[str]) -> None:
+    """Where the last decoder layer looked for the widest digit that is found."""
+    with record_sampling(model) as record:
+        found = detect(model, image)
+    widest = int((found.boxes[:, 2] - found.boxes[:, 0]).argmax())
+    x0, y0, x1, y1 = found.boxes[widest].tolist()
+    draw_sampling_points(
+        axes,
+        image,
+        record.decoder[-1],
+        int(found.queries[widest]),
+        (image.height, image.width),
+        reference=((x0 + x1) / 2, (y0 + y1) / 2),
+        box=(x0, y0, x1, y1),
+        label=f"where it looked for this {names[found.labels[widest]]}",
+    )
 
 
 def main() -> int:
     """Write the tables and the picture."""
+    matplotlib.use("Agg")
     README.write_text(updated(README.read_text()))
     draw_picture(ROOT / "data" / "results" / "readme.png")
     return 0

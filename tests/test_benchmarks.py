@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import model, operator, peers, timing
+from benchmarks.operator_results import merge, plot, ratios
 from deformable_detr import DeformableDETRConfig
 from deformable_detr.provenance import provenance
 
@@ -74,7 +75,7 @@ def result(*rows):
 def test_merged_results():
     old = result(row(peers.OURS, 9.0), row(peers.OFFICIAL, 60.0))
     new = result(row(peers.OURS, 4.0), row(peers.OURS, 2.0, threads=2))
-    merged = operator.merge(old, new)
+    merged = merge(old, new)
     assert len(merged["rows"]) == 3  # the new row in the place of the old one
     assert merged["ratios"] == [
         ROW | {"peer": peers.OFFICIAL, "times": 15.0, "times_of_minima": 1.0, "times_of_cpu": 1.0}
@@ -100,17 +101,17 @@ def test_scaling(monkeypatch):
         for found in rows
     )
     old, new = result() | {"scaling": rows}, result(row(peers.OURS, 4.0))
-    assert operator.merge(old, new)["scaling"] == rows  # what was not measured again stays
+    assert merge(old, new)["scaling"] == rows  # what was not measured again stays
 
 
 def test_results_of_another_machine_are_dropped():
     old = result(row(peers.OFFICIAL, 60.0)) | {"cpu": "another"}
-    assert len(operator.merge(old, result(row(peers.OURS, 4.0)))["rows"]) == 1
+    assert len(merge(old, result(row(peers.OURS, 4.0)))["rows"]) == 1
 
 
 def test_plot(tmp_path):
-    merged = operator.merge({}, result(row(peers.OURS, 4.0), row(peers.OFFICIAL, 60.0)))
-    operator.plot(merged, tmp_path / "plot.png")
+    merged = merge({}, result(row(peers.OURS, 4.0), row(peers.OFFICIAL, 60.0)))
+    plot(merged, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
@@ -124,7 +125,7 @@ def test_stored_operator_results():
         for mode in peers.MODES:
             for peer in (peers.OURS, peers.OFFICIAL, peers.HUGGING_FACE, peers.PACKAGE):
                 assert (shape, mode, 1, "default", peer) in named
-    assert stored["ratios"] == operator.ratios(stored["rows"])
+    assert stored["ratios"] == ratios(stored["rows"])
 
 
 def test_models_ratios():
@@ -133,8 +134,8 @@ def test_models_ratios():
         {"model": peers.OURS, "median_ms": 2.0, "extra_mib": 30.0, **figures},
         {"model": peers.HUGGING_FACE, "median_ms": 5.0, "extra_mib": 60.0, **figures},
     ]
-    ratios = model.summarise({"times": rows})["ratios"]["inference, 1 threads"]
-    assert (ratios["times"], ratios["part_of_memory"]) == (2.5, 0.5)
+    found = model.summarise({"times": rows})["ratios"]["inference, 1 threads"]
+    assert (found["times"], found["part_of_memory"]) == (2.5, 0.5)
 
 
 def test_models_agree_and_every_part_is_found():
