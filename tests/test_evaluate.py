@@ -57,6 +57,27 @@ def test_annotations_may_have_any_ids(coco, change):
     assert metrics.ap == metrics.ar == 1
 
 
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+@pytest.mark.parametrize("change", [lambda i: i + (i % 2 << 63), lambda i: f"x{i}"])
+def test_images_and_categories_may_have_any_ids(dataset, key, change):
+    """Beyond 2^63 beside small ones, which an array would make floats; and texts."""
+    content, kind = dataset.coco.dataset, {"image_id": "images", "category_id": "categories"}[key]
+    for entry in content["annotations"]:
+        entry[key] = change(entry[key])
+    for entry in content[kind]:
+        entry["id"] = change(entry["id"])
+    dataset.image_ids = [entry["id"] for entry in content["images"]]
+    metrics = score(truth(dataset), dataset)
+    assert metrics.ap == metrics.ar == 1
+
+
+def test_a_detection_of_another_data_set_is_refused(dataset):
+    for key in ("image_id", "category_id"):
+        results = [truth(dataset)[0] | {key: 5}]
+        with pytest.raises(ValueError, match=r"detection .* data set lacks one"):
+            score(results, dataset)
+
+
 def test_wrong_classes_and_nothing_have_ap_0(dataset):
     results = truth(dataset)
     for result in results:

@@ -163,18 +163,44 @@ def score(results: list[dict], dataset: CocoDataset) -> Metrics:
 
 
 def coco_evaluation(results: list[dict], dataset: CocoDataset) -> COCOeval:
-    """pycocotools' own evaluation of COCO results, accumulated, with the data's area thresholds."""
+    """pycocotools' own evaluation of COCO results, accumulated, with the data's area thresholds.
+
+    It sees the ids 1, 2, ... instead of the data's: its arrays would make numbers beyond 2^63 into
+    floats, and to it an annotation of id 0 is none.
+    """
     small, medium = dataset.info.get("area_thresholds", COCO_THRESHOLDS)
-    truth, content = COCO(), dataset.coco.dataset
-    # ids of any kind become 1, 2, ...: to COCOeval 0 is no annotation
-    annotations = [a | {"id": i} for i, a in enumerate(content["annotations"], 1)]
-    truth.dataset = content | {"annotations": annotations}
+    images = {image_id: i for i, image_id in enumerate(dataset.image_ids, 1)}
+    categories = {category["id"]: i for i, category in enumerate(dataset.categories, 1)}
+
+    def with_own_ids(entry: dict) -> dict:
+        image_id, category_id = images[entry["image_id"]], categories[entry["category_id"]]
+        return entry | {"image_id": image_id, "category_id": category_id}
+
+    for result in results:
+        if result["image_id"] not in images or result["category_id"] not in categories:
+            raise ValueError(
+                f"a detection of category {result['category_id']!r} on image "
+                f"{result['image_id']!r}, of which the data set lacks one"
+            )
+
+    # what belongs to no image or category of the list is left aside, as pycocotools does
+    annotations = [
+        with_own_ids(a)
+        for a in dataset.coco.dataset["annotations"]
+        if a["image_id"] in images and a["category_id"] in categories
+    ]
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": i} for i in images.values()],
+        "categories": [{"id": i} for i in categories.values()],
+        "annotations": [a | {"id": i} for i, a in enumerate(annotations, 1)],
+    }
     with redirect_stdout(StringIO()):
         truth.createIndex()
-        found = truth.loadRes(results) if results else COCO()
+        found = truth.loadRes([with_own_ids(result) for result in results]) if results else COCO()
         found.dataset.setdefault("annotations", [])  # asked for where there are no images
         evaluation = COCOeval(truth, found, "bbox")
-        evaluation.params.imgIds = dataset.image_ids
+        evaluation.params.imgIds = list(images.values())
         evaluation.params.areaRng = [(0, 1e10), (0, small), (small, medium), (medium, 1e10)]
         evaluation.evaluate()
         evaluation.accumulate()

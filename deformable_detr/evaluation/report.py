@@ -187,7 +187,7 @@ def analyse_results(
     images = judge_all([r for r in results if r["score"] >= threshold], dataset)
     counts = sum((image.counts() for image in images), Counter())
     objects = count_objects(dataset)
-    evaluation = coco_evaluation([dict(r) for r in results], dataset)  # it writes into them
+    evaluation = coco_evaluation(results, dataset)
     worst = sorted(images, key=lambda image: -image.errors())[:WORST]
     return Report(
         metrics=metrics_of(evaluation, dataset),
