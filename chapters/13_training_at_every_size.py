@@ -373,7 +373,7 @@ for batches in islice(training.batches(), 24):
     training.step += 1
 assert min(norms) > 5 * DIGITS.clip_norm  # clipped to a fifth at most
 
-# %% mystnb={"image": {"alt": "The gradient's norm in the first 24 steps of a training, on a logarithmic axis: between four and twelve, far above two dashed lines at 0.5 and 0.1."}}
+# %% mystnb={"image": {"alt": "The gradient's norm in the first 24 steps of a training, on a logarithmic axis: between four and about twenty, far above two dashed lines at 0.5 and 0.1."}}
 figure, axis = plt.subplots(figsize=(7, 2.8))
 axis.plot(range(1, 25), norms, "o-")
 for bound, text in ((0.5, "digits: 0.5"), (0.1, "paper: 0.1")):
