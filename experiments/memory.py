@@ -124,7 +124,7 @@ def watch(model: nn.Module, live: LiveTensors) -> dict[str, int]:
         kept[part] += live.now
 
     modules = [(part, getattr(model, part)) for part in PARTS if part != "input_proj"]
-    modules += [("input_proj", module) for module in model.input_proj]
+    modules += [("input_proj", module) for module in model.neck.input_proj]
     for part, module in modules:
         module.register_forward_pre_hook(lambda *_, part=part: enter(part))
         module.register_forward_hook(lambda *_, part=part: leave(part))

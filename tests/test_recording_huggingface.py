@@ -97,3 +97,14 @@ def test_discrete_sampling_is_recorded_too():
     with torch.no_grad(), record_sampling(model) as record:
         model(pixel_values=images)
     assert len(record.decoder) == 2
+
+
+def test_a_subclass_of_ones_own_is_recorded():
+    """Of RT-DETR v2's, whose function is in the file of the parent."""
+    model = build("rt_detr_v2")
+    for module in model.modules():
+        if type(module).__name__ == "RTDetrV2MultiscaleDeformableAttention":
+            module.__class__ = type("Mine", (type(module),), {"__module__": "mine"})
+    with torch.no_grad(), record_sampling(model) as record:
+        model(pixel_values=torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    assert len(record.decoder) == 2

@@ -1,1 +1,6 @@
-"""What a detector looks at, and pictures of what it finds. Chapter 9."""
+"""What a detector looks at, data first and figures second. Chapter 9.
+
+sampling: where deformable attention sampled, in any model. attention: the weights of dense
+attention. gradients: which pixels move a detection. figures: all three, drawn over the image.
+pictures: boxes on images, of detections and of data sets.
+"""

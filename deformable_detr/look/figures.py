@@ -180,4 +180,4 @@ def _mark(
         axes.plot(*point, marker="+", color=GREEN, markersize=14, markeredgewidth=2.5)
     if box is not None:
         x0, y0, x1, y1 = box
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=GREEN, lw=1.8))
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=GREEN, lw=2))

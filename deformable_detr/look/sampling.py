@@ -54,12 +54,12 @@ def record_sampling(model: nn.Module) -> Iterator[SamplingRecord]:
         for name, module in model.named_modules():
             if sampler := _sampler(module):
                 samplers.add(sampler)
-                forward = _noting(module.forward, name, running)
+                forward = _naming(module.forward, name, running)
                 undo.enter_context(replaced(module, "forward", forward))
         if not samplers:
             raise ValueError(f"no module of {type(model).__name__} samples: nothing to record")
         for owner, name in samplers:
-            function = _recording(getattr(owner, name), record, running)
+            function = _keeping(getattr(owner, name), record, running)
             undo.enter_context(replaced(owner, name, function))
         yield record
 
@@ -77,14 +77,15 @@ def _sampler(module: nn.Module) -> tuple[object, str] | None:
     for child in module.children():
         if LOCATIONS in inspect.signature(child.forward).parameters:
             return child, "forward"
-    for owner in (module, *(sys.modules[kind.__module__] for kind in type(module).__mro__)):
+    files = [kind.__module__ for kind in type(module).__mro__]
+    for owner in (module, *(sys.modules[file] for file in files if file in sys.modules)):
         for name, value in vars(owner).items():
             if inspect.isfunction(value) and LOCATIONS in inspect.signature(value).parameters:
                 return owner, name
     return None
 
 
-def _noting(forward: Callable, name: str, running: list[str]) -> Callable:
+def _naming(forward: Callable, name: str, running: list[str]) -> Callable:
     """A module's forward, whose name is among those that run while it does."""
 
     @wraps(forward)
@@ -98,7 +99,7 @@ def _noting(forward: Callable, name: str, running: list[str]) -> Callable:
     return call
 
 
-def _recording(function: Callable, record: SamplingRecord, running: list[str]) -> Callable:
+def _keeping(function: Callable, record: SamplingRecord, running: list[str]) -> Callable:
     """The function, which puts into the record what the module that runs has sampled."""
 
     @wraps(function)
@@ -107,9 +108,8 @@ def _recording(function: Callable, record: SamplingRecord, running: list[str]) -
         if running:  # not in a call from elsewhere, of a function that others share
             sampling = result
             if not isinstance(result, Sampling):
-                sampling = _from_arguments(
-                    **inspect.signature(function).bind(*args, **kwargs).arguments
-                )
+                arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+                sampling = _from_arguments(**arguments)
             record[running[-1]] = Sampling(
                 sampling.locations.detach(), sampling.weights.detach(), sampling.spatial_shapes
             )
