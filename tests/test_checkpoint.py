@@ -51,8 +51,8 @@ DAMAGE = {
     "is of the model 'yolo'; known: deformable_detr, detr": lambda t, m: m.update(model="yolo"),
     "has no configuration": lambda t, m: m.pop("config"),
     "a configuration that is none of ours": lambda t, m: m.update(config='{"layers": 3}'),
-    "none of ours: its categories need an id": lambda t, m: m.update(categories='[{"id": 1}]'),
-    "none of ours: 'int' object": lambda t, m: m.update(categories="5"),
+    "none of ours: categories need an id": lambda t, m: m.update(categories='[{"id": 1}]'),
+    "none of ours: categories must be a list": lambda t, m: m.update(categories="5"),
     "names 0 of its 3 classes": lambda t, m: None,
     r"expected \(2, 4194304\)": lambda t, m: m.update(  # 64 TiB, were they allocated
         config=json.dumps(dataclasses.asdict(TINY) | {"embed_dim": 1 << 22})

@@ -19,13 +19,13 @@ from deformable_detr.evaluation.coco import predict_dataset
 from deformable_detr.inference.detector import (
     Detector,
     load_detector,
-    pick_classes,
     read_card,
     update_card,
 )
 from deformable_detr.inference.predict import predict, predict_each
 from deformable_detr.inference.views import View, fuse, make_views, suppress
 from deformable_detr.models import DETRConfig, build_model
+from deformable_detr.weights.classes import with_classes
 from deformable_detr.weights.ours import load_model, save_model
 from tests.conftest import TINY
 
@@ -451,7 +451,8 @@ def test_a_model_of_some_classes_keeps_their_logits(kind):
     model = build_model(WITH_FIVE_CLASSES[kind]).eval()
     for head in model.class_heads:
         torch.nn.init.normal_(head.weight)
-    few = pick_classes(model, [4, 0, 2])
+    names = [{"id": i, "name": str(i)} for i in range(5)]
+    few, _ = with_classes(model, names, [names[i] for i in (4, 0, 2)])
     batch = Batch.from_images([View(TO_TENSOR).of(picture())])
     with torch.no_grad():
         before, after = model(batch), few(batch)

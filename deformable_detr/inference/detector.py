@@ -1,18 +1,16 @@
 """A model, and what belongs to it: its classes, its threshold, how it sees images. Chapter 12."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torchvision.transforms import v2
 
 from deformable_detr.data.preparation import DEFAULT as PREPARATION
 from deformable_detr.data.preparation import PREPARATIONS, preparation_of
 from deformable_detr.data.transforms import SHORT_SIDE, SMALLEST_SIDE
-from deformable_detr.models import BaseDetector, build_model
-from deformable_detr.models.heads import ClassHead
-from deformable_detr.weights.ours import load_model, save_model
+from deformable_detr.models import BaseDetector
+from deformable_detr.weights.classes import with_classes
+from deformable_detr.weights.ours import load_model, read_card, save_model
 from deformable_detr.weights.published import load_pretrained
 
 THRESHOLD = 0.5  # where none was chosen on validation data
@@ -45,42 +43,21 @@ class Detector:
         """
         if wanted == self.categories:
             return self
-        names = [category["name"] for category in self.categories]
-        missing = [c["name"] for c in wanted if c["name"] not in names]
-        if missing:
+        model, report = with_classes(self.model, self.categories, wanted)
+        if missing := report.new_classes:
+            names = [category["name"] for category in self.categories]
             raise ValueError(
                 f"the model has the classes {', '.join(names[:8])}{', ...' * (len(names) > 8)}; "
                 f"{len(missing)} of the data's it has not, such as {missing[0]!r}"
             )
-        rows = [names.index(category["name"]) for category in wanted]
-        if rows == list(range(len(names))):
-            return replace(self, categories=wanted)
-        return replace(self, model=pick_classes(self.model, rows), categories=wanted)
-
-
-def pick_classes(model: BaseDetector, labels: list[int]) -> BaseDetector:
-    """A model of these classes only, in this order, whose logits are otherwise the same.
-
-    The logit of no object, where there is one, stays the last. In a class-agnostic
-    head channel 0 scores objects of all classes: it stays in its place.
-    """
-    new = build_model(replace(model.config, num_classes=len(labels)))
-    state = model.state_dict()
-    for name, head in model.named_modules():
-        if isinstance(head, ClassHead):
-            kept = [0, *labels[1:]] if head.class_agnostic else labels
-            kept = [*kept, *range(model.config.num_classes, head.out_features)]
-            for kind in ("weight", "bias"):
-                state[f"{name}.{kind}"] = state[f"{name}.{kind}"][kept]
-    new.load_state_dict(state)
-    return new.to(next(model.parameters()).device).train(model.training)
+        return replace(self, model=model, categories=wanted)
 
 
 def load_detector(name_or_path: Path | str) -> Detector:
     """A trained detector: a file that `train` wrote, or anything that `load_pretrained` reads."""
     loaded = load_pretrained(name_or_path)
-    card = read_card(name_or_path) if str(name_or_path).endswith(".safetensors") else {}
-    return Detector(loaded.model, loaded.categories, **_options(card, loaded.model, name_or_path))
+    options = _options(loaded.card, loaded.model, name_or_path)
+    return Detector(loaded.model, loaded.categories, **options)
 
 
 def _options(card: dict, model: BaseDetector, name: Path | str) -> dict[str, object]:
@@ -96,18 +73,6 @@ def _options(card: dict, model: BaseDetector, name: Path | str) -> dict[str, obj
     if type(short) is not int or short < SMALLEST_SIDE:
         raise ValueError(f"{name}: its short_side must be {SMALLEST_SIDE} or more, got {short!r}")
     return {"threshold": float(threshold), "transforms": transforms, "short_side": short}
-
-
-def read_card(path: Path | str) -> dict:
-    """The card in a file of `save_model`; ValueError, in one line, on other files."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            card = json.loads((file.metadata() or {}).get("card", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of save_model: {error}") from None
-    if not isinstance(card, dict):
-        raise ValueError(f"{path}: its card must be a JSON object, got {card!r}")
-    return card
 
 
 def update_card(path: Path | str, **values: object) -> None:

@@ -21,7 +21,7 @@ from deformable_detr.inference.prediction import Prediction
 from deformable_detr.inference.views import MERGES, View, make_views, suppress
 from deformable_detr.models import BaseDetector
 from deformable_detr.structures import Batch, Detections
-from deformable_detr.weights.formats import plain_categories
+from deformable_detr.weights.classes import plain_categories
 
 
 def predict(

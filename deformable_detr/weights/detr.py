@@ -1,0 +1,84 @@
+"""DETR's names in the official code and in transformers. Chapter 11."""
+
+from collections.abc import Iterator
+
+from deformable_detr.models.detr import DETRConfig
+from deformable_detr.weights.foreign import Foreign
+from deformable_detr.weights.reading import State
+from deformable_detr.weights.renaming import Layout
+
+OFFICIAL = Layout(
+    whole=[
+        ("backbone.", "backbone.0."),
+        ("neck.position.", "backbone.1."),
+        ("neck.input_proj.", "input_proj."),
+        ("query_embed.", "query_embed."),
+        ("class_heads.0.", "class_embed."),
+        ("box_heads.0.", "bbox_embed."),
+        ("", "transformer."),
+    ],
+    encoder=[
+        ("attention.", "self_attn."),
+        ("norm.", "norm1."),
+        ("ffn.norm.", "norm2."),
+        ("ffn.", ""),
+    ],
+    decoder=[
+        ("self_attention.", "self_attn."),
+        ("self_norm.", "norm1."),
+        ("cross_attention.", "multihead_attn."),
+        ("cross_norm.", "norm2."),
+        ("ffn.norm.", "norm3."),
+        ("ffn.", ""),
+    ],
+)
+HUGGINGFACE = Layout(
+    whole=[
+        ("backbone.body.", "model.backbone.conv_encoder.model."),
+        ("neck.position.row_embed.", "model.position_embedding.row_embeddings."),
+        ("neck.position.col_embed.", "model.position_embedding.column_embeddings."),
+        ("neck.input_proj.", "model.input_projection."),
+        ("query_embed.", "model.query_position_embeddings."),
+        ("decoder.norm.", "model.decoder.layernorm."),
+        ("class_heads.0.", "class_labels_classifier."),
+        ("box_heads.0.", "bbox_predictor."),
+        ("", "model."),
+    ],
+    encoder=[
+        ("attention.", "self_attn."),
+        ("norm.", "self_attn_layer_norm."),
+        ("ffn.linear", "fc"),
+        ("ffn.norm.", "final_layer_norm."),
+    ],
+    decoder=[
+        ("self_attention.", "self_attn."),
+        ("self_norm.", "self_attn_layer_norm."),
+        ("cross_attention.", "encoder_attn."),
+        ("cross_norm.", "encoder_attn_layer_norm."),
+        ("ffn.linear", "fc"),
+        ("ffn.norm.", "final_layer_norm."),
+    ],
+    thirds=True,
+)
+
+
+class ForeignDETR(Foreign):
+    """DETR, plain and DC5, on any ResNet."""
+
+    sign = "transformer.decoder.layers.0.multihead_attn.in_proj_weight"
+    architecture = "DetrForObjectDetection"
+    official = OFFICIAL
+    huggingface = HUGGINGFACE
+
+    def shown(self, state: State, options: dict) -> dict[str, object]:
+        """The last output is no class, but no object."""
+        return {"num_classes": len(state["class_embed.bias"]) - 1}
+
+    def constants(self, config: DETRConfig) -> Iterator[str]:
+        """Also the softmax."""
+        yield from super().constants(config)
+        yield "scoring"
+
+    def backbone_maps(self, config: DETRConfig) -> list[int]:
+        """All four, as in published files, of which the model takes the last."""
+        return [1, 2, 3, 4]
