@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deformable_detr import DeformableDETRConfig
+from deformable_detr.models import DeformableDETRConfig, DETRConfig
 
 TINY = DeformableDETRConfig(
     num_classes=3,
@@ -21,6 +21,17 @@ TINY = DeformableDETRConfig(
     ffn_dim=32,
     dropout=0.1,
     refine=True,
+)
+TINY_DETR = DETRConfig(
+    num_classes=3,
+    num_queries=6,
+    backbone="small",
+    embed_dim=32,
+    num_heads=2,
+    encoder_layers=1,
+    decoder_layers=2,
+    ffn_dim=32,
+    dropout=0.1,
 )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from deformable_detr import DeformableDETR
 from deformable_detr.data.coco import CocoDataset, find_split
 from deformable_detr.data.preparation import PREPARATIONS
 from deformable_detr.data.transforms import TO_TENSOR, digits_train_transform
+from deformable_detr.models import build_model
 from deformable_detr.training import doctor
+from deformable_detr.training.recipe import load_recipe
 from tests.conftest import TINY, save_annotations
 
 
@@ -53,6 +56,17 @@ def test_sound_data_and_a_sound_model_are_ready_to_train(coco):
     assert "5 annotations and 6 of 6 images checked" in found.table()
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_sound_detr_is_ready_to_train():
+    """Dense attention takes longer to place boxes: what is expected of all must leave it time."""
+    recipe, samples = load_recipe("digits-detr"), Path(__file__).parents[1] / "data" / "samples"
+    data = CocoDataset(samples, samples / "annotations.json", recipe.train_transform())
+    torch.manual_seed(0)
+    model = build_model(recipe.model_config(10))
+    found = doctor.doctor(model, data, doctor.ENOUGH_STEPS, progress=False, seconds=300)
+    assert found.healthy and not texts(found, "warning"), found.table()
+    assert "gradients reach backbone, box_heads, class_heads, decoder, encoder" in found.table()
 
 
 def test_faults_of_the_data_are_counted_by_kind_with_an_example(coco):
@@ -135,7 +149,7 @@ def test_a_part_without_gradient_is_fatal(coco):
     assert text == "no gradient reaches ['backbone']"
 
 
-def test_numbers_that_are_none_are_fatal_and_traced(coco):
+def test_infinity_and_nan_are_fatal_and_traced(coco):
     model = model_of()
     with torch.no_grad():
         model.encoder.layers[0].ffn.linear2.bias.fill_(torch.inf)

@@ -22,6 +22,7 @@ from deformable_detr.data.transforms import digits_train_transform
 from deformable_detr.evaluation.coco import evaluate, predict_dataset
 from deformable_detr.interrupts import Interrupted
 from deformable_detr.losses.criterion import SetCriterion
+from deformable_detr.models import MODELS, build_model
 from deformable_detr.provenance import processor
 from deformable_detr.structures import Batch
 from deformable_detr.training import setup
@@ -40,7 +41,7 @@ from deformable_detr.training.recipe import load_recipe
 from deformable_detr.training.recipes import NAMES
 from deformable_detr.training.setup import Training
 from deformable_detr.weights.ours import load_model, upgrade_name
-from tests.conftest import TINY, save_annotations, write_coco
+from tests.conftest import TINY, TINY_DETR, save_annotations, write_coco
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPE = TrainConfig(epochs=4, batch_size=2, lr=1e-3, backbone_lr=1e-3, evaluate_every=2)
@@ -80,6 +81,44 @@ def test_resuming_in_mid_epoch_is_as_if_it_had_never_stopped(coco, tmp_path, wor
     logs = [(tmp_path / folder / "log.jsonl").read_text() for folder in ("whole", "parts")]
     assert logs[0] == logs[1]
     assert metrics.images == 4
+
+
+MODELS_HERE = {"deformable_detr": TINY, "detr": TINY_DETR}
+
+
+def of_model(coco, name):
+    torch.manual_seed(0)
+    return build_model(MODELS_HERE[name]), *make(coco)[1:]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_trains_resumes_and_is_named_by_its_run(coco, tmp_path, name):
+    recipe = dataclasses.replace(RECIPE, epochs=2, ema_decay=0.9)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(*of_model(coco, name), whole, recipe, progress=False)
+    with pytest.raises(Interrupted):
+        train(*of_model(coco, name), parts, recipe, on_step=stop_at(4), progress=False)
+    state = torch.load(parts / "checkpoint.pt", weights_only=True)
+    assert state["identity"]["model"] == name
+    learning = {n for n, p in of_model(coco, name)[0].named_parameters() if p.requires_grad}
+    assert state["optimizer"].keys() == learning  # so each has had a gradient, as DDP demands
+    for other in MODELS.keys() - {name}:
+        message = rf"another run: model was '{name}', is '{other}'\. Give"
+        with pytest.raises(ValueError, match=message):
+            train(*of_model(coco, other), parts, recipe, progress=False)
+    train(*of_model(coco, name), parts, recipe, progress=False)
+    saved = [load_model(folder / "last.safetensors")[0] for folder in (whole, parts)]
+    assert_same_weights(*saved)
+
+
+def test_a_checkpoint_of_an_unknown_model_is_said_so(coco, tmp_path):
+    run(coco, tmp_path, dataclasses.replace(RECIPE, epochs=1))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state["identity"]["model"] = "yolo"
+    torch.save(state, tmp_path / "checkpoint.pt")
+    message = r"checkpoint of ours \(it is of a model 'yolo', known are deformable_detr, detr"
+    with pytest.raises(ValueError, match=message):
+        run(coco, tmp_path, dataclasses.replace(RECIPE, epochs=1))
 
 
 def test_a_log_line_cut_short_by_a_crash_does_not_stop_a_resumption(coco, tmp_path):

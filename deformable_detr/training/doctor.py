@@ -1,4 +1,4 @@
-"""A self-test before a long training: overfit one batch, and say what is wrong."""
+"""A self-test before a long training: overfit one batch, and say what is wrong. Chapter 12."""
 
 import copy
 import random
@@ -23,17 +23,17 @@ from deformable_detr.data.coco import CocoDataset, collate
 from deformable_detr.evaluation.coco import score
 from deformable_detr.inference.postprocess import postprocess
 from deformable_detr.losses.criterion import SetCriterion
-from deformable_detr.models.deformable_detr import DeformableDETR
+from deformable_detr.models import BaseDetector
 from deformable_detr.structures import Batch
 from deformable_detr.training.config import TrainConfig
-from deformable_detr.training.faults import first_not_finite
+from deformable_detr.training.faults import all_finite, first_not_finite
 from deformable_detr.training.optimiser import parameter_groups
 
 IMAGES = 4  # in the batch
 RATE = 1e-3  # for all parameters: high, as nothing has to be learned beyond one batch
 WARM_UP = 10  # steps
 LOSS_FALLS_TO = 0.4  # of what it was, at most
-AP_REACHES = 0.5  # on the batch, at least
+AP_REACHES = 0.2  # on the batch, at least: dense attention gets to 0.4, deformable to 0.9
 ENOUGH_STEPS = 100  # to expect that of a model
 PIXELS = 1.5  # by which a box may miss its place: rounding, twice, and resizing by nearest pixels
 
@@ -74,7 +74,7 @@ class Diagnosis:
 
 
 def doctor(
-    model: DeformableDETR,
+    model: BaseDetector,
     dataset: CocoDataset,
     steps: int = 150,
     progress: bool = True,
@@ -83,10 +83,10 @@ def doctor(
     """Test data and model together, by overfitting one batch of the data set.
 
     Looks for faults of the annotations, boxes that a transform moves elsewhere than its pixels,
-    parts of the model that get no gradient, numbers that are none, a loss that does not fall and
-    objects that are not found although the model has seen little else. The model is left as it was;
-    the transform is applied once, as training would. seconds: what the whole may take; a large
-    model gets fewer steps in it, and is judged more mildly.
+    parts of the model that get no gradient, infinity and NaN, a loss that does not fall and objects
+    that are not found although the model has seen little else. The model is left as it was; the
+    transform is applied once, as training would. seconds: what the whole may take; a large model
+    gets fewer steps in it, and is judged more mildly. ValueError where steps is less than 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -224,7 +224,7 @@ def check_targets(diagnosis: Diagnosis, batch: Batch, categories: int) -> None:
 
 def overfit(
     diagnosis: Diagnosis,
-    model: DeformableDETR,
+    model: BaseDetector,
     dataset: CocoDataset,
     batch: Batch,
     steps: int,
@@ -239,8 +239,7 @@ def overfit(
     criterion, touched = SetCriterion(), set()
     for step in tqdm(range(steps), "overfit one batch", unit="step", disable=not progress):
         output = model(batch)
-        finite = output.logits.isfinite().all() and output.boxes.isfinite().all()
-        loss = sum(criterion(output, batch.targets).values()) if finite else None
+        loss = sum(criterion(output, batch.targets).values()) if all_finite(output) else None
         if loss is None or not loss.isfinite():
             where = first_not_finite(model, batch)
             diagnosis.add("fatal", f"the loss is not finite at step {step + 1}: {where}")
@@ -293,7 +292,7 @@ def judge_learning(diagnosis: Diagnosis) -> None:
 
 
 @torch.no_grad()
-def batch_ap(model: DeformableDETR, dataset: CocoDataset, batch: Batch) -> float:
+def batch_ap(model: BaseDetector, dataset: CocoDataset, batch: Batch) -> float:
     """AP on a batch by the data's own category ids, as `evaluate` has it on a data set; the
     transformed images count as the originals."""
     sizes = [tuple(size) for size in batch.sizes.tolist()]
