@@ -204,6 +204,7 @@ def test_published_weights_see_the_classes_that_the_data_has(coco, tmp_path, cap
     run = tmp_path / "run"
     arguments = ["train", str(coco), "--output", str(run), "--init", str(path), *TRAIN]
     assert main(arguments) == 0
+    assert "classes kept: red, green, blue\n" in capsys.readouterr().err  # found by their names
     model, categories = load_model(run / "last.safetensors")
     assert [category["id"] for category in categories] == [3, 7, 20]
     assert model.config == dataclasses.replace(TINY, num_classes=3)

@@ -26,19 +26,21 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def new_model(args: argparse.Namespace, recipe: Recipe, dataset: CocoDataset) -> BaseDetector:
-    """The weights that --init or the recipe name, or else a new model of the recipe; for the data's
-    classes."""
-    classes, weights = len(dataset.categories), args.init or recipe.weights
+    """The weights that --init or the recipe name, with what they know of the data's classes; or
+    else a new model of the recipe."""
+    weights = args.init or recipe.weights
     if weights in (None, "none"):
-        return with_backbone(recipe.model_config(classes), args.backbone_weights)
+        config = recipe.model_config(len(dataset.categories))
+        return with_backbone(config, args.backbone_weights)
     given = parse_settings(args.set, TABLES)["model"]
     queries = given.pop("num_queries", None)
     names = [f"model.{name}" for name in given]
     names += ["--backbone-weights"] * bool(args.backbone_weights)
     if names:
         raise ValueError(f"{weights} decides the model: leave out {', '.join(names)}")
-    loaded = load_pretrained(weights, classes, queries)
+    loaded = load_pretrained(weights, num_queries=queries, categories=dataset.categories)
     print(f"{weights}: kept {len(loaded.report.kept)} tensors", file=sys.stderr)
+    print(loaded.report.classes(), file=sys.stderr)
     return loaded.model
 
 
