@@ -1,4 +1,7 @@
-"""The kernel for NVIDIA GPUs: kernels/ms_deform_attn.cu, which NVRTC builds through CuPy."""
+"""The kernel for NVIDIA GPUs: kernels/ms_deform_attn.cu, which NVRTC builds through CuPy.
+
+Chapter 6 writes it, chapter 7 makes it fast.
+"""
 
 from functools import cache
 
@@ -6,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deformable_detr.ops import cpu
+from deformable_detr.ops.build import sources
+from deformable_detr.ops.cpu import levels
 
 NAMES = {
     torch.float32: "float",
@@ -63,7 +67,7 @@ def options(macros: dict[str, str | int]) -> tuple[str, ...]:
 
 def source() -> str:
     """The kernel's text."""
-    return cpu.sources().joinpath("ms_deform_attn.cu").read_text()
+    return sources().joinpath("ms_deform_attn.cu").read_text()
 
 
 @cache
@@ -159,7 +163,7 @@ def accumulators(
 
 def _levels(shapes: list[tuple[int, int]], K: int) -> np.ndarray:
     """The kernel's struct Levels as one element, which CuPy passes by value."""
-    table = cpu.levels(tuple(shapes), K).numpy().reshape(-1)
+    table = levels(tuple(shapes), K).numpy().reshape(-1)
     return table.view(f"V{table.nbytes}")
 
 

@@ -1,7 +1,6 @@
 """The operator: multi-scale deformable attention without its projections. Chapter 5 derives it,
 chapters 6 and 7 build its kernel."""
 
-import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -13,8 +12,14 @@ from torch import Tensor
 
 from deformable_detr.ops import cpu, cuda, reference
 from deformable_detr.ops.errors import BackendError
+from deformable_detr.ops.sizes import (
+    Shapes,
+    SpatialShapes,
+    are_known,
+    check_spatial_shapes,
+    quietly,
+)
 
-SpatialShapes = Sequence[tuple[int, int]] | Tensor
 KERNELS = {"cuda": cuda, "cpu": cpu}  # by the tensors' device
 BACKENDS = ("cuda", "cpu", "reference", "gather")
 VARIABLE = "DEFORMABLE_DETR_BACKEND"
@@ -33,18 +38,20 @@ def ms_deform_attn(
 
     value: (B, S, M, D), the L maps one after another, each flattened row by row;
         S = sum(H_l * W_l). Must be finite: a sample outside still multiplies a pixel, by zero.
-    spatial_shapes: L pairs (H_l, W_l), or an integer tensor (L, 2). Give pairs under
-        torch.compile(fullgraph=True), and to spare a GPU the wait for a tensor's numbers.
+    spatial_shapes: L pairs (H_l, W_l), or an integer tensor (L, 2), also under torch.compile and
+        torch.export, where its numbers are read when the program runs. Pairs spare a GPU the wait
+        for them.
     sampling_locations: (B, Q, M, L, K, 2) as (x, y), normalised: (0, 0) is the top-left corner of
         the top-left pixel, (1, 1) the bottom-right corner of the bottom-right one. Samples outside
         a map count as zero, also where the coordinate is NaN or infinite.
     attention_weights: (B, Q, M, L, K), usually a softmax over the last two axes together. K >= 1,
         and on CUDA L * K <= 512.
     backend: "cuda" and "cpu", the kernel for the tensors' device; "reference", plain PyTorch, on
-        any device; "gather", PyTorch without grid_sample, for export. By default, or where the
-        environment variable DEFORMABLE_DETR_BACKEND names one, that one; else the kernel where
-        `backends()` has it, "gather" during an ONNX export and inside torch.func's transforms and
-        forward-mode derivatives, and "reference" for all else.
+        any device; "gather", PyTorch without grid_sample. By default, or where the environment
+        variable DEFORMABLE_DETR_BACKEND names one, that one; else the kernel where `backends()` has
+        it, "gather" inside torch.func's transforms and forward-mode derivatives, and "reference"
+        for all else, such as an ONNX export, in which it is one GridSample for each level (opset 16
+        or later).
     Returns (B, Q, M * D) in value's dtype, the heads side by side. Differentiable, any
     number of times, in all three float tensors ("reference" twice only where torch's grid_sample
     is). These may mix float32, float16 and bfloat16, as autocast makes them: coordinates, weights
@@ -62,10 +69,14 @@ def ms_deform_attn(
         chosen = "gather"
     real = torch.float64 if value.dtype == torch.float64 else torch.float32
     locations, weights = sampling_locations.to(real), attention_weights.to(real)
-    if chosen in KERNELS:
-        flat = [size for shape in shapes for size in shape]
+    flat = [size for shape in shapes for size in shape]
+    if chosen in KERNELS and are_known(shapes):
         return _kernel(value, flat, locations, weights)
-    plain = reference.ms_deform_attn if chosen == "reference" else reference.ms_deform_attn_gather
+    if chosen in KERNELS:
+        return _kernel(value, [], locations, weights, torch.stack(flat))
+    # grid_sample wants maps, whose sizes are numbers
+    maps = chosen == "reference" and (are_known(shapes) or torch.jit.is_tracing())
+    plain = reference.ms_deform_attn if maps else reference.ms_deform_attn_gather
     return plain(value.to(real), shapes, locations, weights).to(value.dtype)
 
 
@@ -80,9 +91,9 @@ def _choose(backend: str | None, device: str) -> str:
     asked = backend or (os.environ.get(VARIABLE) if device != "meta" else None)
     if asked:
         return _forced(asked, device, "backend" if backend else VARIABLE)
-    if torch.onnx.is_in_onnx_export() or _transformed():
+    if _transformed():
         return "gather"
-    if device == "meta":
+    if device == "meta" or torch.onnx.is_in_onnx_export():
         return "reference"
     reason = KERNELS[device].why_not() if device in KERNELS else f"no kernel for {device}"
     if reason:
@@ -135,28 +146,8 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def check_spatial_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
-    """The levels' sizes as a list of (H, W); ValueError unless they are pairs of positive ints."""
-    if hasattr(spatial_shapes, "tolist"):  # a tensor, or an array of numpy
-        spatial_shapes = spatial_shapes.tolist()
-    try:
-        shapes = [(_integer(height), _integer(width)) for height, width in spatial_shapes]
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"spatial_shapes must be L pairs (H, W) of ints, got {spatial_shapes!r}"
-        ) from None
-    if not shapes or any(height < 1 or width < 1 for height, width in shapes):
-        raise ValueError(f"spatial_shapes must be L >= 1 pairs of positive ints, got {shapes}")
-    return shapes
-
-
-def _integer(n: object) -> int | torch.SymInt:
-    return n if isinstance(n, (int, torch.SymInt)) else operator.index(n)  # such as numpy's
-
-
-def _check(
-    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> None:
+@quietly
+def _check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> None:
     tensors = {"value": value, "sampling_locations": locations, "attention_weights": weights}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -164,7 +155,7 @@ def _check(
     if value.ndim != 4:
         raise ValueError(f"value must be (B, S, M, D), got {tuple(value.shape)}")
     B, S, M, _ = value.shape
-    total = sum(height * width for height, width in shapes)
+    total = sum(height * width for height, width in shapes) if are_known(shapes) else S
     if total != S:
         raise ValueError(f"spatial_shapes {shapes} hold {total} tokens, but value has S={S}")
     expected = (B, M, len(shapes), 2)
@@ -200,11 +191,18 @@ def _check(
 # The kernel as PyTorch knows it: an operator with a fake form for torch.compile, and autograd.
 
 
+# hidden: the sizes as a tensor (2 * L,), where they are known only when the program runs.
+
+
 @torch.library.custom_op("deformable_detr::ms_deform_attn", mutates_args=())
 def _kernel(
-    value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    hidden: Tensor | None = None,
 ) -> Tensor:
-    shapes = _checked(value, spatial_shapes, locations, weights)
+    shapes = _checked(value, spatial_shapes, locations, weights, hidden)
     if value.is_cuda:
         return cuda.forward(value, shapes, locations, weights)
     wide = value.to(locations.dtype)
@@ -218,8 +216,9 @@ def _kernel_backward(
     locations: Tensor,
     weights: Tensor,
     grad_output: Tensor,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = _checked(value, spatial_shapes, locations, weights)
+    shapes = _checked(value, spatial_shapes, locations, weights, hidden)
     B, _, M, D = value.shape
     like = (B, locations.shape[1], M * D), value.dtype, value.device
     if (grad_output.shape, grad_output.dtype, grad_output.device) != like:
@@ -235,10 +234,10 @@ def _kernel_backward(
 
 
 def _checked(
-    value: Tensor, flat: Sequence[int], locations: Tensor, weights: Tensor
+    value: Tensor, flat: Sequence[int], locations: Tensor, weights: Tensor, hidden: Tensor | None
 ) -> list[tuple[int, int]]:
     """The levels' sizes, of arguments that a traced program may have brought here by itself."""
-    shapes = check_spatial_shapes(_pairs(flat))
+    shapes = check_spatial_shapes(_pairs(flat if hidden is None else hidden.tolist()))
     _check(value, shapes, locations, weights)
     real = torch.float64 if value.dtype == torch.float64 else torch.float32
     if not locations.dtype == weights.dtype == real:
@@ -251,12 +250,18 @@ def _checked(
     return shapes
 
 
-def _pairs(flat: Sequence[int]) -> list[tuple[int, int]]:
+def _pairs(flat: Sequence[int | Tensor]) -> Shapes:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 @_kernel.register_fake
-def _(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+def _fake(
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    hidden: Tensor | None = None,
+) -> Tensor:
     B, _, M, D = value.shape
     return value.new_empty(B, locations.shape[1], M * D)
 
@@ -268,40 +273,42 @@ def _(
     locations: Tensor,
     weights: Tensor,
     grad_output: Tensor,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # contiguous, as the kernel's are
     return tuple(x.new_empty(x.shape) for x in (value, locations, weights))
 
 
 def _setup(ctx, inputs: tuple, output: object) -> None:
-    value, ctx.shapes, locations, weights, *grad_output = inputs
-    ctx.save_for_backward(value, locations, weights, *grad_output)
+    value, ctx.shapes, locations, weights, *grad_output, hidden = inputs
+    ctx.save_for_backward(value, locations, weights, *grad_output, hidden)
 
 
 def _differentiate(ctx, grad_output: Tensor) -> tuple:
-    value, locations, weights = ctx.saved_tensors
-    grads = _kernel_backward(value, ctx.shapes, locations, weights, grad_output.contiguous())
-    return grads[0], None, *grads[1:]
+    value, locations, weights, hidden = ctx.saved_tensors
+    grads = _kernel_backward(
+        value, ctx.shapes, locations, weights, grad_output.contiguous(), hidden
+    )
+    return grads[0], None, *grads[1:], None
 
 
 def _differentiate_twice(ctx, *grads: Tensor) -> tuple:
     """Through the gather form: its gradients, written as a function, differentiated once more; and
     as often as one likes, where a graph of that is asked for."""
     again = torch.is_grad_enabled()
+    *saved, hidden = ctx.saved_tensors
     with torch.enable_grad():
-        inputs = [
-            x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            for x in ctx.saved_tensors
-        ]
+        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in saved]
         value, locations, weights, grad_output = inputs
+        shapes = _pairs(ctx.shapes if hidden is None else hidden.unbind())
         output = reference.ms_deform_attn_gather(
-            value.to(locations.dtype), _pairs(ctx.shapes), locations, weights
+            value.to(locations.dtype), shapes, locations, weights
         )
         first = torch.autograd.grad(
             output, inputs[:3], grad_output.to(output.dtype), create_graph=True
         )
         second = torch.autograd.grad(first, inputs, grads, allow_unused=True, create_graph=again)
-    return second[0], None, *second[1:]
+    return second[0], None, *second[1:], None
 
 
 _kernel.register_autograd(_differentiate, setup_context=_setup)

@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deformable_detr.ops.sizes import Shapes, numbers
+
 
 def ms_deform_attn(
     value: Tensor,
-    spatial_shapes: list[tuple[int, int]],
+    spatial_shapes: Shapes,
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
@@ -36,11 +38,12 @@ def ms_deform_attn(
 
 def ms_deform_attn_gather(
     value: Tensor,
-    spatial_shapes: list[tuple[int, int]],
+    spatial_shapes: Shapes,
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """The same from gathers, products and sums alone, for runtimes without grid_sample."""
+    """The same from gathers, products and sums alone, for runtimes without grid_sample, and where
+    sizes are tensors."""
     B, _, M, D = value.shape
     Q, K = sampling_locations.shape[1], sampling_locations.shape[4]
     heads = value.transpose(1, 2)  # (B, M, S, D)
@@ -49,8 +52,9 @@ def ms_deform_attn_gather(
     for level, (height, width) in enumerate(spatial_shapes):
         points = sampling_locations[:, :, :, level].transpose(1, 2)  # (B, M, Q, K, 2)
         weights = attention_weights[:, :, :, level].transpose(1, 2)  # (B, M, Q, K)
-        position = points * points.new_tensor([width, height]) - 0.5
-        inside = ((position > -1) & (position < position.new_tensor([width, height]))).all(-1)
+        size = numbers((width, height), like=points)
+        position = points * size - 0.5
+        inside = ((position > -1) & (position < size)).all(-1)
         position = position.where(inside.unsqueeze(-1), torch.zeros_like(position))
         low = position.floor()
         part = position - low
@@ -61,7 +65,8 @@ def ms_deform_attn_gather(
                     part[..., 1] if bottom else 1 - part[..., 1]
                 )
                 exists = inside & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-                column, row = x.clamp(0, width - 1).long(), y.clamp(0, height - 1).long()
+                column = x.clamp(min=0).minimum(size[0] - 1).long()
+                row = y.clamp(min=0).minimum(size[1] - 1).long()
                 token = (start + row * width + column).flatten(2).unsqueeze(-1)
                 rows = heads.gather(2, token.expand(-1, -1, -1, D)).reshape(B, M, Q, K, D)
                 weight = (weight * weights).where(exists, torch.zeros_like(weight))

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deformable_detr.ops import cpu, cuda
+from deformable_detr.ops import cuda
+from deformable_detr.ops.build import build
+from deformable_detr.ops.cpu import levels, pointers
 
 SOURCE = "cuda_threads.cpp"
 FLAGS = ("-std=c++20", "-O1", "-g")
@@ -156,7 +158,7 @@ def races(atomic: bool = True, D: int = 8, points: int = 4) -> Races:
     if not atomic:
         macros["RACE"] = 1
     try:
-        program = cpu.build(macros, (*FLAGS, "-fsanitize=thread"), SOURCE, program=True)
+        program = build(macros, (*FLAGS, "-fsanitize=thread"), SOURCE, program=True)
     except RuntimeError as error:
         if "tsan" not in str(error) and "fsanitize" not in str(error):
             raise
@@ -180,7 +182,7 @@ def load(
     macros = cuda.specialise(dtype, D, points, huge, deterministic, capability=80)
     heads_each = groups or int(macros["GROUPS"])
     macros |= {"GROUPS": heads_each} | ({"TRACE": 1} if record else {})
-    return ctypes.CDLL(str(cpu.build(macros, FLAGS, SOURCE))), heads_each
+    return ctypes.CDLL(str(build(macros, FLAGS, SOURCE))), heads_each
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -205,12 +207,12 @@ def _launch(
     value, locations, *others = arrays
     _, S, M, _ = value.shape
     B, Q, _, _, K, _ = locations.shape
-    table = cpu.levels(tuple(shapes), K)  # kept until the kernel has run
+    table = levels(tuple(shapes), K)  # kept until the kernel has run
     run(
         ctypes.c_int(blocks.start),
         ctypes.c_int(blocks.stop),
         ctypes.c_uint(seed),
-        *cpu.pointers(value, table, locations, *others),
+        *pointers(value, table, locations, *others),
         ctypes.c_longlong(B * Q * M),
         *(ctypes.c_int(n) for n in (S, Q, M)),
     )
