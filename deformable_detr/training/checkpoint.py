@@ -1,6 +1,6 @@
 """Which run a checkpoint is of, and reading one of any age. Chapter 13.
 
-A checkpoint is what `TrainingState.state_dict` gives, the random states of every process, and the
+A checkpoint is what `Training.state_dict` gives, the random states of every process, and the
 run's identity: what must be the same in a run and its resumption.
 """
 

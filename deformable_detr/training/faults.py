@@ -1,15 +1,20 @@
 """Where a number that is not finite comes from: the module of a forward pass that made it first."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from deformable_detr.structures import Batch
 from deformable_detr.training.precision import autocast
-from deformable_detr.training.processes import set_random_states
-from deformable_detr.training.setup import Training
+from deformable_detr.training.random_states import set_random_states
+
+if TYPE_CHECKING:
+    from deformable_detr.training.setup import Training
 
 
 class NonFiniteLossError(RuntimeError):

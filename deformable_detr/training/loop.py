@@ -21,7 +21,8 @@ from deformable_detr.training.config import TrainConfig
 from deformable_detr.training.faults import all_finite, gradient_error, loss_error
 from deformable_detr.training.optimiser import lr_factor
 from deformable_detr.training.precision import autocast
-from deformable_detr.training.processes import mean_over_processes, random_states
+from deformable_detr.training.processes import mean_over_processes
+from deformable_detr.training.random_states import random_states
 from deformable_detr.training.setup import Training
 
 PAPER = TrainConfig()

@@ -1,7 +1,4 @@
-"""One training in several processes, on Accelerate: what they agree on, and each one's own chance.
-
-Chapter 13.
-"""
+"""One training in several processes, on Accelerate: what they share. Chapter 13."""
 
 from datetime import timedelta
 
@@ -9,6 +6,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
+
+from deformable_detr.training.random_states import random_states
 
 PATIENCE = timedelta(hours=3)  # how long processes wait while one checks data or evaluates
 
@@ -44,25 +43,6 @@ def mean_over_processes(accelerator: Accelerator, values: dict[str, Tensor]) -> 
     if accelerator.num_processes > 1:
         numbers = accelerator.reduce(numbers, "mean")
     return dict(zip(values, numbers.tolist(), strict=True))
-
-
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of this process' random numbers, by the checkpoint's names."""
-    states = {"random_states": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda_random_states"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
-    """Go on from the states of `random_states`; those of a GPU are left out on a CPU.
-
-    A state may be a row of a larger tensor. torch reads a generator's state from the start of the
-    storage, whatever a view's offset is, so it gets a copy.
-    """
-    torch.set_rng_state(states["random_states"].clone())
-    if "cuda_random_states" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda_random_states"].clone(), device)
 
 
 def gather_random_states(accelerator: Accelerator) -> dict[str, Tensor]:

@@ -16,11 +16,8 @@ from tqdm import tqdm
 from deformable_detr.evaluation.coco import Metrics
 from deformable_detr.files import write_atomically
 from deformable_detr.training.checkpoint import read_checkpoint
-from deformable_detr.training.processes import (
-    gather_random_states,
-    in_each_process,
-    set_random_states,
-)
+from deformable_detr.training.processes import gather_random_states, in_each_process
+from deformable_detr.training.random_states import set_random_states
 
 
 class Run:
