@@ -46,7 +46,7 @@ import torch
 from deformable_detr import ms_deform_attn
 from deformable_detr.exercises import check
 from deformable_detr.ops import cuda, threads
-from deformable_detr.ops.cpu import compiler
+from deformable_detr.ops.build import compiler
 
 plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)

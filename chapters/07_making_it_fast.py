@@ -49,7 +49,7 @@ from deformable_detr.exercises import check
 from deformable_detr.exercises.cuda import WORDS, build
 from deformable_detr.layers import attention
 from deformable_detr.ops import threads
-from deformable_detr.ops.cpu import compiler
+from deformable_detr.ops.build import compiler
 from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")

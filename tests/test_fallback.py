@@ -10,6 +10,8 @@ import torch
 
 from deformable_detr import MSDeformAttn, backends, ms_deform_attn
 from deformable_detr.ops import cpu, cuda, dispatch
+from deformable_detr.ops.build import compiler
+from deformable_detr.ops.cache import cache_folder
 
 SHAPES = [(3, 4)]
 
@@ -29,7 +31,7 @@ def run(**changes):
 def fresh(monkeypatch, tmp_path):
     """Nothing is known of this machine yet, and no kernel is built."""
     monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(tmp_path / "cache"))
-    caches = cpu.compiler, cpu.cache_folder, cpu.why_not, cpu.load, dispatch._say_once
+    caches = compiler, cache_folder, cpu.why_not, cpu.load, dispatch._say_once
     for cache in caches:
         cache.cache_clear()
     yield

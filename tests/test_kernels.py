@@ -1,5 +1,6 @@
 """The CPU's kernel: random and hostile inputs, sanitizers, and where its builds are kept."""
 
+import ctypes
 import math
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -21,6 +23,13 @@ from hypothesis import strategies as st
 
 from deformable_detr import ms_deform_attn
 from deformable_detr.ops import BackendError, cpu
+from deformable_detr.ops.build import build, compiler, machine, native, sources
+from deformable_detr.ops.cache import (
+    cache_folder,
+    refuse_unsafe,
+    temporary_folder,
+    unmapped_root,
+)
 from tests import fuzz
 from tests.oracle import SHAPES, make_inputs
 
@@ -183,9 +192,9 @@ def test_sanitizers_find_nothing(tmp_path, real, D, offset):
     source.write_text(DRIVER)
     macros = {"VALUE": real, "REAL": real, "OFFSET": offset, "D": D, "POINTS": 6}
     with resources.as_file(resources.files("deformable_detr.kernels")) as kernels:
-        command = [cpu.compiler(), "-std=c++17", "-O1", "-g", "-pthread", f"-I{kernels}"]
+        command = [compiler(), "-std=c++17", "-O1", "-g", "-pthread", f"-I{kernels}"]
         command += [
-            cpu._native(),
+            native(),
             "-fsanitize=address,undefined,float-cast-overflow",
             "-fno-sanitize-recover=all",
         ]
@@ -210,19 +219,19 @@ def cache(tmp_path, monkeypatch):
     """A folder of its own for builds, not made yet; nothing remembered from other tests."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(folder))
-    remembered = cpu.cache_folder, cpu._temporary, cpu.load, cpu.compiler, cpu._machine
+    remembered = cache_folder, temporary_folder, cpu.load, compiler, machine
     for function in remembered:
         function.cache_clear()
     yield folder
-    if cpu._temporary.results:
-        shutil.rmtree(cpu._temporary(), ignore_errors=True)
+    if temporary_folder.results:
+        shutil.rmtree(temporary_folder(), ignore_errors=True)
     for function in remembered:
         function.cache_clear()
 
 
 def build_together(barrier, paths):
     barrier.wait(timeout=60)
-    paths.put(str(cpu.build(MACROS, QUICK)))
+    paths.put(str(build(MACROS, QUICK)))
 
 
 def test_several_processes_build_at_once(cache):
@@ -245,22 +254,22 @@ def test_several_processes_build_at_once(cache):
         torch.tensor([2.0]),
         torch.zeros(1),
     )
-    cpu.ctypes.CDLL(*found).forward(*cpu.pointers(*tensors), *cpu.sizes(1, 1, 1, 1), 1)
+    ctypes.CDLL(*found).forward(*cpu.pointers(*tensors), *cpu.sizes(1, 1, 1, 1), 1)
     assert tensors[-1].item() == 6
 
 
 def test_a_build_is_kept_and_read_again(cache, monkeypatch):
-    first = cpu.build(MACROS, QUICK)
+    first = build(MACROS, QUICK)
     made = first.stat().st_mtime_ns
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("built again"))
-    assert cpu.build(MACROS, QUICK) == first and first.stat().st_mtime_ns == made
+    assert build(MACROS, QUICK) == first and first.stat().st_mtime_ns == made
 
 
 def test_umask_opens_nothing_to_the_group(tmp_path, cache, monkeypatch):
     monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(tmp_path / "home" / "cache" / "kernels"))
     before = os.umask(0o002)
     try:
-        library = cpu.build(MACROS, QUICK)
+        library = build(MACROS, QUICK)
     finally:
         os.umask(before)
     for path in (library, *library.parents[:3]):
@@ -272,7 +281,7 @@ def test_a_folder_that_others_can_write_to_is_refused(cache, mode):
     cache.mkdir()
     cache.chmod(mode)
     with pytest.raises(BackendError, match=r"other users can write to .*; `chmod go-w`"):
-        cpu.build(MACROS, QUICK)
+        build(MACROS, QUICK)
     assert not list(cache.iterdir())
 
 
@@ -282,9 +291,9 @@ def test_a_folder_inside_one_that_others_can_write_to_is_refused(tmp_path, cache
     monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(outer / "cache"))
     outer.chmod(0o777)
     with pytest.raises(BackendError, match=f"can write to {outer};"):
-        cpu.cache_folder()
+        cache_folder()
     outer.chmod(0o1777)  # as /tmp: others cannot replace what is ours
-    assert cpu.cache_folder() == (outer / "cache").resolve()
+    assert cache_folder() == (outer / "cache").resolve()
 
 
 def test_another_users_folder_is_refused(cache, monkeypatch):
@@ -294,13 +303,13 @@ def test_another_users_folder_is_refused(cache, monkeypatch):
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(BackendError, match=r"kernels are not loaded from .*: user \d+ owns"):
-        cpu.build(MACROS, QUICK)
+        build(MACROS, QUICK)
 
 
 def test_a_library_that_others_can_write_to_is_not_loaded(cache):
-    cpu.build(MACROS, QUICK).chmod(0o775)
+    build(MACROS, QUICK).chmod(0o775)
     with pytest.raises(BackendError, match=r"can write to .*\.so;"):
-        cpu.build(MACROS, QUICK)
+        build(MACROS, QUICK)
 
 
 @pytest.mark.parametrize("why", ["read-only", "a file", "no home"])
@@ -314,11 +323,11 @@ def test_without_a_place_to_write_builds_go_to_a_private_folder(tmp_path, cache,
         (tmp_path / ".cache").write_text("")
     else:
         monkeypatch.setattr(Path, "home", lambda: Path("~nobody-of-this-name").expanduser())
-    library = cpu.build(MACROS, QUICK)
+    library = build(MACROS, QUICK)
     assert tmp_path not in library.parents
     assert library.parent.stat().st_mode & 0o077 == 0
-    assert cpu.build(MACROS, QUICK) == library
-    cpu.ctypes.CDLL(str(library))
+    assert build(MACROS, QUICK) == library
+    ctypes.CDLL(str(library))
 
 
 @pytest.fixture
@@ -348,22 +357,22 @@ def in_threads(function, count=4):
 
 
 def test_threads_share_one_temporary_folder(no_home, monkeypatch):
-    make = cpu.tempfile.mkdtemp
+    make = tempfile.mkdtemp
     slow = lambda **options: time.sleep(0.05) or make(**options)  # noqa: E731
-    monkeypatch.setattr(cpu.tempfile, "mkdtemp", slow)
-    found = in_threads(cpu.cache_folder)
+    monkeypatch.setattr(tempfile, "mkdtemp", slow)
+    found = in_threads(cache_folder)
     assert len(set(found)) == 1 and found[0].is_dir()
 
 
 def test_threads_share_one_build(cache, monkeypatch):
     built = []
-    made = cpu.build(MACROS, QUICK)
+    made = build(MACROS, QUICK)
 
-    def build(*_):
+    def slow_build(*_):
         built.append(time.sleep(0.05))
         return made
 
-    monkeypatch.setattr(cpu, "build", build)
+    monkeypatch.setattr(cpu, "build", slow_build)
     assert len({id(x) for x in in_threads(lambda: cpu.load(torch.float32, 1, 1, False))}) == 1
     assert len(built) == 1
 
@@ -372,13 +381,13 @@ def test_a_loaded_kernel_does_not_wait_for_another_build(cache, monkeypatch):
     loaded = cpu.load(torch.float32, 1, 1)
     begun, go_on = threading.Event(), threading.Event()
 
-    def build(*_):
+    def slow_build(*_):
         begun.set()
         assert go_on.wait(60)
         return made
 
-    made = cpu.build(MACROS, QUICK)
-    monkeypatch.setattr(cpu, "build", build)
+    made = build(MACROS, QUICK)
+    monkeypatch.setattr(cpu, "build", slow_build)
     other = threading.Thread(target=cpu.load, args=(torch.float32, 2, 1))
     other.start()
     assert begun.wait(60)
@@ -390,14 +399,14 @@ def test_a_loaded_kernel_does_not_wait_for_another_build(cache, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork beside threads
 def test_a_fork_during_a_build_can_load(cache, monkeypatch):
     begun = threading.Event()
-    made = cpu.build(MACROS, QUICK)
+    made = build(MACROS, QUICK)
 
-    def build(*_):
+    def slow_build(*_):
         begun.set()
         time.sleep(0.2)
         return made
 
-    monkeypatch.setattr(cpu, "build", build)
+    monkeypatch.setattr(cpu, "build", slow_build)
     other = threading.Thread(target=cpu.load, args=(torch.float32, 2, 1))
     other.start()
     assert begun.wait(60)
@@ -413,9 +422,9 @@ def test_a_fork_during_a_build_can_load(cache, monkeypatch):
 def test_a_fork_leaves_the_temporary_folder_to_its_parent(tmp_path):
     program = """if True:
         import os, sys, warnings
-        from deformable_detr.ops import cpu
+        from deformable_detr.ops.cache import cache_folder
         warnings.simplefilter("ignore")
-        folder = cpu.cache_folder()
+        folder = cache_folder()
         child = os.fork()
         if not child:
             sys.exit(0)
@@ -434,19 +443,19 @@ def test_a_fork_leaves_the_temporary_folder_to_its_parent(tmp_path):
 
 
 def test_a_folder_that_was_removed_is_made_again(cache):
-    cpu.build(MACROS, QUICK)
+    build(MACROS, QUICK)
     shutil.rmtree(cache)
-    assert cpu.build(MACROS, QUICK).exists()
+    assert build(MACROS, QUICK).exists()
 
 
 def test_a_folder_that_is_asked_for_must_be_usable(cache, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(tmp_path / "file"))
     with pytest.raises(BackendError, match=r"DEFORMABLE_DETR_CACHE=.*file cannot hold kernels: "):
-        cpu.cache_folder()
+        cache_folder()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DEFORMABLE_DETR_CACHE", "~/kernels")
-    assert cpu.cache_folder() == (tmp_path / "kernels").resolve()
+    assert cache_folder() == (tmp_path / "kernels").resolve()
 
 
 def test_root_may_be_unknown_in_a_container(tmp_path, cache, monkeypatch):
@@ -457,12 +466,12 @@ def test_root_may_be_unknown_in_a_container(tmp_path, cache, monkeypatch):
     monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(outer / "cache"))
     os.chown(outer, 65534, 65534)
     with pytest.raises(BackendError, match="user 65534 owns"):
-        cpu.cache_folder()
-    monkeypatch.setattr(cpu, "_unmapped_root", lambda: {65534})
-    assert cpu.cache_folder() == (outer / "cache").resolve()
+        cache_folder()
+    monkeypatch.setattr("deformable_detr.ops.cache.unmapped_root", lambda: {65534})
+    assert cache_folder() == (outer / "cache").resolve()
     os.chown(outer / "cache", 65534, 65534)  # what holds the kernels must be the user's own
     with pytest.raises(BackendError, match="user 65534 owns"):
-        cpu.refuse_unsafe(outer / "cache")
+        refuse_unsafe(outer / "cache")
 
 
 @pytest.mark.parametrize(
@@ -477,25 +486,25 @@ def test_root_may_be_unknown_in_a_container(tmp_path, cache, monkeypatch):
 def test_who_root_is_in_a_container(monkeypatch, text, expected):
     texts = {"/proc/self/uid_map": text, "/proc/sys/kernel/overflowuid": "65534"}
     monkeypatch.setattr(Path, "read_text", lambda path: texts[str(path)])
-    assert cpu._unmapped_root.__wrapped__() == expected
+    assert unmapped_root.__wrapped__() == expected
 
 
 def test_a_folder_for_reading_serves_what_it_holds(cache, monkeypatch):
-    library = cpu.build(MACROS, QUICK)
-    cpu.cache_folder.cache_clear()
+    library = build(MACROS, QUICK)
+    cache_folder.cache_clear()
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("built again"))
-    assert cpu.build(MACROS, QUICK) == library
+    assert build(MACROS, QUICK) == library
 
 
 def test_kernels_are_found_in_a_source_tree_too(monkeypatch):
-    installed = cpu.sources().joinpath("cpu.cpp").read_bytes()
+    installed = sources().joinpath("cpu.cpp").read_bytes()
 
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(cpu.resources, "files", missing)
-    assert cpu.sources().joinpath("cpu.cpp").read_bytes() == installed
+    monkeypatch.setattr(resources, "files", missing)
+    assert sources().joinpath("cpu.cpp").read_bytes() == installed
 
 
 def test_without_memory_it_is_an_error_and_no_abort():
@@ -522,7 +531,7 @@ def test_without_memory_it_is_an_error_and_no_abort():
 
 def test_a_broken_library_is_one_clear_error(cache, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(cpu.ctypes, "CDLL", lambda path, **_: Mock(path=path))
+        patch.setattr(ctypes, "CDLL", lambda path, **_: Mock(path=path))
         Path(cpu.load(torch.float32, 1, 1).path).write_text("not a library")
     cpu.load.cache_clear()
     with pytest.raises(RuntimeError, match=r"does not load .*; remove .*\.so to build") as caught:
@@ -542,10 +551,10 @@ def test_a_failing_compiler_is_one_clear_error(cache, tmp_path, monkeypatch):
 
 
 def test_the_key_holds_what_a_build_depends_on(cache, monkeypatch):
-    first = cpu.build(MACROS, QUICK)
-    assert cpu.build(MACROS, ("-O0", "-g")) != first
-    monkeypatch.setattr(cpu, "_machine", lambda: ("another processor",))
-    assert cpu.build(MACROS, QUICK) != first
+    first = build(MACROS, QUICK)
+    assert build(MACROS, ("-O0", "-g")) != first
+    monkeypatch.setattr("deformable_detr.ops.build.machine", lambda: ("another processor",))
+    assert build(MACROS, QUICK) != first
 
 
 @pytest.mark.parametrize("Q", [400, 3], ids=["gathered", "not gathered"])

@@ -9,6 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from deformable_detr import MSDeformAttn, backends, ms_deform_attn
 from deformable_detr.ops import cpu, cuda, dispatch, reference
+from deformable_detr.ops.build import compiler
+from deformable_detr.ops.cache import cache_folder
 from tests.oracle import SHAPES, attention_by_loops, make_inputs
 
 FUNCTIONS = {
@@ -17,6 +19,8 @@ FUNCTIONS = {
     "gather": [(reference, "ms_deform_attn_gather")],
 }
 needs_compiler = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+# what torch itself says where a process first asks for a forward-mode derivative
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
 FLAT = [size for shape in SHAPES for size in shape]
 
 
@@ -308,7 +312,7 @@ def test_forcing_what_cannot_run_is_an_error(by, name, error, message, monkeypat
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
     """A machine whose path is empty."""
-    caches = cpu.compiler, cpu.why_not, cpu.load, dispatch._say_once
+    caches = compiler, cpu.why_not, cpu.load, dispatch._say_once
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     for cache in caches:
@@ -344,7 +348,7 @@ def test_where_kernels_cannot_be_kept_safely_the_reference_runs(monkeypatch, tmp
     folder.mkdir()
     folder.chmod(0o777)
     monkeypatch.setenv("DEFORMABLE_DETR_CACHE", str(folder))
-    caches = cpu.cache_folder, cpu.why_not, cpu.load, dispatch._say_once
+    caches = cache_folder, cpu.why_not, cpu.load, dispatch._say_once
     for cache in caches:
         cache.cache_clear()
     try:
@@ -367,7 +371,7 @@ def test_a_gpu_of_another_maker_is_no_cuda(monkeypatch):
 
 def test_a_compiler_that_is_asked_for_and_not_there_is_named(no_compiler, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    cpu.compiler.cache_clear()
+    compiler.cache_clear()
     assert backends()["cpu"].startswith("no C++ compiler: no-such-compiler not on the path")
 
 
@@ -392,7 +396,7 @@ def test_third_derivatives(simple):
     torch.testing.assert_close(third("cpu"), third("gather"))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of torch's own
+@forward_mode
 def test_forward_mode_derivatives(simple):
     inputs, operator = simple
     tangents = tuple(torch.randn_like(x) for x in inputs)
@@ -429,6 +433,7 @@ def test_transforms_of_functions(simple):
 
 
 @needs_compiler
+@forward_mode
 def test_a_forced_kernel_is_not_transformed(simple, monkeypatch):
     inputs, operator = simple
     forced = lambda *x: ms_deform_attn(x[0], [(4, 5)], *x[1:], backend="cpu").sum()  # noqa: E731

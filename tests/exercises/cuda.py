@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from deformable_detr.ops.cpu import compiler
+from deformable_detr.ops.build import compiler
 
 WORDS = """
 #include <cmath>
