@@ -71,5 +71,5 @@ def ms_deform_attn_gather(
                 rows = heads.gather(2, token.expand(-1, -1, -1, D)).reshape(B, M, Q, K, D)
                 weight = (weight * weights).where(exists, torch.zeros_like(weight))
                 output = output + (rows * weight.unsqueeze(-1)).sum(3)  # (B, M, Q, D)
-        start += height * width
+        start = start + height * width  # not in place: it may be a tensor
     return output.transpose(1, 2).reshape(B, Q, M * D)
