@@ -130,6 +130,7 @@ class ForeignDeformableDETR(Foreign):
         return {
             "two_stage_num_proposals": config.num_queries,
             "tie_word_embeddings": not config.refine,
+            "auxiliary_loss": True,
         }
 
     def options(self, content: dict, options: dict) -> dict[str, object]:

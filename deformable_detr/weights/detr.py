@@ -82,3 +82,10 @@ class ForeignDETR(Foreign):
     def backbone_maps(self, config: DETRConfig) -> list[int]:
         """All four, as in published files, of which the model takes the last."""
         return [1, 2, 3, 4]
+
+    def options(self, content: dict, options: dict) -> dict[str, object]:
+        """None; but with auxiliary_loss theirs is another model, whose decoder's last norm also
+        stands between its layers."""
+        if content.get("auxiliary_loss"):
+            raise ValueError("with auxiliary_loss, transformers' DETR normalises between layers")
+        return {}

@@ -92,7 +92,6 @@ def to_huggingface(model: BaseDetector, categories: list[dict] | None = None) ->
         "backbone_config": backbone,
         "id2label": names,
         "label2id": {name: i for i, name in names.items()},
-        "auxiliary_loss": True,
         **foreign.entries(config),
         **to_their_options(config, "huggingface"),
     }
