@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deformable_detr.ops.dispatch import SpatialShapes, check_spatial_shapes, ms_deform_attn
+from deformable_detr.ops.dispatch import ms_deform_attn
+from deformable_detr.ops.sizes import (
+    Shapes,
+    SpatialShapes,
+    check_spatial_shapes,
+    numbers,
+    quietly,
+)
 from deformable_detr.structures import Queries, Tokens
 
 
@@ -16,12 +23,12 @@ class Sampling:
 
     locations: (B, Q, M, L, K, 2) as (x, y), normalised to the (padded) maps; may leave [0, 1].
     weights: (B, Q, M, L, K), non-negative, summing to one over the last two axes together.
-    spatial_shapes: the L sizes (H, W) of the maps.
+    spatial_shapes: the L sizes (H, W) of the maps; 0-d tensors where they are not known yet.
     """
 
     locations: Tensor
     weights: Tensor
-    spatial_shapes: list[tuple[int, int]]
+    spatial_shapes: Shapes
 
 
 class MSDeformAttn(nn.Module):
@@ -82,16 +89,18 @@ class MSDeformAttn(nn.Module):
             reference_points = reference_points.float()
         B, Q, _ = query.shape
         M, L, K = self.num_heads, self.num_levels, self.num_points
+        reference_points = reference_points.expand(-1, -1, L, -1)
         offsets = self.sampling_offsets(query).view(B, Q, M, L, K, 2)
         logits = self.attention_weights(query).view(B, Q, M, L * K)
         weights = logits.softmax(-1).view(B, Q, M, L, K)  # one softmax over all levels
         offsets = offsets.to(reference_points.dtype)
         if reference_points.shape[-1] == 2:  # offsets in pixels of each level
-            size = offsets.new_tensor([(width, height) for height, width in shapes])  # (L, 2)
+            pairs = [n for height, width in shapes for n in (width, height)]
+            size = numbers(pairs, like=offsets).view(L, 2)
             # flat rows of L * K * 2 numbers: ten times as fast as many small axes
             size = size.unsqueeze(1).expand(-1, K, -1).flatten()
             centre = reference_points.unsqueeze(3).expand(-1, -1, -1, K, -1).flatten(2).unsqueeze(2)
-            locations = torch.addcdiv(centre, offsets.flatten(3), size).view_as(offsets)
+            locations = (centre + offsets.flatten(3) / size).view(B, Q, M, L, K, 2)
         else:  # offsets in units of the box: K of them reach from the centre to its edge
             centre, box_size = reference_points[:, :, None, :, None].split(2, -1)
             locations = centre + offsets / K * box_size * 0.5
@@ -109,10 +118,11 @@ class MSDeformAttn(nn.Module):
         """Attend from Q queries to the samples that they ask for.
 
         query: (B, Q, C), content plus position. reference_points: (B, Q, L, 2) as (x, y) or
-        (B, Q, L, 4) as (cx, cy, w, h), normalised to each padded level. input_flatten: (B, S, C),
-        the levels one after another. spatial_shapes: L pairs (H, W). padding_mask: (B, S), True
-        on padding, whose values count as zero. Returns (B, Q, C); with return_sampling also the
-        Sampling. Raises ValueError on shapes that do not fit, TypeError on other dtypes.
+        (B, Q, L, 4) as (cx, cy, w, h), normalised to each padded level; one in place of L is for
+        all levels. input_flatten: (B, S, C), the levels one after another. spatial_shapes: L pairs
+        (H, W), or a tensor as in `ms_deform_attn`. padding_mask: (B, S), True on padding, whose
+        values count as zero. Returns (B, Q, C); with return_sampling also the Sampling. Raises
+        ValueError on shapes that do not fit, TypeError on other dtypes.
         """
         sampling = self.sampling(query, reference_points, spatial_shapes)
         return self._attend(sampling, input_flatten, padding_mask, return_sampling)
@@ -137,37 +147,51 @@ class MSDeformAttn(nn.Module):
         padding_mask: Tensor | None,
         return_sampling: bool,
     ) -> Tensor | tuple[Tensor, Sampling]:
-        B, C = sampling.locations.shape[0], self.embed_dim
-        if input_flatten.ndim != 3 or input_flatten.shape[::2] != (B, C):
-            given = tuple(input_flatten.shape)
-            raise ValueError(f"input_flatten must be (B={B}, S, C={C}), got {given}")
-        S = input_flatten.shape[1]
+        self._check_values(sampling.locations, input_flatten, padding_mask)
         value = self.value_proj(input_flatten)
         if padding_mask is not None:
-            if padding_mask.shape != (B, S) or padding_mask.dtype != torch.bool:
-                given = f"{tuple(padding_mask.shape)} of {padding_mask.dtype}"
-                raise ValueError(f"padding_mask must be (B={B}, S={S}) of bool, got {given}")
             value = value.masked_fill(padding_mask.unsqueeze(-1), 0)
-        value = value.view(B, S, self.num_heads, C // self.num_heads)
+        B, S, _ = value.shape
+        value = value.view(B, S, self.num_heads, self.embed_dim // self.num_heads)
         output = ms_deform_attn(
             value, sampling.spatial_shapes, sampling.locations, sampling.weights
         )
         output = self.output_proj(output)
         return (output, sampling) if return_sampling else output
 
-    def _check(
-        self, query: Tensor, reference_points: Tensor, shapes: list[tuple[int, int]]
+    @quietly
+    def _check_values(
+        self, locations: Tensor, input_flatten: Tensor, padding_mask: Tensor | None
     ) -> None:
+        B, C = locations.shape[0], self.embed_dim
+        if input_flatten.ndim != 3 or input_flatten.shape[::2] != (B, C):
+            given = tuple(input_flatten.shape)
+            raise ValueError(f"input_flatten must be (B={B}, S, C={C}), got {given}")
+        S = input_flatten.shape[1]
+        if padding_mask is None:
+            return
+        if padding_mask.shape != (B, S) or padding_mask.dtype != torch.bool:
+            given = f"{tuple(padding_mask.shape)} of {padding_mask.dtype}"
+            raise ValueError(f"padding_mask must be (B={B}, S={S}) of bool, got {given}")
+
+    @quietly
+    def _check(self, query: Tensor, reference_points: Tensor, shapes: Shapes) -> None:
         if query.ndim != 3 or query.shape[-1] != self.embed_dim:
             raise ValueError(f"query must be (B, Q, C={self.embed_dim}), got {tuple(query.shape)}")
         if len(shapes) != self.num_levels:
             raise ValueError(f"expected {self.num_levels} levels, got spatial_shapes {shapes}")
         B, Q, _ = query.shape
-        expected = (B, Q, self.num_levels)
-        if reference_points.shape[:-1] != expected or reference_points.shape[-1] not in (2, 4):
+        given = tuple(reference_points.shape)
+        levels = (1, self.num_levels)
+        if (
+            len(given) != 4
+            or given[:2] != (B, Q)
+            or given[2] not in levels
+            or given[3] not in (2, 4)
+        ):
             raise ValueError(
-                f"reference_points must be (B={B}, Q={Q}, L={self.num_levels}, 2 or 4), "
-                f"got {tuple(reference_points.shape)}"
+                f"reference_points must be (B={B}, Q={Q}, L={self.num_levels} or 1, 2 or 4), "
+                f"got {given}"
             )
         if not reference_points.is_floating_point():
             raise TypeError(f"reference_points must be floating, got {reference_points.dtype}")
