@@ -9,7 +9,14 @@ from torch import nn
 from deformable_detr import Batch, Target
 from deformable_detr.layers.dense_attention import DenseAttention
 from deformable_detr.losses import SetCriterion
-from deformable_detr.models import DETR, MODELS, DeformableDETR, DeformableDETRConfig, DETRConfig
+from deformable_detr.models import (
+    DETR,
+    MODELS,
+    DeformableDETR,
+    DeformableDETRConfig,
+    DETRConfig,
+    model_name,
+)
 from deformable_detr.models.decoder import Decoder, RefiningDecoder
 from deformable_detr.models.heads import move
 from deformable_detr.ops.reference import sample_levels
@@ -402,3 +409,8 @@ def test_every_model_is_built_from_its_configuration_alone(name):
     assert type(model.config) is config
     output = model.eval()(make_batch(1, 2))
     assert output.boxes.shape[:2] == output.logits.shape[:2] == (2, model.config.num_queries)
+
+
+def test_a_configuration_of_no_model_is_refused():
+    with pytest.raises(TypeError, match="str is the configuration of no model in MODELS: deform"):
+        model_name("deformable_detr")

@@ -26,8 +26,12 @@ DEFAULT = "deformable_detr"
 
 
 def model_name(config: object) -> str:
-    """The name in MODELS of the model that a configuration is of."""
-    return next(name for name, (kind, _) in MODELS.items() if type(config) is kind)
+    """The name in MODELS of the model that a configuration is of; TypeError where it is of none."""
+    for name, (kind, _) in MODELS.items():
+        if type(config) is kind:
+            return name
+    given = type(config).__name__
+    raise TypeError(f"{given} is the configuration of no model in MODELS: {', '.join(MODELS)}")
 
 
 def build_model(config: object, pretrained_backbone: bool = False) -> BaseDetector:
