@@ -1,4 +1,7 @@
-"""Multi-scale deformable attention in plain PyTorch, in two forms: any device, any dtype."""
+"""Multi-scale deformable attention in plain PyTorch, in two forms: any device, any dtype.
+
+Chapter 5 writes both: with grid_sample, and from the four pixels of chapter 1.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +23,15 @@ def ms_deform_attn(
     """
     B, _, M, D = value.shape
     Q = sampling_locations.shape[1]
-    # Beyond [-2, 2] every sample is zero and so is its gradient: the clamp changes nothing but
-    # keeps infinite and NaN coordinates, which contribute nothing, from poisoning the sum.
-    grid = (2 * sampling_locations - 1).nan_to_num(nan=-2.0).clamp(-2, 2)  # (B, Q, M, L, K, 2)
     output = 0
     levels = value.split([height * width for height, width in spatial_shapes], dim=1)
     for level, ((height, width), features) in enumerate(zip(spatial_shapes, levels, strict=True)):
         features = features.permute(0, 2, 3, 1).reshape(B * M, D, height, width)
-        points = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)  # (B*M, Q, K, 2)
+        points = 2 * sampling_locations[:, :, :, level] - 1  # (B, Q, M, K, 2) in [-1, 1]
+        # A pixel away from the border a sample is zero. 2 is further out; put there, NaN and
+        # infinite coordinates, which contribute nothing, do not poison the sum.
+        near = points.abs() < 1 + 1 / numbers((width, height), like=points)
+        points = points.where(near, 2.0).transpose(1, 2).flatten(0, 1)  # (B*M, Q, K, 2)
         weights = attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1)  # (B*M, Q, K)
         samples = F.grid_sample(
             features, points, mode="bilinear", padding_mode="zeros", align_corners=False
@@ -44,32 +48,55 @@ def ms_deform_attn_gather(
 ) -> Tensor:
     """The same from gathers, products and sums alone, for runtimes without grid_sample, and where
     sizes are tensors."""
-    B, _, M, D = value.shape
-    Q, K = sampling_locations.shape[1], sampling_locations.shape[4]
-    heads = value.transpose(1, 2)  # (B, M, S, D)
     output = 0
-    start = 0
-    for level, (height, width) in enumerate(spatial_shapes):
-        points = sampling_locations[:, :, :, level].transpose(1, 2)  # (B, M, Q, K, 2)
-        weights = attention_weights[:, :, :, level].transpose(1, 2)  # (B, M, Q, K)
-        size = numbers((width, height), like=points)
-        position = points * size - 0.5
-        inside = ((position > -1) & (position < size)).all(-1)
-        position = position.where(inside.unsqueeze(-1), torch.zeros_like(position))
-        low = position.floor()
-        part = position - low
-        for right in (0, 1):
-            for bottom in (0, 1):
-                x, y = low[..., 0] + right, low[..., 1] + bottom
-                weight = (part[..., 0] if right else 1 - part[..., 0]) * (
-                    part[..., 1] if bottom else 1 - part[..., 1]
-                )
-                exists = inside & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-                column = x.clamp(min=0).minimum(size[0] - 1).long()
-                row = y.clamp(min=0).minimum(size[1] - 1).long()
-                token = (start + row * width + column).flatten(2).unsqueeze(-1)
-                rows = heads.gather(2, token.expand(-1, -1, -1, D)).reshape(B, M, Q, K, D)
-                weight = (weight * weights).where(exists, torch.zeros_like(weight))
-                output = output + (rows * weight.unsqueeze(-1)).sum(3)  # (B, M, Q, D)
-        start = start + height * width  # not in place: it may be a tensor
-    return output.transpose(1, 2).reshape(B, Q, M * D)
+    for level in range(len(spatial_shapes)):
+        samples = _sample_level(value, spatial_shapes, level, sampling_locations[:, :, :, level])
+        weights = attention_weights[:, :, :, level].unsqueeze(-1)  # (B, Q, M, K, 1)
+        output = output + (samples * weights).sum(3)  # (B, Q, M, D)
+    return output.flatten(2)
+
+
+def sample_levels(value: Tensor, spatial_shapes: Shapes, locations: Tensor) -> Tensor:
+    """Bilinear samples of every level, before anything weights or sums them; chapter 1's sampling
+    at all points at once.
+
+    value: (B, S, M, D), the L maps one after another; spatial_shapes: their sizes (H, W).
+    locations: (B, Q, M, L, K, 2) as (x, y), normalised: (0, 0) is the top-left corner of the
+    top-left pixel, (1, 1) the bottom-right corner of the bottom-right one. Whatever lies outside
+    counts as zero, NaN included. Returns (B, Q, M, L, K, D), differentiable in both any number of
+    times; where the slope jumps, on a pixel's centre, it is the one to the right and below, as
+    grid_sample's. Shapes are the caller's to check.
+    """
+    levels = range(len(spatial_shapes))
+    points = locations.unbind(3)
+    return torch.stack([_sample_level(value, spatial_shapes, n, points[n]) for n in levels], 3)
+
+
+def _sample_level(value: Tensor, spatial_shapes: Shapes, level: int, points: Tensor) -> Tensor:
+    """One level's samples (B, Q, M, K, D) at its points (B, Q, M, K, 2)."""
+    B, S, M, D = value.shape
+    height, width = spatial_shapes[level]
+    start = sum(rows * columns for rows, columns in spatial_shapes[:level])
+    size = numbers((width, height), like=points)
+    position = points * size - 0.5  # in pixels, whose centres are whole numbers
+    inside = ((position > -1) & (position < size)).all(-1)  # False for NaN
+    position = position.where(inside.unsqueeze(-1), 0)
+    low = position.floor()
+    x_part, y_part = (position - low).unbind(-1)
+    left, top = low.long().unbind(-1)  # (B, Q, M, K)
+    last_column, last_row = (size.long() - 1).unbind()
+
+    rows = value.reshape(B * S * M, D)
+    image = torch.arange(B, device=value.device).view(B, 1, 1, 1)
+    head = torch.arange(M, device=value.device).view(M, 1)
+    samples = value.new_zeros(())
+    for x, x_weight in ((left, 1 - x_part), (left + 1, x_part)):
+        for y, y_weight in ((top, 1 - y_part), (top + 1, y_part)):
+            exists = inside & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+            weight = (x_weight * y_weight).where(exists, 0).unsqueeze(-1)
+            column, row = x.clamp(min=0).minimum(last_column), y.clamp(min=0).minimum(last_row)
+            token = start + row * width + column
+            index = (image * S + token) * M + head
+            corner = rows.index_select(0, index.flatten()).view(*index.shape, D)
+            samples = torch.addcmul(samples, corner, weight)
+    return samples
