@@ -11,6 +11,7 @@ EXPORTS = {  # name: the module that has it
     "BackendError": "ops",
     "backends": "ops",
     "ms_deform_attn": "ops",
+    "use_backend": "ops",
     "DeformAttn": "layers.attention",
     "MSDeformAttn": "layers.attention",
     "Sampling": "layers.attention",

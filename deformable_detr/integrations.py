@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deformable_detr.ops.dispatch import SpatialShapes, check_spatial_shapes, ms_deform_attn
+from deformable_detr.ops import SpatialShapes, check_spatial_shapes, ms_deform_attn
 
 OFFICIAL_NAME = "MultiScaleDeformableAttention"
 OUTSIDE = -2.0  # a location off every map: the kernel reads nothing there

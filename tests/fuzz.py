@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deformable_detr.ops import cpu, reference
-from deformable_detr.ops.dispatch import ms_deform_attn
+from deformable_detr.ops import cpu, ms_deform_attn, reference
 
 # (dtype of the kernel, D, L, K): a library each, so few; odd, one, vectors of several widths
 SPECIFICATIONS = (

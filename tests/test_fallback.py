@@ -88,8 +88,8 @@ def test_no_cupy(monkeypatch):
 
 def test_a_device_without_kernel_is_named(fresh):
     with pytest.warns(UserWarning, match="plain PyTorch, which is slow: no kernel for mps"):
-        assert dispatch._choose(None, "mps") == "reference"
-    assert dispatch._choose(None, "meta") == "reference"  # nothing runs there
+        assert dispatch.choose(None, None, "mps") == "reference"
+    assert dispatch.choose(None, None, "meta") == "reference"  # nothing runs there
 
 
 def test_the_variable_is_named(monkeypatch):

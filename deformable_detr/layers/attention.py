@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deformable_detr.ops.dispatch import ms_deform_attn
+from deformable_detr.ops import ms_deform_attn
 from deformable_detr.ops.sizes import (
     Shapes,
     SpatialShapes,

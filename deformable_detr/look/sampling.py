@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deformable_detr.layers.attention import MSDeformAttn, Sampling
-from deformable_detr.ops.dispatch import check_spatial_shapes
+from deformable_detr.ops import check_spatial_shapes
 
 OUTSIDE = -2.0  # a location off every map
 LOCATIONS = "sampling_locations"  # what everyone who samples calls them

@@ -1,10 +1,23 @@
 """The operator, multi-scale deformable attention: dispatch, plain PyTorch forms, kernels.
 
-Chapter 5 derives it, chapters 6 and 7 build its kernel.
+From the bottom: sizes, checks and transforms of its arguments; reference, two forms in plain
+PyTorch; build and cache, then cpu and cuda, the kernel; registration, the kernel as PyTorch knows
+it; dispatch, which of them runs; operator. threads runs the GPU's kernel on a CPU, to be looked at.
+Chapter 5 derives the operator, chapters 6 and 7 build its kernel.
 """
 
 import deformable_detr.ops.onnx  # noqa: F401, a translation to be registered
-from deformable_detr.ops.dispatch import backends, ms_deform_attn
+from deformable_detr.ops.dispatch import backends, keep_backend, use_backend
 from deformable_detr.ops.errors import BackendError
+from deformable_detr.ops.operator import ms_deform_attn
+from deformable_detr.ops.sizes import SpatialShapes, check_spatial_shapes
 
-__all__ = ["BackendError", "backends", "ms_deform_attn"]
+__all__ = [
+    "BackendError",
+    "SpatialShapes",
+    "backends",
+    "check_spatial_shapes",
+    "keep_backend",
+    "ms_deform_attn",
+    "use_backend",
+]

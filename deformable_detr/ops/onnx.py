@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 
 from deformable_detr.ops import reference
-from deformable_detr.ops.dispatch import _fake, _pairs
+from deformable_detr.ops.registration import fake, pairs
 
 OPERATOR = torch.ops.deformable_detr.ms_deform_attn.default
 
@@ -23,14 +23,14 @@ def in_plain_operations(
     gathers where sizes come from a tensor."""
     wide = value.to(locations.dtype)
     if hidden is None:
-        output = reference.ms_deform_attn(wide, _pairs(spatial_shapes), locations, weights)
+        output = reference.ms_deform_attn(wide, pairs(spatial_shapes), locations, weights)
     else:
-        pairs = _pairs(hidden.unbind())
-        output = reference.ms_deform_attn_gather(wide, pairs, locations, weights)
+        shapes = pairs(hidden.unbind())
+        output = reference.ms_deform_attn_gather(wide, shapes, locations, weights)
     return output.to(value.dtype).contiguous()
 
 
 # torch.onnx takes this table for what it has no translation of; torch.compile does not
 register_decomposition(OPERATOR)(in_plain_operations)
 # fake tensors with symbols in their shapes would take it too, were there no shorter form
-register_decomposition(OPERATOR, type="meta")(_fake)
+register_decomposition(OPERATOR, type="meta")(fake)
