@@ -38,7 +38,8 @@ class _Traced(threading.local):
     """The name in _block, where torch.compile can read it and notice when it changes: it cannot
     trace context variables before torch 2.14."""
 
-    name: str | None = None
+    def __init__(self) -> None:  # in every thread; an attribute of the class would not be noticed
+        self.name: str | None = None
 
 
 _block: ContextVar[str | None] = ContextVar("deformable_detr_backend", default=None)
