@@ -30,7 +30,6 @@
 import ctypes
 import json
 import math
-import os
 import platform
 import random
 import re
@@ -44,7 +43,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from deformable_detr import Batch, ms_deform_attn
+from deformable_detr import Batch, ms_deform_attn, use_backend
 from deformable_detr.exercises import check
 from deformable_detr.exercises.cuda import WORDS, build
 from deformable_detr.layers import attention
@@ -840,9 +839,8 @@ def forced(name, function):
     """A call of the function with this backend."""
 
     def run():
-        os.environ["DEFORMABLE_DETR_BACKEND"] = name
-        function()
-        del os.environ["DEFORMABLE_DETR_BACKEND"]
+        with use_backend(name):
+            function()
 
     return run
 
