@@ -15,13 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig
+from deformable_detr.weights.formats import official_arguments, to_huggingface, to_official
 from deformable_detr.weights.ours import save_model
-from deformable_detr.weights.published import (
-    load_pretrained,
-    save_pretrained,
-    to_huggingface,
-    to_official,
-)
+from deformable_detr.weights.published import load_pretrained, save_pretrained
 from tests.conftest import TINY
 from tests.test_huggingface import VARIANTS, huggingface_model, randomise
 
@@ -154,6 +150,53 @@ def test_official_names_and_numbers():
             state = to_official(DeformableDETR(DeformableDETRConfig(**changes)))
         assert len(state) == entries
         assert {name, "backbone.0.body.conv1.weight", "class_embed.5.bias"} <= state.keys()
+
+
+def test_options_have_the_names_that_their_fields_say():
+    config = dataclasses.replace(SMALL, num_queries=11, num_levels=3, refine=True, two_stage=True)
+    assert official_arguments(config) == {
+        "backbone": "resnet18",
+        "dilation": False,
+        "num_queries": 11,
+        "hidden_dim": 32,
+        "num_feature_levels": 3,
+        "nheads": 4,
+        "enc_n_points": 3,
+        "dec_n_points": 3,
+        "enc_layers": 2,
+        "dec_layers": 2,
+        "dim_feedforward": 24,
+        "dropout": 0.1,
+        "position_embedding": "sine",
+        "with_box_refine": True,
+        "two_stage": True,
+    }
+    with torch.device("meta"):
+        content = to_huggingface(DeformableDETR(config))[1]
+    for name in ("backbone_config", "id2label", "label2id", "architectures"):
+        del content[name]
+    assert content == {
+        "model_type": "deformable_detr",
+        "d_model": 32,
+        "num_queries": 11,
+        "two_stage_num_proposals": 11,
+        "num_feature_levels": 3,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_n_points": 3,
+        "decoder_n_points": 3,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "dropout": 0.1,
+        "position_embedding_type": "sine",
+        "dilation": False,
+        "with_box_refine": True,
+        "two_stage": True,
+        "tie_word_embeddings": False,
+        "auxiliary_loss": True,
+    }
 
 
 def test_other_classes_and_queries_keep_what_fits(tmp_path, caplog):

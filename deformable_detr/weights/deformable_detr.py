@@ -97,7 +97,7 @@ class ForeignDeformableDETR(Foreign):
         decoder_has_it = config.two_stage or kind == "box_heads"
         return [name, f"decoder.{name}"] if decoder_has_it else [name]
 
-    def shown(self, state: State, options: dict) -> dict[str, object]:
+    def shown_by(self, state: State, options: dict) -> dict[str, object]:
         """Also of a file without options; but the number of heads."""
         levels = len(state["transformer.level_embed"])
         samples = len(state["transformer.encoder.layers.0.self_attn.attention_weights.bias"])

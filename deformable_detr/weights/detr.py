@@ -70,7 +70,7 @@ class ForeignDETR(Foreign):
     official = OFFICIAL
     huggingface = HUGGINGFACE
 
-    def shown(self, state: State, options: dict) -> dict[str, object]:
+    def shown_by(self, state: State, options: dict) -> dict[str, object]:
         """The last output is no class, but no object."""
         return {"num_classes": len(state["class_embed.bias"]) - 1}
 

@@ -26,7 +26,7 @@ class Foreign:
         """The names, as they would be here, under which they store a tensor: usually its own."""
         return [name]
 
-    def shown(self, state: State, options: dict) -> dict[str, object]:
+    def shown_by(self, state: State, options: dict) -> dict[str, object]:
         """Options that official tensors show. options: those known so far. KeyError where a tensor
         is not there."""
         raise NotImplementedError

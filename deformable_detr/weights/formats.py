@@ -27,6 +27,7 @@ from deformable_detr.weights.reading import (
     read_pickle,
     read_safetensors,
     require_regular,
+    shown,
     tensors_of,
 )
 from deformable_detr.weights.renaming import (
@@ -199,8 +200,8 @@ def from_official(
         raise ValueError(f"{path} is of none of {', '.join(FOREIGN)}: {_look(state)}")
     foreign, kind = FOREIGN[name], MODELS[name][0]
     try:
-        options = to_our_options(arguments, kind, "official") | _shown(state)
-        options |= foreign.shown(state, options)
+        options = to_our_options(arguments, kind, "official") | _shown_by(state)
+        options |= foreign.shown_by(state, options)
         if "backbone" not in arguments:
             options["backbone"] = _recognise_backbone(state)
         config = kind(**options)
@@ -217,11 +218,11 @@ def _look(state: State) -> str:
     """What a state dict of no known model looks like, in a few words."""
     if any("conv_encoder" in file_name(name) for name in state):
         return "it looks like one of Hugging Face's: give its folder, with config.json"
-    starts = sorted({name.split(".")[0] for name in state})
+    starts = sorted({shown(name.split(".")[0]) for name in state})
     return f"its tensors are called {', '.join(starts[:6])}..."
 
 
-def _shown(state: State) -> dict[str, object]:
+def _shown_by(state: State) -> dict[str, object]:
     """Options that official tensors of every model show; KeyError where one is not there."""
 
     def layers(kind: str) -> int:

@@ -105,6 +105,11 @@ def unwrapped(state: State) -> State:
     return state
 
 
+def shown(name: str) -> str:
+    """A name that somebody else chose, as a message can show it: in one line, not without end."""
+    return repr(name)[1:-1][:80]
+
+
 def as_weights(tensor: Tensor, like: Tensor, name: str, source: object) -> Tensor:
     """A tensor in the dtype of another; ValueError where one is of integers and the other is not,
     or where a number is NaN or infinite."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deformable_detr.options import checked, types_of
-from deformable_detr.weights.reading import State, as_weights
+from deformable_detr.weights.reading import State, as_weights, shown
 
 Renaming = list[tuple[str, str]]  # (ours, theirs); the first that fits a name's start is applied
 Place = tuple[str, int | None]  # our name of a tensor, and which third of it, or None for all
@@ -110,7 +110,7 @@ def require_same(missing: Iterable[str], left_over: Iterable[str], source: objec
     """ValueError where there are names in either."""
     for problem, names in (("lacks", sorted(missing)), ("has left over", sorted(left_over))):
         if names:
-            raise ValueError(f"{source} {problem} {len(names)} tensors, such as {names[0]}")
+            raise ValueError(f"{source} {problem} {len(names)} tensors, such as {shown(names[0])}")
 
 
 def to_their_options(config: object, form: str) -> dict[str, object]:
