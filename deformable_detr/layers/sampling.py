@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from deformable_detr.ops.reference import sample_levels
+
 
 def normalised_to_pixel(points: Tensor, size: tuple[int, int]) -> Tensor:
     """Pixel coordinates, with pixel centres at integers, of normalised points.
@@ -25,25 +27,14 @@ def bilinear_sample(feature_map: Tensor, points: Tensor) -> Tensor:
 
     feature_map: (C, H, W). points: (..., 2) as (x, y), normalised as in `normalised_to_pixel`;
     any value is allowed, and whatever lies outside the map counts as zero, NaN included.
-    Returns (..., C), differentiable in both arguments. Raises ValueError on other shapes.
+    Returns (..., C), differentiable in both arguments; on a pixel's centre, where the slope jumps,
+    it is the one to the right and below. Raises ValueError on other shapes.
     """
     if feature_map.ndim != 3:
         raise ValueError(f"feature_map must be (C, H, W), got {tuple(feature_map.shape)}")
     if points.shape[-1:] != (2,):
         raise ValueError(f"points must be (..., 2) as (x, y), got {tuple(points.shape)}")
-    channels, height, width = feature_map.shape
-    pixel = normalised_to_pixel(points, (height, width))
-    x, y = pixel.unbind(-1)
-    inside = (x > -1) & (x < width) & (y > -1) & (y < height)  # False for NaN
-    x, y = x.where(inside, x.new_zeros(())), y.where(inside, y.new_zeros(()))
-
-    rows = feature_map.flatten(1).t()  # (H*W, C): one row per pixel
-    left, top = x.floor(), y.floor()
-    result = feature_map.new_zeros(*points.shape[:-1], channels)
-    for corner_x, corner_y in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        column, row = left + corner_x, top + corner_y
-        weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
-        exists = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
-        index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
-        result = result + rows[index] * (weight * exists).unsqueeze(-1)
-    return result
+    channels, *size = feature_map.shape
+    value = feature_map.flatten(1).t()[None, :, None]  # (1, H*W, 1, C): one level, one head
+    samples = sample_levels(value, [tuple(size)], points.reshape(1, -1, 1, 1, 1, 2))
+    return samples.view(*points.shape[:-1], channels)

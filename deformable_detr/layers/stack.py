@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deformable_detr.ops import keep_backend
+
 
 class Stack(nn.Module):
     """Layers one after another. With gradient_checkpointing, training keeps only what goes into
@@ -15,5 +17,5 @@ class Stack(nn.Module):
     def run(self, layer: nn.Module, *inputs: object) -> Tensor:
         """A layer's output."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
+            return checkpoint(keep_backend(layer), *inputs, use_reentrant=False)
         return layer(*inputs)
