@@ -69,7 +69,6 @@ from deformable_detr.weights.ours import load_model
 plt.style.use("book.mplstyle")
 torch.manual_seed(0)
 torch.set_num_threads(1)
-DIGITS = load_recipe("digits").train
 
 # %% [markdown]
 # ## 13.1 What stands in a recipe
@@ -81,6 +80,7 @@ DIGITS = load_recipe("digits").train
 # %%
 names = ("paper", "modern", "small-data", "digits")
 recipes = {name: load_recipe(name).train for name in names}
+DIGITS = recipes["digits"]
 print(f"{'':20}", *(f"{name:>12}" for name in names))
 for field in dataclasses.fields(PAPER):
     values = [str(getattr(recipe, field.name)) for recipe in recipes.values()]
