@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deformable_detr.layers.stack import Stack
 from deformable_detr.losses.scoring import FocalScoring, Scoring
+from deformable_detr.ops.sizes import quietly
 from deformable_detr.options import option
 from deformable_detr.structures import Batch, Output, Predictions, Queries, Target, Tokens
 
@@ -82,11 +83,7 @@ class BaseDetector(nn.Module):
 
     def tokens(self, batch: Batch) -> Tokens:
         """The backbone's maps, and levels above them, as one sequence with positions."""
-        if batch.images.ndim != 4 or batch.images.shape[1] != 3:
-            raise ValueError(f"images must be (B, 3, H, W), got {tuple(batch.images.shape)}")
-        if batch.mask.shape != (len(batch.images), *batch.images.shape[2:]):
-            given = f"mask {tuple(batch.mask.shape)} for images {tuple(batch.images.shape)}"
-            raise ValueError(f"mask must be (B, H, W), got {given}")
+        check_images(batch.images, batch.mask)
         return self.neck(self.backbone(batch.images), batch.mask)
 
     def encode(self, tokens: Tokens) -> tuple[Tokens, Sets]:
@@ -156,6 +153,16 @@ class BaseDetector(nn.Module):
         save_pretrained(self, path, categories, format)
 
 
+@quietly
+def check_images(images: Tensor, mask: Tensor) -> None:
+    """ValueError unless images are (B, 3, H, W) and the mask (B, H, W)."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+    if mask.shape != (images.shape[0], *images.shape[2:]):
+        given = f"mask {tuple(mask.shape)} for images {tuple(images.shape)}"
+        raise ValueError(f"mask must be (B, H, W), got {given}")
+
+
 def check_counts(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
     """ValueError where an integer option of a configuration is not positive."""
     counts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.type is int}
@@ -166,7 +173,9 @@ def check_counts(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
 
 def for_each_image(memory: Tokens, *learned: Tensor) -> list[Tensor]:
     """The same rows, (Q, C) each, for every image of a batch."""
-    return [x.expand(len(memory.features), -1, -1) for x in learned]
+    # contiguous: halves of a table of width 2 * C have strides that a batch of 2 would have as well,
+    # and torch.export would take that for a rule
+    return [x.contiguous().expand(memory.features.shape[0], -1, -1) for x in learned]
 
 
 def xavier(*parts: nn.Module) -> None:

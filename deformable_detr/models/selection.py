@@ -9,6 +9,7 @@ from deformable_detr.layers.position import sine_embedding
 from deformable_detr.losses.scoring import Scoring
 from deformable_detr.models.heads import BoxHead, ClassHead, in_full
 from deformable_detr.models.tokens import token_centres
+from deformable_detr.ops.sizes import smaller
 from deformable_detr.structures import Predictions, Queries, Tokens
 
 
@@ -66,7 +67,7 @@ class FirstStage(nn.Module):
         the proposed boxes, (B, Q, 4), detached.
         """
         scores = self.score(proposals.logits)
-        best = scores.topk(min(num_queries, scores.shape[1]), dim=1).indices
+        best = scores.topk(smaller(num_queries, scores.shape[1]), dim=1).indices
         references = proposals.boxes.detach().gather(1, best.unsqueeze(-1).expand(-1, -1, 4))
         return self.make_queries(references, best, memory)
 
