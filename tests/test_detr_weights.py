@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from deformable_detr import Batch
 from deformable_detr.models import DETR, DETRConfig
@@ -102,6 +102,11 @@ def test_learned_positions_agree_with_hugging_face(tmp_path, batch):
     ours.save_pretrained(tmp_path, format="huggingface")
     theirs = transformers.DetrForObjectDetection.from_pretrained(tmp_path)
     assert_same_outputs(ours, theirs.eval(), batch)
+    assert same(ours, DETR.from_pretrained(tmp_path))
+
+    file, place = tmp_path / "model.safetensors", "model.position_embedding."
+    old = "model.backbone.position_embedding."  # as transformers 4 wrote it
+    save_file({name.replace(place, old): x for name, x in load_file(file).items()}, file)
     assert same(ours, DETR.from_pretrained(tmp_path))
 
 

@@ -204,9 +204,11 @@ def test_true_is_no_number(ours, official, hub):
     torch.save(content | {"args": content["args"] | {"num_queries": True}}, path)
     with refused("num_queries must be a whole number, got True"):
         load_pretrained(path)
-    change_config(hub, num_queries=True)
-    with refused("num_queries must be a whole number, got True"):
-        load_pretrained(hub)
+    two_stage = {"with_box_refine": True, "two_stage": True}  # in which they have another name
+    for wrong in ({"num_queries": True}, two_stage | {"two_stage_num_proposals": True}):
+        change_config(hub, **{"num_queries": 9} | wrong)
+        with refused("num_queries must be a whole number, got True"):
+            load_pretrained(hub)
 
 
 def test_sizes_that_do_not_fit_each_other(ours, tmp_path):

@@ -16,6 +16,7 @@ from deformable_detr.backbones import build_backbone
 from deformable_detr.files import first_line
 from deformable_detr.models import MODELS, BaseDetector, model_name
 from deformable_detr.models.base import DetectorConfig
+from deformable_detr.options import checked, types_of
 from deformable_detr.weights.classes import plain_categories
 from deformable_detr.weights.deformable_detr import ForeignDeformableDETR
 from deformable_detr.weights.detr import ForeignDETR
@@ -161,7 +162,8 @@ def _huggingface_config(content: dict) -> tuple[Foreign, DetectorConfig, list[di
         raise ValueError("its activation_function is not 'relu'")
     foreign, kind = FOREIGN[name], MODELS[name][0]
     options = to_our_options(content, kind, "huggingface")
-    options |= foreign.options(content, options) | _huggingface_backbone(content)
+    more = foreign.options(content, options) | _huggingface_backbone(content)
+    options |= checked(more, types_of(kind), kind.__name__)
     labels = content.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})  # transformers' default
     categories = [{"id": i, "name": labels[str(i)]} for i in range(len(labels))]
     require_names(categories)
