@@ -247,7 +247,8 @@ plt.show()
 # ## 10.3 Why the gradient is cut
 #
 # Layer 2 starts from the box of layer 1. Its loss could therefore train layer 1's head too, through
-# the reference. The official code forbids it: `reference.detach()`. What would flow otherwise? Two
+# the reference. The official code forbids it: `reference.detach()`; ours too, in
+# `RefiningDecoder.next_references`. What would flow otherwise? Two
 # layers, one number each, wanted 0.7:
 
 
