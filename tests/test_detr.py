@@ -184,3 +184,8 @@ def test_costs_go_to_the_cpu_once_for_each_set_of_predictions(monkeypatch):
     targets = [Target(i, torch.zeros(2).long(), torch.rand(2, 4), (9, 9)) for i in range(3)]
     matches = matcher(output, targets)
     assert transfers == [3 * 4 * 2] and all(len(queries) == 2 for queries, _ in matches)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="divisible by num_heads, got 32 and 3"):
+        DETR(dataclasses.replace(SMALL, num_heads=3))

@@ -12,6 +12,10 @@ class DenseAttention(nn.MultiheadAttention):
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}"
+            )
         super().__init__(embed_dim, num_heads, dropout=dropout, batch_first=True)
 
     def attend(self, queries: Queries, memory: Tokens) -> Tensor:

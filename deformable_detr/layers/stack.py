@@ -1,4 +1,4 @@
-"""Layers one after another, which training may compute twice rather than keep."""
+"""Layers one after another, which training may compute twice rather than keep. Chapter 13."""
 
 import torch
 from torch import Tensor, nn

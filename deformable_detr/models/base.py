@@ -1,6 +1,6 @@
 """What all detectors here have in common: from a batch of images to sets of predictions.
 
-A member of the family replaces parts. It is a small file, never a copy of `forward`.
+Chapter 8. A member of the family replaces parts. It is a small file, never a copy of `forward`.
 """
 
 import dataclasses
@@ -131,6 +131,7 @@ class BaseDetector(nn.Module):
         name_or_path: Path | str,
         num_classes: int | None = None,
         num_queries: int | None = None,
+        categories: list[dict] | None = None,
         **changes: object,
     ) -> Self:
         """A published detector, or one of ours, in evaluation mode: "SenseTime/deformable-detr",
@@ -139,7 +140,8 @@ class BaseDetector(nn.Module):
         # the one door upwards, opened when somebody comes through: models know of no files
         from deformable_detr.weights.published import load_pretrained
 
-        model = load_pretrained(name_or_path, num_classes, num_queries, **changes).model
+        loaded = load_pretrained(name_or_path, num_classes, num_queries, categories, **changes)
+        model = loaded.model
         if not isinstance(model, cls):
             raise ValueError(f"{name_or_path} is a {type(model).__name__}, not a {cls.__name__}")
         return model
