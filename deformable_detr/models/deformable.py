@@ -12,6 +12,7 @@ from deformable_detr.losses.scoring import Scoring
 from deformable_detr.models.base import BaseDetector, DetectorConfig, check_counts, xavier
 from deformable_detr.models.decoder import Decoder, DecoderLayer
 from deformable_detr.models.encoder import Encoder, EncoderLayer
+from deformable_detr.models.exact_tokens import ExactTokens
 from deformable_detr.models.heads import BoxHead, ClassHead
 from deformable_detr.models.tokens import MultiScaleTokens
 from deformable_detr.options import option
@@ -37,6 +38,11 @@ class DeformableConfig(DetectorConfig):
     deformable_stages: int = option(
         0, "of a ResNet's last stages, to 3, how many have deformable convolutions"
     )
+    exact_padding: bool = option(
+        False,
+        "leave padding out to the pixel, of places and of the projections' norms; the official "
+        "code does not, which costs AP where images are small or of unlike sizes",
+    )
 
     def __post_init__(self) -> None:
         check_counts(self, may_be_zero=("deformable_stages",))  # the backbone checks that
@@ -61,7 +67,11 @@ class DeformableDetector(BaseDetector):
             config.backbone, config.dilation, pretrained_backbone, config.deformable_stages
         )
         position = build_position_encoding(config.position, C, config.position_size)
-        self.neck = MultiScaleTokens(self.backbone.channels, config.num_levels, C, position)
+        parts = self.backbone.channels, config.num_levels, C, position
+        if config.exact_padding:
+            self.neck = ExactTokens(*parts, self.backbone.strides)
+        else:
+            self.neck = MultiScaleTokens(*parts)
         width = C, config.ffn_dim, config.dropout
         self.encoder = Encoder(
             [EncoderLayer(self.attention(), *width) for _ in range(config.encoder_layers)]

@@ -33,14 +33,19 @@ class MultiScaleTokens(nn.Module):
         maps = maps[-len(self.input_proj) :]
         levels = []
         last = maps[-1]
-        for level, projection in enumerate(self.input_proj):
+        for level in range(len(self.input_proj)):
             if level < len(maps):
-                feature = projection(maps[level])
+                feature = self.project(level, maps[level], mask)
             else:  # the first extra level sees the backbone's raw output, the next ones the last
-                feature = last = projection(last)
+                feature = last = self.project(level, last, mask)
             code = self.level_embed[level, :, None, None]
             levels.append(level_tokens(feature, mask, self.position, code))
         return join_levels(levels, self.level_embed.dtype)
+
+    def project(self, level: int, feature: Tensor, mask: Tensor) -> Tensor:
+        """The map of a level, (B, C, H, W), from the one that it is made of; mask: of the images,
+        which the official code leaves aside."""
+        return self.input_proj[level](feature)
 
 
 class SingleScaleTokens(nn.Module):
@@ -63,7 +68,7 @@ def level_tokens(
 ) -> Tokens:
     """One map (B, C, H, W) as tokens; code: (C, 1, 1), added to their positions."""
     shape = feature.shape[-2:]
-    mask = F.interpolate(mask[None].float(), size=shape)[0].bool()
+    mask = level_mask(mask, shape)
     place = position(mask).to(feature) + code
     return Tokens(
         feature.flatten(2).transpose(1, 2),  # (B, H * W, C)
@@ -72,6 +77,11 @@ def level_tokens(
         [tuple(shape)],
         valid_ratio(mask).unsqueeze(1),
     )
+
+
+def level_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The mask of a map of that (H, W), from the images' mask (B, H, W)."""
+    return F.interpolate(mask[None].float(), size=shape)[0].bool()
 
 
 def join_levels(levels: list[Tokens], ratio_dtype: torch.dtype) -> Tokens:

@@ -110,9 +110,9 @@ class ForeignDeformableDETR(Foreign):
         }
 
     def constants(self, config: DeformableDETRConfig) -> Iterator[str]:
-        """Also deformable convolutions, and what proposals start from."""
+        """Also deformable convolutions, exact padding, and what proposals start from."""
         yield from super().constants(config)
-        yield "deformable_stages"
+        yield from ("deformable_stages", "exact_padding")
         if config.two_stage:
             yield "anchor_size"
 
