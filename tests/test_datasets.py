@@ -12,9 +12,10 @@ from torchvision import tv_tensors
 from deformable_detr.boxes import cxcywh_to_xyxy
 from deformable_detr.data import transforms
 from deformable_detr.data.annotations import read_annotations
-from deformable_detr.data.checks import check_dataset, check_splits, label_histogram, summary
+from deformable_detr.data.checks import check_dataset, label_histogram, summary
 from deformable_detr.data.coco import CocoDataset, collate, find_split
 from deformable_detr.data.preparation import PREPARATIONS
+from deformable_detr.data.split_checks import check_splits
 from deformable_detr.evaluation.coco import score
 from tests.conftest import save_annotations, write_coco
 

@@ -244,7 +244,9 @@ def test_it_holds_a_batch_at_most(finder, tmp_path, monkeypatch):
         picture().save(tmp_path / f"{i}.png")
     opened = []
     original = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or original(path))
+    monkeypatch.setattr(
+        Image, "open", lambda p, **options: opened.append(p) or original(p, **options)
+    )
     each = predict_each(finder, tmp_path, batch_size=2)
     next(each)
     assert len(opened) == 2

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from deformable_detr.data.checks import Fault, check_dataset
 from deformable_detr.data.coco import find_split
+from deformable_detr.data.faults import Fault, told
+from deformable_detr.data.split_checks import check_data
 
 
 def refuse_faults(data: Path, splits: tuple[str, ...], accelerator: Accelerator) -> None:
@@ -18,17 +19,17 @@ def refuse_faults(data: Path, splits: tuple[str, ...], accelerator: Accelerator)
     """
     places = {split: find_split(data, split) for split in splits}
     found = 0
-    for split, place in places.items() if accelerator.is_main_process else ():
-        found += print_fatal(split, check_dataset(*place))
+    for split, faults in check_data(places) if accelerator.is_main_process else ():
+        found += print_fatal(split, faults)
     count = torch.tensor(float(found), device=accelerator.device)
     refuse_any(int(accelerator.reduce(count, "sum")), data)
 
 
 def print_fatal(split: str, faults: list[Fault]) -> int:
-    """How many of the faults are fatal; the first of those are printed."""
+    """How many of the faults are fatal; those are printed."""
     fatal = [fault for fault in faults if fault.fatal]
-    for fault in fatal[:20]:
-        print(f"{split}: {fault}", file=sys.stderr)
+    for line in told(fatal):
+        print(f"{split}: {line}", file=sys.stderr)
     return len(fatal)
 
 

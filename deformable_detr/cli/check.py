@@ -11,36 +11,55 @@ def add(commands: argparse.Action) -> None:
         commands,
         "check",
         run,
-        "list every fault of a data set, by annotation, and count its objects",
+        "list the faults of a data set, of annotations, images and splits, and count its objects",
         "data/digits",
         DATA_HELP,
         "Exit code 1 if a fault is fatal, that is, would stop or spoil a training.",
     )
     add_data(command)
     command.add_argument("--split", nargs="+", help="default: those of train, val, test it has")
+    command.add_argument(
+        "--all", action="store_true", help="list each fault, also where many are of one kind"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print all faults of a data set, what it holds, and the boxes of each category."""
-    from deformable_detr.data.annotations import read_annotations
-    from deformable_detr.data.checks import check_dataset, check_splits, label_histogram, summary
-    from deformable_detr.data.coco import find_split, has_split
+    """Print the faults of a data set, what it holds, and the boxes of each category."""
+    from deformable_detr.data.places import all_splits, find_split
+    from deformable_detr.data.split_checks import BETWEEN, check_data, missing_splits
 
-    splits = args.split or [s for s in ("train", "val", "test") if has_split(args.data, s)]
-    if not splits:
-        find_split(args.data, "train")  # says what was expected
-    places = {split: find_split(args.data, split) for split in splits}
+    if args.split:
+        splits = {split: find_split(args.data, split) for split in args.split}
+    else:
+        splits = all_splits(args.data)
     fatal = 0
-    for split, place in places.items():
-        faults = check_dataset(*place)
-        for fault in faults:
-            print(f"{split}: {fault}")
-        fatal += sum(fault.fatal for fault in faults)
-        print(f"{split}: {len(faults)} faults, {sum(f.fatal for f in faults)} of them fatal")
-        content = read_annotations(place[1])
-        print(f"{split}: {summary(place[0], content)}")
-        counts = label_histogram(content)
-        print(f"{split}: boxes: {', '.join(f'{count} {name}' for name, count in counts.items())}")
-    for fault in check_splits(places):
-        print(fault)
+    for split, faults in check_data(splits):
+        if split == BETWEEN and not args.split:
+            faults = [*missing_splits(args.data), *faults]
+        fatal += print_faults(split, faults, args.all)
+        if split in splits:
+            print_content(split, *splits[split])
     return 1 if fatal else 0
+
+
+def print_faults(split: str, faults: list, every: bool) -> int:
+    """A line for each fault, or for each kind; the number of fatal ones."""
+    from deformable_detr.data.faults import told
+
+    for line in map(str, faults) if every else told(faults):
+        print(f"{split}: {line}")
+    fatal = sum(fault.fatal for fault in faults)
+    print(f"{split}: {len(faults)} faults, {fatal} of them fatal")
+    return fatal
+
+
+def print_content(split: str, images_dir: object, annotation_file: object) -> None:
+    """How many images, boxes and crowds a split has, and how many boxes of each category."""
+    from deformable_detr.data.annotations import read_annotations
+    from deformable_detr.data.checks import label_histogram, summary
+    from deformable_detr.data.names import printable
+
+    content = read_annotations(annotation_file)
+    print(f"{split}: {summary(images_dir, content)}")
+    counts = label_histogram(content).items()
+    print(f"{split}: boxes: {', '.join(f'{n} {printable(name)}' for name, n in counts)}")

@@ -1,5 +1,6 @@
 """Data in COCO format as PyTorch has it: samples, and batches of them. Chapters 9 and 12."""
 
+from collections.abc import Hashable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -16,16 +17,21 @@ from torchvision.transforms import v2
 from deformable_detr.data.annotations import read_annotations
 from deformable_detr.data.checks import refuse_unreadable
 from deformable_detr.data.images import read_image
+from deformable_detr.data.names import id_order
+from deformable_detr.data.places import Pictures, find_split, has_split
 from deformable_detr.data.transforms import TO_TENSOR
 from deformable_detr.structures import Batch, Target
 
+__all__ = ["CocoDataset", "collate", "find_split", "has_split"]
+
 
 class CocoDataset(Dataset):
-    """Images and boxes in COCO format, with any category ids.
+    """Images and boxes in COCO format, with any ids.
 
-    Labels are positions in `categories`, the data's own list sorted by id. Crowd boxes are left
-    out, boxes are cut at the image's border, and what has no size then is dropped; images without
-    boxes stay. ValueError, FileNotFoundError: in one line, with the file and what is wrong in it.
+    Labels are positions in `categories`, the data's own list sorted by id; no id enters an array.
+    Crowd boxes are left out, boxes are cut at the image's border, and what has no size then is
+    dropped; images without boxes stay. ValueError, FileNotFoundError: in one line, with the file
+    and what is wrong in it.
     """
 
     def __init__(
@@ -47,9 +53,10 @@ class CocoDataset(Dataset):
             self.coco.createIndex()
         info = content.get("info")
         self.info = info if isinstance(info, dict) else {}
-        self.categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.pictures = Pictures(images_dir, content["images"])
+        self.categories = sorted(content["categories"], key=lambda each: id_order(each["id"]))
         self.label_of = {category["id"]: i for i, category in enumerate(self.categories)}
-        self.image_ids = sorted(self.coco.imgs)
+        self.image_ids = sorted(self.coco.imgs, key=id_order)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -71,11 +78,11 @@ class CocoDataset(Dataset):
         image = image.as_subclass(Tensor)
         return image, Target(image_id, labels[keep], boxes, (height, width))
 
-    def load_image(self, image_id: int) -> Image.Image:
+    def load_image(self, image_id: Hashable) -> Image.Image:
         """The picture itself, RGB. ValueError or FileNotFoundError names it where that fails."""
-        return read_image(self.images_dir / self.coco.imgs[image_id]["file_name"])
+        return read_image(self.pictures.path(self.coco.imgs[image_id]["file_name"]))
 
-    def _objects(self, image_id: int) -> tuple[Tensor, Tensor]:
+    def _objects(self, image_id: Hashable) -> tuple[Tensor, Tensor]:
         found = [a for a in self.coco.imgToAnns[image_id] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]  # xywh to xyxy
@@ -86,31 +93,3 @@ def collate(samples: list[tuple[Tensor, Target]]) -> Batch:
     """A padded batch of what `CocoDataset` returns."""
     images, targets = zip(*samples, strict=True)
     return Batch.from_images(list(images), list(targets))
-
-
-def find_split(data_dir: Path | str, split: str) -> tuple[Path, Path]:
-    """The image folder and annotation file of a split, in either of two layouts:
-
-    DATA/train and DATA/annotations/train.json, or as COCO comes, DATA/train2017 and
-    DATA/annotations/instances_train2017.json. FileNotFoundError where neither is there.
-    """
-    root = Path(data_dir)
-    layouts = [
-        (root / split, root / "annotations" / f"{split}.json"),
-        (root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"),
-    ]
-    for images_dir, annotation_file in layouts:
-        if annotation_file.is_file():
-            return images_dir, annotation_file
-    raise FileNotFoundError(
-        f"no {split} annotations in {root}: expected {layouts[0][1]} or {layouts[1][1]}"
-    )
-
-
-def has_split(data_dir: Path | str, split: str) -> bool:
-    """Whether a data set has annotations for a split."""
-    try:
-        find_split(data_dir, split)
-    except FileNotFoundError:
-        return False
-    return True

@@ -10,6 +10,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 
 
 SHORT_SIDE = 800  # pixels, of an image as the paper's models are evaluated
 SMALLEST_SIDE = 32  # pixels, of an image that may be asked for: one cell at the largest stride
+LONGEST_SIDE = 16384  # pixels, of an image before a crop; only of those 27 times as long as wide
 TO_TENSOR = v2.Compose(
     [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
 )
@@ -48,10 +49,12 @@ def strong_train_transform(short: int = SHORT_SIDE) -> v2.Transform:
 def digits_train_transform() -> v2.Transform:
     """For small pictures of things that must not be mirrored: zoom in or out, other colours.
 
-    The size stays as it is. Boxes of which less than half is left after a crop are dropped.
+    The size stays as it is, if it is large enough. Boxes of which less than half is left after a
+    crop are dropped.
     """
     return v2.Compose(
         [
+            LargeEnough(),
             v2.RandomChoice([RandomZoom(0.7, 1.4), v2.Identity()], p=[0.3, 0.7]),
             v2.RandomChannelPermutation(),
             v2.RandomInvert(0.5),
@@ -62,13 +65,16 @@ def digits_train_transform() -> v2.Transform:
 
 
 def digits_eval_transform() -> v2.Transform:
-    """The picture as it is."""
-    return TO_TENSOR
+    """The picture as it is, if it is large enough."""
+    return v2.Compose([LargeEnough(), TO_TENSOR])
 
 
 class RandomShortSide(v2.Transform):
     """Resize to a shorter side drawn from `sides`, the longer at most `max_size`, or a pixel or two
     more: it rounds as the official code does. v2.RandomShortestSize gives some sizes one less.
+
+    Where the shorter side would come below a pixel, or the longer above LONGEST_SIDE, the image is
+    squeezed, so that a line of 20,000 x 1 does not become millions of pixels long.
     """
 
     def __init__(self, sides: list[int], max_size: int | None = None) -> None:
@@ -82,11 +88,29 @@ class RandomShortSide(v2.Transform):
         side = self.sides[draw(0, len(self.sides) - 1)]
         if self.max_size is not None and long / short * side > self.max_size:
             side = max(1, round(self.max_size * short / long))
-        other = int(side * long / short)
+        limit = self.max_size if self.max_size is not None and side == 1 else LONGEST_SIDE
+        other = min(int(side * long / short), limit)
         return {"size": [other, side] if width < height else [side, other]}
 
     def transform(self, inpt: object, params: dict) -> object:
         """Resize one of them."""
+        return self._call_kernel(v2.functional.resize, inpt, **params)
+
+
+class LargeEnough(v2.Transform):
+    """Enlarge an image that is smaller than SMALLEST_SIDE both ways, until its longer side is that:
+    a feature map of a single cell has no variance to normalise by."""
+
+    def make_params(self, flat_inputs: list) -> dict:
+        """The size of these inputs, or None where it stays."""
+        size = v2.functional.get_size(flat_inputs[0])
+        scale = SMALLEST_SIDE / max(size)
+        return {"size": [max(1, round(side * scale)) for side in size] if scale > 1 else None}
+
+    def transform(self, inpt: object, params: dict) -> object:
+        """Resize one of them."""
+        if params["size"] is None:
+            return inpt
         return self._call_kernel(v2.functional.resize, inpt, **params)
 
 

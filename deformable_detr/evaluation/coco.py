@@ -11,14 +11,16 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
-from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from deformable_detr.data.coco import CocoDataset, collate
+from deformable_detr.data.split_checks import category_difference
 from deformable_detr.evaluation_mode import evaluating
-from deformable_detr.inference.postprocess import postprocess
+from deformable_detr.inference.postprocess import as_results, postprocess
+from deformable_detr.inference.sizes import batches_of_one_size
 from deformable_detr.interrupts import ignore_interrupt
 from deformable_detr.models.base import BaseDetector
+from deformable_detr.structures import Batch, Target
 
 COCO_THRESHOLDS = (32**2, 96**2)  # areas at which small and medium objects end, in pixels
 
@@ -78,7 +80,6 @@ def rounded(value: object) -> object:
     return value
 
 
-@torch.no_grad()
 def predict_dataset(
     model: BaseDetector,
     dataset: CocoDataset,
@@ -86,38 +87,55 @@ def predict_dataset(
     num_workers: int = 0,
     progress: bool = True,
     top_k: int = 100,
+    share: tuple[int, int] = (0, 1),
 ) -> list[dict]:
-    """The best top_k detections of every image, as COCO results with the data's own ids."""
+    """The best top_k detections of every image, as COCO results with the data's own ids, image by
+    image in the data set's order.
+
+    batch_size: images at once, at most: only those of one size share a batch, so that a detection
+    does not depend on it. share: of several processes' batches those of this one, (0, 2) or (1, 2)
+    for two; `gathered` puts their results together.
+    """
     device = next(model.parameters()).device
+    batches = batches_of_one_size([_stated_size(dataset, i) for i in dataset.image_ids], batch_size)
     loader = DataLoader(
         dataset,
-        batch_size,
-        collate_fn=collate,
+        batch_sampler=batches[share[0] :: share[1]],
+        collate_fn=_batches,
         num_workers=num_workers,
         generator=torch.Generator(),  # leaves the global random state alone
         worker_init_fn=ignore_interrupt,
     )
-    results = []
-    for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress, leave=False):
-        sizes = [target.original_size for target in batch.targets]
-        with evaluating(model):
-            found = postprocess(model(batch.to(device)), sizes, top_k)
-        for target, detections in zip(batch.targets, found, strict=True):
-            results += [
-                {
-                    "image_id": target.image_id,
-                    "category_id": dataset.categories[label]["id"],
-                    "bbox": box,
-                    "score": score,
-                }
-                for box, label, score in zip(
-                    box_convert(detections.boxes, "xyxy", "xywh").tolist(),
-                    detections.labels.tolist(),
-                    detections.scores.tolist(),
-                    strict=True,
-                )
-            ]
-    return results
+    found: dict[int | str, list[dict]] = {}
+    for batches in tqdm(loader, "evaluate", unit="batch", disable=not progress, leave=False):
+        for batch in batches:
+            found |= _detect(model, batch.to(device), dataset.categories, top_k)
+    return [result for image_id in dataset.image_ids for result in found.get(image_id, [])]
+
+
+def _stated_size(dataset: CocoDataset, image_id: int | str) -> tuple:
+    image = dataset.coco.imgs[image_id]
+    return image.get("height"), image.get("width")
+
+
+def _batches(samples: list[tuple[torch.Tensor, Target]]) -> list[Batch]:
+    """More than one where the annotation file is wrong about a size, or does not say it."""
+    sizes = batches_of_one_size([image.shape for image, _ in samples], len(samples))
+    return [collate([samples[i] for i in batch]) for batch in sizes]
+
+
+@torch.no_grad()
+def _detect(
+    model: BaseDetector, batch: Batch, categories: list[dict], top_k: int
+) -> dict[int | str, list[dict]]:
+    """The detections of each image of a batch, by its id, as COCO results."""
+    sizes = [target.original_size for target in batch.targets]
+    with evaluating(model):
+        found = postprocess(model(batch), sizes, top_k)
+    return {
+        target.image_id: as_results(detections, target.image_id, categories)
+        for target, detections in zip(batch.targets, found, strict=True)
+    }
 
 
 def evaluate(
@@ -147,14 +165,8 @@ def check_classes(model: BaseDetector, dataset: CocoDataset) -> None:
 
 def same_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
     """ValueError where two splits name their classes differently."""
-    for one, other in ((train_set, val_set), (val_set, train_set)):
-        known = {(c["id"], c["name"]) for c in other.categories}
-        for category in one.categories:
-            if (category["id"], category["name"]) not in known:
-                raise ValueError(
-                    f"category {category['id']}, {category['name']!r}, is in one of train and val "
-                    "only; both must list the same"
-                )
+    if difference := category_difference(train_set.categories, val_set.categories):
+        raise ValueError(difference)
 
 
 def score(results: list[dict], dataset: CocoDataset) -> Metrics:

@@ -80,7 +80,8 @@ def picture_sheet(dataset: CocoDataset, count: int = 24, seed: int = 0) -> Image
     """
     if min(count, len(dataset)) < 1:
         raise ValueError(f"a sheet needs at least one image, got {min(count, len(dataset))}")
-    chosen = sorted(random.Random(seed).sample(dataset.image_ids, min(count, len(dataset))))
+    places = random.Random(seed).sample(range(len(dataset)), min(count, len(dataset)))
+    chosen = [dataset.image_ids[i] for i in sorted(places)]  # ids may be numbers and texts, mixed
     side, line = SHEET_SIDE, 20  # pixels of the picture and of the file's name
     columns = min(SHEET_COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)

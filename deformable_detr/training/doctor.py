@@ -18,8 +18,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from deformable_detr.boxes import cxcywh_to_xyxy
-from deformable_detr.data.checks import check_annotations, check_image
+from deformable_detr.data.checks import check_annotations
 from deformable_detr.data.coco import CocoDataset, collate
+from deformable_detr.data.picture_checks import look_at, picture_faults
 from deformable_detr.evaluation.coco import score
 from deformable_detr.inference.postprocess import postprocess
 from deformable_detr.losses.criterion import SetCriterion
@@ -117,19 +118,19 @@ def check_data(diagnosis: Diagnosis, dataset: CocoDataset, end: float) -> None:
     content = dataset.coco.dataset
     faults = check_annotations(content)
     images = random.Random(0).sample(content["images"], len(content["images"]))
-    read = 0
+    seen = []
     for image in images:
-        faults += check_image(dataset.images_dir, image)
-        read += 1
+        seen.append(look_at(dataset.pictures, image))
         if time.monotonic() > end:
             break
+    faults += picture_faults(dataset.pictures, seen)
     kinds: dict[tuple, list] = {}
     for fault in faults:
         kinds.setdefault((fault.kind, fault.fatal), []).append(fault.message)
     for (kind, fatal), messages in kinds.items():
         diagnosis.add("fatal" if fatal else "warning", f"{len(messages)} x {kind}: {messages[0]}")
-    text = f"{len(content['annotations'])} annotations and {read} of {len(images)} images checked"
-    diagnosis.add("ok", text, good=True)
+    text = f"{len(content['annotations'])} annotations and {len(seen)} of {len(images)} images"
+    diagnosis.add("ok", f"{text} checked", good=True)
     if not any(kind == "unused category" for kind, _ in kinds):
         text = f"each of {len(dataset.categories)} categories has boxes"
         diagnosis.add("ok", text, good=True)
