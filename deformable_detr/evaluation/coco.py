@@ -107,8 +107,8 @@ def predict_dataset(
         worker_init_fn=ignore_interrupt,
     )
     found: dict[int | str, list[dict]] = {}
-    for batches in tqdm(loader, "evaluate", unit="batch", disable=not progress, leave=False):
-        for batch in batches:
+    for loaded in tqdm(loader, "evaluate", unit="batch", disable=not progress, leave=False):
+        for batch in loaded:
             found |= _detect(model, batch.to(device), dataset.categories, top_k)
     return [result for image_id in dataset.image_ids for result in found.get(image_id, [])]
 

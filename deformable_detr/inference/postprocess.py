@@ -1,6 +1,7 @@
 """From the model's output to detections in pixels. Chapter 8."""
 
 import torch
+from torchvision.ops import box_convert
 
 from deformable_detr.boxes import cxcywh_to_xyxy
 from deformable_detr.losses.scoring import scoring_of
@@ -34,3 +35,19 @@ def postprocess(
         found = Detections(scores[i], label[i], boxes, query[i])
         detections.append(found[scores[i] >= threshold])
     return detections
+
+
+def as_results(found: Detections, image_id: int | str | None, categories: list[dict]) -> list[dict]:
+    """COCO results: boxes as x, y, width, height in pixels, and the data's own ids."""
+    boxes = box_convert(found.boxes, "xyxy", "xywh").tolist()
+    return [
+        {
+            "image_id": image_id,
+            "category_id": categories[label]["id"],
+            "bbox": box,
+            "score": score,
+        }
+        for label, box, score in zip(
+            found.labels.tolist(), boxes, found.scores.tolist(), strict=True
+        )
+    ]
