@@ -6,10 +6,22 @@ Its files import what needs torch where they run, not before: a --help is there 
 import argparse
 import os
 import sys
+import warnings
 
-from deformable_detr.cli import check, doctor, evaluate, info, options, predict, sheet, train
+from deformable_detr.cli import (
+    check,
+    convert,
+    doctor,
+    evaluate,
+    info,
+    options,
+    predict,
+    sheet,
+    train,
+)
+from deformable_detr.data.names import printable
 
-COMMANDS = (check, sheet, doctor, options, train, evaluate, predict, info)
+COMMANDS = (convert, check, sheet, doctor, options, train, evaluate, predict, info)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; errors are one line on stderr and exit code 2, Ctrl-C is 130."""
     args = build_parser().parse_args(argv)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file's name may hold bytes that are no text
             stream.reconfigure(errors="backslashreplace")
@@ -46,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if not (text := one_line(error)):
             raise
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {printable(text, len(text))}", file=sys.stderr)
         return 2
 
 

@@ -35,13 +35,14 @@ def add(commands: argparse.Action) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a model's classes, options and costs."""
     from deformable_detr.cli.beforehand import choose_device
+    from deformable_detr.data.names import printable
     from deformable_detr.data.preparation import PREPARATIONS
     from deformable_detr.evaluation.complexity import complexity
     from deformable_detr.inference.detector import load_detector
     from deformable_detr.models import model_name
 
     detector = load_detector(args.model)
-    names = ", ".join(category["name"] for category in detector.categories)
+    names = ", ".join(printable(category["name"]) for category in detector.categories)
     rows = {"file": args.model, "classes": f"{len(detector.categories)}: {names}"}
     rows |= {"threshold": detector.threshold, "prepares images as": detector.transforms}
     if PREPARATIONS[detector.transforms].resizes:

@@ -121,16 +121,20 @@ def write_results(results: list[dict], path: Path) -> None:
 
 def describe(found: "Prediction", pictures: Path | None) -> Iterator[str]:
     """Lines on one image; its picture is saved."""
+    from deformable_detr.data.names import printable
+
+    where = ""
     if pictures:
         pictures.mkdir(parents=True, exist_ok=True)
         saved = pictures / f"{found.path.stem}.png"
         found.draw().save(saved)
-    yield f"{found.path}: {len(found)} found" + (f", picture in {saved}" if pictures else "")
+        where = f", picture in {printable(saved)}"
+    yield f"{printable(found.path)}: {len(found)} found{where}"
     for name, score, box in zip(
         found.names, found.scores.tolist(), found.boxes.tolist(), strict=True
     ):
         corners = "  ".join(f"{axis} {x:6.1f}" for axis, x in zip("xyxy", box, strict=True))
-        yield f"  {name:12} {score:.2f}  {corners}"
+        yield f"  {printable(name):12} {score:.2f}  {corners}"
 
 
 def refuse_same_names(images: list[Path], pictures: Path | None, results: Path | None) -> None:

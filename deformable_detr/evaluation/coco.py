@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from deformable_detr.data.coco import CocoDataset, collate
+from deformable_detr.data.names import printable
 from deformable_detr.data.split_checks import category_difference
 from deformable_detr.evaluation_mode import evaluating
 from deformable_detr.inference.postprocess import as_results, postprocess
@@ -63,7 +64,7 @@ class Metrics:
 
     def __str__(self) -> str:
         lines = [
-            f"{name:28}{'n/a' if np.isnan(value) else f'{value:.3f}':>7}"
+            f"{printable(name):28}{'n/a' if np.isnan(value) else f'{value:.3f}':>7}"
             for name, value in self.rows().items()
         ]
         return "\n".join([f"{self.images} images", *lines])

@@ -10,6 +10,7 @@ import numpy as np
 from pycocotools import mask
 
 from deformable_detr.data.coco import CocoDataset
+from deformable_detr.data.names import printable
 
 FOUND = 0.5  # the IoU from which a detection finds an object
 NEAR = 0.1  # the IoU from which it is a miss of this object, and not of nothing
@@ -60,7 +61,7 @@ class ImageReport:
     def __str__(self) -> str:
         counts = self.counts()
         found = ", ".join(f"{counts[kind]} {kind}" for kind in ("correct", *KINDS) if counts[kind])
-        return f"{self.image_id}  {self.file_name}: {found}"
+        return f"{printable(self.image_id)}  {printable(self.file_name)}: {found}"
 
 
 def judge_all(results: list[dict], dataset: CocoDataset) -> list[ImageReport]:

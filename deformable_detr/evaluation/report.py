@@ -13,6 +13,7 @@ import numpy as np
 from pycocotools.cocoeval import COCOeval
 
 from deformable_detr.data.coco import CocoDataset
+from deformable_detr.data.names import listed
 from deformable_detr.evaluation.coco import (
     Metrics,
     check_classes,
@@ -148,7 +149,7 @@ class Report:
             lines.append(f"{kind:12}{errors.counts[kind]:>7}  {gain:>14}  {text}")
         mistaken = self.confusion.most()
         lines += ["", "most often confused: object, detected as"] if mistaken else []
-        lines += [f"{count:>7}  {name}, {other}" for name, other, count in mistaken]
+        lines += [f"{count:>7}  {listed((name, other))}" for name, other, count in mistaken]
         lines += ["", "worst images"] if self.worst else []
         return "\n".join([*lines, *map(str, self.worst)])
 

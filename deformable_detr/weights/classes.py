@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
+from deformable_detr.data.names import printable
 from deformable_detr.models import BaseDetector, build_model
 from deformable_detr.models.base import DetectorConfig
 from deformable_detr.models.heads import ClassHead
@@ -131,4 +132,4 @@ def _head_rows(head: ClassHead, rows: Rows, classes_before: int, outputs_before:
 
 def _few(names: list[str]) -> str:
     more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(map(printable, names[:SHOWN])) + more
