@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,11 +17,12 @@ Match = tuple[Tensor, Tensor]  # the indices of predictions, and those of their 
 class Target:
     """The objects of one image.
 
+    image_id: the data's own, of any kind, which no array ever holds.
     labels: (N,) int64, contiguous class indices. boxes: (N, 4) cxcywh, normalised to [0, 1].
     original_size: (H, W) in pixels, before any resizing.
     """
 
-    image_id: int
+    image_id: Hashable
     labels: Tensor
     boxes: Tensor
     original_size: tuple[int, int]

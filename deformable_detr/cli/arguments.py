@@ -12,8 +12,9 @@ from deformable_detr.training.recipes import NAMES, about
 SHIPPED = Path(__file__).parents[2] / "data" / "checkpoints" / "digits.safetensors"
 DATA_HELP = """\
 DATA is a folder in COCO format: images in DATA/train and boxes in DATA/annotations/train.json,
-likewise val and test; or as COCO itself comes, DATA/train2017 and
-DATA/annotations/instances_train2017.json."""
+likewise val (or valid) and test; or as COCO itself comes, DATA/train2017 and
+DATA/annotations/instances_train2017.json; or as Roboflow exports it, boxes in
+DATA/train/_annotations.coco.json beside the images."""
 WEIGHTS_HELP = """\
 WEIGHTS is a file that train wrote (best.safetensors), an official file (.pth), a folder that
 Hugging Face's save_pretrained wrote, or a name on its hub (SenseTime/deformable-detr)."""
