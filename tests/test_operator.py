@@ -223,9 +223,6 @@ def test_opcheck(dtype):
     )
 
 
-@pytest.mark.parametrize(
-    "backend", [pytest.param("cpu", marks=needs_compiler), "reference"], indirect=True
-)
 def test_compiles_whole_for_changing_shapes(backend):
     """One graph, with B, Q and the levels' sizes as symbols."""
     counter = CompileCounterWithBackend("aot_eager")
