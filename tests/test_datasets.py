@@ -81,7 +81,8 @@ def test_training_reads_pictures_as_prediction_does(tmp_path, kind):
         ("images", None, "images must be a list, got NoneType"),
         ("images", {"file_name": 3}, r"images\[0\] has the file_name 3"),
         ("annotations", {"image_id": [1]}, r"annotations\[0\] has the image_id \[1\]"),
-        ("categories", {"id": "x"}, "the ids of categories are numbers and strings, mixed"),
+        ("categories", {"id": [1]}, r"categories\[0\] has the id \[1\], expected a whole"),
+        ("images", {"id": 1.5}, r"images\[0\] has the id 1.5, expected a whole number or text"),
         ("annotations", {"iscrowd": "0"}, r"the iscrowd '0', expected 0, 1, true, false or null"),
         ("annotations", {"area": "12"}, "the area '12', expected a finite number or null"),
         ("annotations", {"area": math.inf}, "the area inf, expected a finite number or null"),
@@ -248,7 +249,8 @@ def test_a_picture_turned_after_annotation_is_said_so(coco):
 def test_sizes_need_not_be_stated(coco):
     edit(coco, lambda c: [c["images"][0].pop(key) for key in ("width", "height")])
     (fault,) = check_dataset(*find_split(coco, "train"))
-    assert not fault.fatal and str(fault).endswith("image 100: its width and height are not stated")
+    text = "warning: width and height are not stated: 1 of 6 images, such as image 100"
+    assert str(fault) == text
 
 
 def test_a_byte_order_mark_and_names_in_utf8(coco):
@@ -427,7 +429,8 @@ def test_a_smaller_short_side_makes_all_of_cocos_sizes_smaller():
         ((480, 480), 800, None, (800, 800)),
         ((400, 600), 400, None, (400, 600)),  # as it is
         ((200, 500), 800, 1333, (533, 1332)),  # the longer side decides: 533.2, 533 * 500 / 200
-        ((1, 3000), 800, 1333, (1, 3000)),  # a side is a pixel at least
+        ((1, 3000), 800, 1333, (1, 1333)),  # a side is a pixel at least, the other as it should be
+        ((30, 1300), 600, None, (600, 16384)),  # unlike there: a crop comes next, of 600 at most
         ((333, 500), 512, 1333, (512, 768)),
     ],
 )
