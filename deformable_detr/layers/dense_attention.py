@@ -33,10 +33,13 @@ class DenseAttention(nn.MultiheadAttention):
         """Among the queries themselves, but where their attention_mask forbids it. Returns
         (B, Q, C)."""
         located = queries.content + queries.position
+        # half of a tensor of width 2 * C has strides that a batch of 2 has too: torch.export would
+        # take that for a rule
+        content = queries.content.contiguous()
         update, _ = self(
             located,
             located,
-            queries.content,
+            content,
             attn_mask=queries.attention_mask,
             need_weights=False,
         )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
+from deformable_detr.ops.sizes import smaller
 from deformable_detr.structures import Output
 
 PRIOR = 0.01  # of an object, for every class of every query, before training (Lin et al., 2017)
@@ -91,7 +92,7 @@ class FocalScoring:
     def best(self, logits: Tensor, top_k: int) -> Best:
         """The highest scores over all queries and classes: a query may appear with several."""
         _, Q, classes = logits.shape
-        scores, index = self.scores(logits).flatten(1).topk(min(top_k, Q * classes), dim=1)
+        scores, index = self.scores(logits).flatten(1).topk(smaller(top_k, Q * classes), dim=1)
         return scores, index // classes, index % classes
 
 
@@ -135,7 +136,7 @@ class SoftmaxScoring:
     def best(self, logits: Tensor, top_k: int) -> Best:
         """Each query's best class; "no object" is none."""
         scores, labels = self.scores(logits).max(-1)
-        scores, queries = scores.topk(min(top_k, logits.shape[1]), dim=1)
+        scores, queries = scores.topk(smaller(top_k, logits.shape[1]), dim=1)
         return scores, queries, labels.gather(1, queries)
 
 

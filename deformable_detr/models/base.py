@@ -175,9 +175,7 @@ def check_counts(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
 
 def for_each_image(memory: Tokens, *learned: Tensor) -> list[Tensor]:
     """The same rows, (Q, C) each, for every image of a batch."""
-    # contiguous: halves of a table of width 2 * C have the strides of a batch of 2, which
-    # torch.export would take for a rule
-    return [x.contiguous().expand(memory.features.shape[0], -1, -1) for x in learned]
+    return [x.expand(memory.features.shape[0], -1, -1) for x in learned]
 
 
 def xavier(*parts: nn.Module) -> None:
