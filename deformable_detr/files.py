@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,22 +21,48 @@ def write_json(path: Path | str, content: object) -> None:
 def write_atomically(path: Path | str, write: Callable[[str], object]) -> None:
     """Have `write` make a temporary file, and put it in place only when it is whole on disk."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.touch(exist_ok=False)
+            allowed = temporary.stat().st_mode  # by the umask, which safetensors leaves aside
+            write(str(temporary))
+            with open(temporary, "r+b") as file:  # Windows syncs no file that is open to read
+                os.fsync(file.fileno())
+            temporary.chmod(allowed)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed in `write_atomically` have left in a folder, into
+    which nobody else writes now."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+-[0-9a-f]{32}", path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have what fails in writing a file raise an OSError that names it, in one line."""
     try:
-        temporary.touch(exist_ok=False)
-        allowed = temporary.stat().st_mode  # by the umask, which safetensors leaves aside
-        write(str(temporary))
-        with open(temporary, "r+b") as file:  # Windows syncs no file that is open to read
-            os.fsync(file.fileno())
-        temporary.chmod(allowed)
-        temporary.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        full = shutil.disk_usage(path.parent).free < 1 << 20
-        reason = "the disk is full" if full else getattr(error, "strerror", None) or error
-        raise OSError(f"cannot write {path}: {reason}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # else it is torch.save's
+            raise
+        reason = first_line(error)
+    else:
+        return
+    raise OSError(f"cannot write {path}: {'the disk is full' if _is_full(path) else reason}")
+
+
+def _is_full(path: Path) -> bool:
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return shutil.disk_usage(folder).free < 1 << 20
 
 
 def first_line(error: Exception) -> str:

@@ -1,35 +1,96 @@
-"""Ctrl-C: a training that ends after its step, and workers that leave it to the main process."""
+"""Signals that end a program: a training that ends after its step, workers that leave that to the
+main process, commands that end without a traceback. Chapter 13."""
 
+import os
 import signal
+import sys
+import threading
+import time
 from contextlib import suppress
+
+# of a terminal's Ctrl-C, of a scheduler that wants the machine back, of a connection that is lost
+ENDING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+ECHO = 1.0  # seconds: a terminal and a launcher may both pass the same Ctrl-C on
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during training; the checkpoint is written."""
+    """A training was told to end, by the signal `number`; the checkpoint is written."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class CatchInterrupt:
-    """While open, the first Ctrl-C is only noted in `happened`; a second one interrupts as usual.
+    """While open, the first signal of ENDING is only noted, in `happened`; a second one, more than
+    ECHO seconds later, does what it did before.
 
-    Outside the main thread, which alone gets signals, it does nothing.
+    Signals that are ignored stay so, as SIGHUP under nohup. Outside the main thread, which alone
+    gets signals, it does nothing.
     """
 
     def __enter__(self) -> "CatchInterrupt":
-        self.happened = False
-        self.previous = None
-        with suppress(ValueError):  # raised outside the main thread
-            self.previous = signal.signal(signal.SIGINT, self._note)
+        self.happened = 0  # the signal's number
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.getsignal(number) for number in ENDING}
+            self.previous = {n: h for n, h in before.items() if h not in (None, signal.SIG_IGN)}
+        for number in self.previous:
+            signal.signal(number, self._note)
         return self
 
-    def _note(self, *_: object) -> None:
-        self.happened = True
-        signal.signal(signal.SIGINT, self.previous)
+    def _note(self, number: int, _: object) -> None:
+        if not self.happened:
+            self.happened, self.time = number, time.monotonic()
+        elif time.monotonic() - self.time > ECHO:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def __exit__(self, *_: object) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 def ignore_interrupt(worker: int) -> None:
-    """A DataLoader's worker_init_fn: the batch that the main process waits for must still come."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A DataLoader's worker_init_fn: the batch that the main process waits for must still come.
+
+    A signal to a whole group of processes reaches the workers too. Of SIGTERM only the main
+    process' own counts, by which Python ends workers that are left.
+    """
+    for number in ENDING:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows do not say whose it is
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def end_at_once() -> None:
+    """From now on Ctrl-C ends the program with one word and code 130, wherever it is: as an
+    exception it would be printed by threads and destructors, and taken for other errors by what is
+    just being imported."""
+
+    def end(number: int, _: object) -> None:
+        with suppress(Exception):  # it may have struck within another flush
+            sys.stdout.flush()
+        os.write(2, b"\ninterrupted\n" if sys.stderr.isatty() else b"interrupted\n")
+        os._exit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end)
+
+
+def end_by_exception() -> None:
+    """From now on Ctrl-C is a KeyboardInterrupt again, for what has something to write at its
+    end."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

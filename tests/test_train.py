@@ -132,7 +132,7 @@ def test_a_log_line_cut_short_by_a_crash_does_not_stop_a_resumption(coco, tmp_pa
 
 
 SLOW = """
-import multiprocessing, os, signal, threading, time
+import multiprocessing, os, signal, sys, threading, time
 from pathlib import Path
 from deformable_detr import DeformableDETR
 from deformable_detr.data.coco import CocoDataset, find_split
@@ -148,10 +148,10 @@ class Slow(CocoDataset):
 
 def on_step(step, losses):
     if step == 2:  # strikes while the loop waits for the next batch, 0.6 seconds away
-        threading.Timer(0.2, os.killpg, (0, signal.SIGINT)).start()
+        threading.Timer(0.2, os.killpg, (0, int(sys.argv[1]))).start()
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("forkserver")  # the default on Linux from Python 3.14
+    multiprocessing.set_start_method(sys.argv[2])
     os.setpgrp()
     config = TrainConfig(epochs=9, batch_size=2, num_workers=1)
     data = Slow(*find_split("coco", "train"))
@@ -162,9 +162,14 @@ if __name__ == "__main__":
 """
 
 
-def test_ctrl_c_while_waiting_for_workers(coco, tmp_path):
-    """A terminal's Ctrl-C reaches the loader's processes too; they must still deliver."""
-    printed = run_script(tmp_path, SLOW)
+@pytest.mark.parametrize(
+    ("number", "start"),
+    [(signal.SIGINT, "forkserver"), (signal.SIGTERM, "fork")],  # the former from Python 3.14 on
+)
+def test_a_signal_while_waiting_for_workers(coco, tmp_path, number, start):
+    """A terminal's Ctrl-C reaches the loader's processes too, as does the SIGTERM of a scheduler;
+    they must still deliver."""
+    printed = run_script(tmp_path, SLOW, after=(str(int(number)), start))
     assert "stopped at step" in printed and (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -409,7 +414,7 @@ def test_accumulated_batches_step_as_a_large_one(coco, tmp_path):
         torch.testing.assert_close(losses_of(tmp_path / name), large, rtol=1e-4, atol=1e-6)
 
 
-def run_script(folder, text, before=(), code=0):
+def run_script(folder, text, before=(), after=(), code=0):
     """What a program prints, run in a folder with an interpreter of its own; it ends with code."""
     (folder / "script.py").write_text(text)
     environment = os.environ | {
@@ -417,7 +422,7 @@ def run_script(folder, text, before=(), code=0):
         "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
-    command = [sys.executable, *before, "script.py"]
+    command = [sys.executable, *before, "script.py", *after]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -464,9 +469,10 @@ def test_it_learns(coco, tmp_path):
 
 
 def test_another_run_is_not_continued(coco, tmp_path):
-    run(coco, tmp_path / "run", dataclasses.replace(RECIPE, epochs=1))
-    with pytest.raises(ValueError, match=r"another run: recipe epochs was 1, is 4\. Give"):
-        run(coco, tmp_path / "run")
+    run(coco, tmp_path / "run", dataclasses.replace(RECIPE, epochs=2))
+    fewer = dataclasses.replace(RECIPE, epochs=1)
+    with pytest.raises(ValueError, match=r"another run: recipe epochs was 2, is 1\. Give"):
+        run(coco, tmp_path / "run", fewer)
     run(coco, tmp_path / "run", resume=False)
     for path in (coco / "annotations").iterdir():
         path.write_text(path.read_text().replace('"red"', '"rot"'))
@@ -512,9 +518,9 @@ def test_an_evaluation_that_fails_is_made_up_for(coco, tmp_path, monkeypatch, fa
     def fail(*given, **options):
         if next(calls) == failing:
             raise MemoryError
-        return evaluate(*given, **options)
+        return predict_dataset(*given, **options)
 
-    monkeypatch.setattr(setup, "evaluate", fail)
+    monkeypatch.setattr(setup, "predict_dataset", fail)
     with pytest.raises(MemoryError):
         run(coco, tmp_path / "parts")
     assert torch.load(tmp_path / "parts" / "checkpoint.pt")["step"] == 6 * failing
@@ -743,9 +749,12 @@ def test_bfloat16_keeps_references_and_valid_ratios_in_float32(two_stage):
 
 def test_evaluation_takes_as_many_detections_as_the_recipe_says(coco, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        setup, "evaluate", lambda *a, **options: seen.append(options) or evaluate(*a, **options)
-    )
+
+    def predict(*given, **options):
+        seen.append(options)
+        return predict_dataset(*given, **options)
+
+    monkeypatch.setattr(setup, "predict_dataset", predict)
     run(coco, tmp_path, dataclasses.replace(RECIPE, epochs=1, top_k=7))
     assert [options["top_k"] for options in seen] == [7]
     model, _, val_set = make(coco)
@@ -792,7 +801,7 @@ def test_patience_ends_a_run_that_no_longer_gets_better(coco, tmp_path, monkeypa
     def scripted(*args, **options):
         return dataclasses.replace(metrics, ap=next(aps))
 
-    monkeypatch.setattr(setup, "evaluate", scripted)
+    monkeypatch.setattr(setup, "score", scripted)
     best = tmp_path / "run" / "best.safetensors"
     seen = {}
 

@@ -23,6 +23,8 @@ MAY_CHANGE = {  # between a run and its resumption
     "gradient_checkpointing",
 }
 
+EPOCHS = "recipe epochs"
+
 
 def described(recipe: TrainConfig, model: object) -> dict:
     """A run's options, but for those that may change on the way. model: a configuration of one of
@@ -67,7 +69,7 @@ def read_checkpoint(path: Path, identity: dict, model: BaseDetector) -> dict:
             f"{path} is of another run: {'; '.join(changed)}. Give another folder, "
             "start anew (--fresh), or train on from last.safetensors (--init)"
         )
-    return upgraded(saved, identity, model)
+    return upgraded(saved | {"identity": before}, identity, model)
 
 
 def completed(before: dict, now: dict) -> dict:
@@ -81,8 +83,11 @@ def completed(before: dict, now: dict) -> dict:
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """What differs between two identities; of another model, its options are not worth a word."""
+    """What differs between two identities; of another model, its options are not worth a word. More
+    epochs are no difference: they continue a run."""
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if before[EPOCHS] < now[EPOCHS]:
+        changed.remove(EPOCHS)
     if "model" in changed:
         changed = [key for key in changed if not key.startswith("model ")]
     return [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed]
@@ -95,7 +100,8 @@ def upgraded(saved: dict, identity: dict, model: BaseDetector) -> dict:
     """
     batch = identity["recipe batch_size"] * identity["recipe accumulate"] * identity["processes"]
     epoch = saved["step"] // (identity["training images"] // batch)
-    saved = {"stale": 0, "scaler": {}, "epochs_ended": epoch} | saved
+    newer = {"stale": 0, "scaler": {}, "best_epoch": 0, "threshold": None}
+    saved = newer | {"epochs_ended": epoch} | saved
     if "param_groups" not in saved["optimizer"]:
         return saved
     names = {old: upgrade_name(old, model.config) for old in saved["model"]}

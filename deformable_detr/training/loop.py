@@ -1,10 +1,11 @@
 """The training loop, to be read from top to bottom: data, step, losses, clip, end of an epoch.
 
 Chapters 9 and 13. Beside it: `setup` makes what it works on, `batches` chooses the images of each
-step, `optimiser` the rates; `run` is the folder with checkpoint and log, `faults` says what is not
-finite.
+step, `optimiser` the rates; `run` is the folder with checkpoint and log, `remarks` says what a
+person should know, `faults` what is not finite.
 """
 
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from deformable_detr.interrupts import CatchInterrupt, Interrupted
 from deformable_detr.losses.criterion import count_boxes
 from deformable_detr.models import BaseDetector
 from deformable_detr.structures import Batch
+from deformable_detr.training import remarks
 from deformable_detr.training.config import TrainConfig
 from deformable_detr.training.faults import all_finite, gradient_error, loss_error
 from deformable_detr.training.optimiser import lr_factor
@@ -42,57 +44,58 @@ def train(
 ) -> Metrics | None:
     """Train a detector; returns the last validation metrics of this call, if there are any.
 
-    output_dir receives checkpoint.pt (to resume from), log.jsonl, TensorBoard's files and, as
-    `load_model` reads them, last.safetensors and best.safetensors (by AP on val_set); with
-    config.ema_decay these two are the averaged weights. With resume, a checkpoint that is there is
-    continued as if it had never stopped: model, optimiser, data order and random state; bit for bit
-    on a CPU (on a GPU sums are added in an order that changes). Without it, what an earlier run has
+    output_dir receives checkpoint.pt (to resume from), log.jsonl, curves.png, TensorBoard's file
+    and, as `load_detector` reads them, last.safetensors and best.safetensors (by AP on val_set),
+    each with its threshold; with config.ema_decay these two are the averaged weights. With resume,
+    a checkpoint that is there is continued as if it had never stopped: model, optimiser, data order
+    and random state; bit for bit on a CPU (on a GPU sums are added in an order that changes). A
+    larger config.epochs continues a run that has ended. Without resume, what an earlier run has
     left there is removed.
-    on_step is called with the step and its losses. card: what else is stored with the weights,
-    such as how images are prepared; see `load_detector`.
-    Raises ValueError where a checkpoint is of another run, NonFiniteLossError with the image ids
-    and the module that came first, and Interrupted after Ctrl-C, when the step is saved.
+    on_step is called with the step and its losses. progress: whether to show a bar, what a person
+    should know, and curves.png. card: what else is stored with the weights, such as how images are
+    prepared; see `load_detector`.
+    Raises ValueError where a checkpoint is of another run or another training has the folder,
+    NonFiniteLossError with the image ids and the module that came first, and Interrupted after
+    Ctrl-C, SIGTERM or SIGHUP, when the step is saved.
     """
     training = Training(model, train_set, val_set, output_dir, config, progress, card)
-    if resume:
-        training.resume()
-    else:
-        training.run.clear()
-    if not training.out_of_patience():
+    with training.run.held():
+        if resume:
+            training.resume()
+        else:
+            training.run.clear()
         make_steps(training, on_step)
     return training.metrics
 
 
 def make_steps(training: Training, on_step: OnStep | None = None) -> None:
     """Train from the step reached to the end, or until AP has not risen for long enough."""
-    run, config, total = training.run, training.config, training.total_steps
-    with CatchInterrupt() as interrupt, run.logging(training.step, total):
-        if config.warmup_steps > total:
-            run.say(
-                f"the warm-up has {config.warmup_steps} steps, the training only {total}: "
-                "it never reaches its learning rate"
-            )
-        if training.step // training.steps_per_epoch > training.epochs_ended:
+    run, total, epoch = training.run, training.total_steps, training.steps_per_epoch
+    with CatchInterrupt() as interrupt, run.logging(training.step, training.epochs_ended * epoch):
+        run.say_all(remarks.at_the_start(training))
+        if training.step // epoch > training.epochs_ended:
             end_epoch(training)  # whose evaluation failed before the resumption
         for batches in training.batches():
+            if training.out_of_patience():
+                run.say(f"stopped: no better AP in {training.config.patience} evaluations")
+                break
             losses = train_step(training, batches)
             training.step += 1
             run.log(training.step, losses | {"lr": training.optimizer.param_groups[0]["lr"]})
             if on_step:
                 on_step(training.step, losses)
-            if training.step % training.steps_per_epoch == 0:
+            if training.step % epoch == 0:
                 end_epoch(training)
-            elif training.in_any(run.minutes_since_saving() > config.checkpoint_minutes):
+            elif training.in_any(run.minutes_since_saving() > training.config.checkpoint_minutes):
                 training.save()
             if training.in_any(interrupt.happened):
                 training.save()
                 raise Interrupted(
                     f"stopped at step {training.step} of {total}; "
-                    f"the same command continues from {run.checkpoint}"
+                    f"the same command continues from {run.checkpoint}",
+                    interrupt.happened or signal.SIGINT,
                 )
-            if training.out_of_patience():
-                run.say(f"stopped: no better AP in {config.patience} evaluations")
-                break
+        run.say_all(remarks.at_the_end(training))
 
 
 def train_step(training: Training, batches: list[Batch]) -> dict[str, float]:
@@ -155,14 +158,17 @@ def clip(training: Training, batches: list[Batch]) -> Tensor:
 
 def end_epoch(training: Training) -> None:
     """Evaluate where that is due, keep the weights, and write the checkpoint."""
-    epoch, config = training.step // training.steps_per_epoch, training.config
+    epoch, config, run = training.step // training.steps_per_epoch, training.config, training.run
     due = epoch % config.evaluate_every == 0 or epoch == config.epochs
     if training.val_set is not None and due:
         training.save()  # an evaluation can fail: then it is made up for at the resumption
-        better = training.run.main and training.evaluate()
+        better = run.main and training.evaluate()
         training.stale = 0 if training.in_any(better) else training.stale + 1
-    if training.run.main:
+        if run.main:
+            run.say_all(remarks.after_evaluation(training, better))
+    if run.main:
         training.save_weights("last")
     training.epochs_ended = epoch
     training.accelerator.wait_for_everyone()
     training.save()
+    run.draw_now_and_then()

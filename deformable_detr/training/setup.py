@@ -7,12 +7,19 @@ from pathlib import Path
 import torch
 
 from deformable_detr.data.coco import CocoDataset
-from deformable_detr.evaluation.coco import Metrics, check_classes, evaluate, same_categories
+from deformable_detr.evaluation.coco import (
+    Metrics,
+    check_classes,
+    predict_dataset,
+    same_categories,
+    score,
+)
+from deformable_detr.evaluation.mistakes import choose_threshold
 from deformable_detr.losses.criterion import SetCriterion
 from deformable_detr.models import BaseDetector
 from deformable_detr.structures import Batch
 from deformable_detr.training.batches import count_steps, load_batches
-from deformable_detr.training.checkpoint import identify
+from deformable_detr.training.checkpoint import EPOCHS, identify
 from deformable_detr.training.config import TrainConfig
 from deformable_detr.training.optimiser import (
     averaged,
@@ -21,12 +28,13 @@ from deformable_detr.training.optimiser import (
     parameter_groups,
     state_by_name,
 )
+from deformable_detr.training.pace import Plan
 from deformable_detr.training.precision import make_scaler
-from deformable_detr.training.processes import in_any_process, make_accelerator
+from deformable_detr.training.processes import as_launched, in_any_process, make_accelerator
 from deformable_detr.training.run import Run
 from deformable_detr.weights.ours import save_model
 
-COUNTERS = ("step", "epochs_ended", "best_ap", "stale")
+COUNTERS = ("step", "epochs_ended", "best_ap", "best_epoch", "stale", "threshold")
 
 
 class Training:
@@ -34,8 +42,12 @@ class Training:
 
     model: as it is; distributed: the same as all processes share it. step: of the optimiser, so
     many are done. epochs_ended: whose evaluation is done, and whose weights are saved. best_ap: on
-    val_set, -1 before the first evaluation. stale: evaluations since the best one. run: the folder.
-    Raises ValueError where data and model, or train_set and val_set, do not go together.
+    val_set, -1 before the first evaluation; best_epoch: after which that was. stale: evaluations
+    since the best one. metrics, threshold: of the last one, the threshold with the best F1.
+    epochs_before: what the recipe said in an earlier part of the run. hinted: whether it was said
+    that nothing is learned. run: the folder.
+    Raises ValueError where data and model, train_set and val_set, or recipe and `accelerate launch`
+    do not go together.
     """
 
     def __init__(
@@ -48,9 +60,9 @@ class Training:
         progress: bool = True,
         card: dict | None = None,
     ) -> None:
-        self.train_set, self.val_set, self.config = train_set, val_set, config
-        self.card = card or {}
         self.accelerator = make_accelerator()
+        self.config = config = as_launched(config)
+        self.train_set, self.val_set, self.card = train_set, val_set, card or {}
         self.device, processes = self.accelerator.device, self.accelerator.num_processes
         self.steps_per_epoch = count_steps(len(train_set), config, processes)
         self.total_steps = config.epochs * self.steps_per_epoch
@@ -60,10 +72,13 @@ class Training:
         torch.manual_seed(config.seed + self.accelerator.process_index)
         self._prepare(model)
         self.criterion = SetCriterion()
-        self.step, self.epochs_ended, self.best_ap, self.stale = 0, 0, -1.0, 0
+        self.step, self.epochs_ended, self.best_ap, self.best_epoch, self.stale = 0, 0, -1.0, 0, 0
         self.metrics: Metrics | None = None
+        self.threshold: float | None = None
+        self.epochs_before, self.hinted = config.epochs, False
         identity = identify(config, model.config, self.card, train_set, processes)
-        self.run = Run(Path(output_dir), self.accelerator, identity, progress)
+        plan = Plan(config, self.steps_per_epoch, len(val_set) if val_set is not None else 0)
+        self.run = Run(Path(output_dir), self.accelerator, identity, plan, progress)
 
     def _prepare(self, model: BaseDetector) -> None:
         """The model as the recipe wants it, on its device, and what changes with it."""
@@ -102,19 +117,23 @@ class Training:
         """Measure the trained model on val_set; whether it is the best so far, which is kept."""
         config = self.config
         loading = config.batch_size, config.num_workers, self.run.progress
-        self.metrics = evaluate(self.trained, self.val_set, *loading, top_k=config.top_k)
+        with self.run.pace.evaluating():
+            found = predict_dataset(self.trained, self.val_set, *loading, top_k=config.top_k)
+            self.metrics = score(found, self.val_set)
+            self.threshold = choose_threshold(found, self.val_set)
         self.run.log_evaluation(self.step, self.metrics)
         ap = self.metrics.ap if math.isfinite(self.metrics.ap) else 0.0  # a val_set without a box
         better = ap > self.best_ap
         if better:
-            self.best_ap = ap
+            self.best_ap, self.best_epoch = ap, self.step // self.steps_per_epoch
             self.save_weights("best")
         return better
 
     def save_weights(self, name: str) -> None:
-        """Write the trained model as name.safetensors."""
+        """Write the trained model as name.safetensors, with the last threshold in its card."""
         path = self.run.folder / f"{name}.safetensors"
-        save_model(self.trained, path, self.train_set.categories, self.card)
+        card = self.card if self.threshold is None else self.card | {"threshold": self.threshold}
+        save_model(self.trained, path, self.train_set.categories, card)
 
     def save(self) -> None:
         """Write the checkpoint; all processes call this."""
@@ -124,6 +143,7 @@ class Training:
         """Go on from the checkpoint, if there is one; see `Run.load`."""
         if (saved := self.run.load(self.model)) is not None:
             self.load_state_dict(saved)
+            self.epochs_before = saved["identity"][EPOCHS]
         self.run.check_step(self.step)
 
     def state_dict(self) -> dict:
