@@ -1,4 +1,4 @@
-"""What is raised where a backend cannot run."""
+"""What is raised where a backend cannot run. Chapter 7 compares the backends."""
 
 
 class BackendError(RuntimeError):
