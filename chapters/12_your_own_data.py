@@ -101,8 +101,9 @@ for split, content in (("train", train_content), ("val", val_content)):
     print(split, len(content["images"]), "images,", len(content["annotations"]), "boxes")
 
 # %% [markdown]
-# Data in other formats need not be typed anew. The package `supervision` reads YOLO and Pascal VOC
-# and writes COCO; `data/README.md` has the three lines.
+# Data in other formats need not be typed anew. `deformable-detr convert VOC DATA` reads the XML files
+# of Pascal VOC, and the package `supervision` reads YOLO; `data/README.md` has the lines. Convert all
+# splits together: classes get numbers, and each split must give a class the same one.
 #
 # ## 12.2 What can be wrong, and is
 #

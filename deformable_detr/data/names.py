@@ -15,7 +15,7 @@ def printable(name: object, longest: int = LONGEST) -> str:
     text = str(name)
     if len(text) > longest:
         half = longest // 2
-        text = f"{text[:half]}...{text[-half:]}"
+        text = f"{text[:half]}...{text[len(text) - half :]}"
     return "".join(c if c.isprintable() or c in JOINERS else _escaped(c) for c in text)
 
 
