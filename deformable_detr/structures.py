@@ -111,7 +111,9 @@ class Queries:
     None where the decoder makes it from the references. references: (B, Q, 2) as (x, y) or
     (B, Q, 4) as cxcywh, relative to the image without its padding; None where attention is dense.
     attention_mask: (Q, Q) bool, True where one query may not look at another. groups: of equal
-    size, each of which finds all objects (Group DETR). denoising: what is known of the first ones.
+    size, each of which finds all objects and knows nothing of the others (Group DETR). denoising:
+    what is known of the first ones, which are of no group. padding_mask: (B, Q) bool, True where a
+    place is empty, at which nobody looks.
     """
 
     content: Tensor
@@ -120,6 +122,7 @@ class Queries:
     attention_mask: Tensor | None = None
     groups: int = 1
     denoising: Denoising | None = None
+    padding_mask: Tensor | None = None
 
 
 @dataclass
@@ -129,8 +132,8 @@ class Predictions:
     logits: (B, Q, outputs). boxes: (B, Q, 4) cxcywh, normalised to each image without its padding.
     references: (B, Q, 2 or 4), what the boxes started from. matches: of each image, where it is
     known beforehand which query must find which object. groups: of queries, each matched by itself.
-    counted: (B, Q), False where a query is not judged. class_agnostic: objects are only told from
-    background, as class 0.
+    counted: (B, Q), False where a query is neither matched nor judged. class_agnostic: objects are
+    only told from background, as class 0.
     """
 
     logits: Tensor
@@ -161,12 +164,14 @@ class Output(Predictions):
 
     auxiliary: the earlier decoder layers, first to last. others: further sets by name, such as
     "first", the proposals of a two-stage model. scoring: how logits are read; None is focal
-    (`losses.scoring`).
+    (`losses.scoring`). losses: further terms by name, weighted, which the model has computed itself
+    because they are of no predictions.
     """
 
     auxiliary: list[Predictions] = field(default_factory=list)
     others: dict[str, Predictions] = field(default_factory=dict)
     scoring: Any = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
 
     def supervised(self) -> dict[str, Predictions]:
         """Every set by the suffix of its losses: "", "_0", "_1"..., then "_" and its name."""

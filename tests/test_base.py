@@ -211,7 +211,7 @@ def test_each_layer_may_choose_other_tokens():
 class Following(RefiningDecoder):
     """As iterative refinement, but gradients pass from layer to layer."""
 
-    def next_references(self, queries, delta, boxes):
+    def next_references(self, queries, delta, boxes, box_head):
         return boxes, boxes
 
 
@@ -219,7 +219,7 @@ class LookingForwardTwice(RefiningDecoder):
     """A layer's boxes start from what the last one said, with its gradient; it looks elsewhere:
     around the same boxes, cut off."""
 
-    def next_references(self, queries, delta, boxes):
+    def next_references(self, queries, delta, boxes, box_head):
         moved = move(queries.references, delta)
         return moved.detach(), moved
 
@@ -258,7 +258,7 @@ class PlacedByReference(Decoder):
         self.place = nn.Linear(4, 32)
         self.seen = []
 
-    def position(self, queries, layer):
+    def position(self, queries, memory, layer):
         self.seen.append(layer)
         return self.place(queries.references)
 

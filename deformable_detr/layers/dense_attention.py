@@ -1,5 +1,6 @@
 """Dense attention, in which every query looks at every key. Chapter 2 builds it."""
 
+import torch
 from torch import Tensor, nn
 
 from deformable_detr.structures import Queries, Tokens
@@ -30,17 +31,34 @@ class DenseAttention(nn.MultiheadAttention):
         return update
 
     def mix(self, queries: Queries) -> Tensor:
-        """Among the queries themselves, but where their attention_mask forbids it. Returns
-        (B, Q, C)."""
-        located = queries.content + queries.position
+        """Among the queries themselves, each group of them by itself, but where their masks forbid
+        it. Returns (B, Q, C)."""
+        mask, located = queries.attention_mask, queries.content + queries.position
         # half of a tensor of width 2 * C has strides that a batch of 2 has too: torch.export would
         # take that for a rule
         content = queries.content.contiguous()
+        if queries.groups > 1 and mask is None:  # beside the images, as if each were one
+            folded = len(content) * queries.groups, -1, content.shape[2]
+            content, located = content.reshape(folded), located.reshape(folded)
+        elif queries.groups > 1:
+            mask = mask | between_groups(queries)
         update, _ = self(
             located,
             located,
             content,
-            attn_mask=queries.attention_mask,
+            attn_mask=mask,
+            key_padding_mask=queries.padding_mask,
             need_weights=False,
         )
-        return update
+        return update.reshape(queries.content.shape)
+
+
+def between_groups(queries: Queries) -> Tensor:
+    """(Q, Q) bool, True where two queries are of different groups; denoising ones are of none."""
+    start = queries.denoising.size if queries.denoising else 0
+    total = queries.content.shape[1]
+    group = torch.arange(total - start, device=queries.content.device)
+    group = group // ((total - start) // queries.groups)
+    apart = group.new_zeros(total, total, dtype=torch.bool)
+    apart[start:, start:] = group[:, None] != group
+    return apart

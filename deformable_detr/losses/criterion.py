@@ -37,7 +37,8 @@ class SetCriterion(nn.Module):
         """The weighted terms, whose sum is the loss.
 
         Keys: loss_class, loss_box and loss_giou for the last decoder layer; with suffix _0, _1...
-        for the earlier ones and _first for the first stage. targets: B of them, on the model's
+        for the earlier ones and _first for the first stage; loss_ and its name for a term that the
+        model has computed itself. targets: B of them, on the model's
         device; labels in [0, classes). num_boxes: what the terms are divided by, for each group of
         queries; by default `count_boxes` of the targets. ValueError: another number of targets, or
         a label outside.
@@ -50,7 +51,7 @@ class SetCriterion(nn.Module):
         for suffix, predictions in output.supervised().items():
             for name, term in self._terms(predictions, targets, num_boxes, scoring).items():
                 losses[f"loss_{name}{suffix}"] = term
-        return losses
+        return losses | {f"loss_{name}": term for name, term in output.losses.items()}
 
     def _terms(
         self, predictions: Predictions, targets: list[Target], num_boxes: float, scoring: Scoring
@@ -72,16 +73,20 @@ class SetCriterion(nn.Module):
     @staticmethod
     def _check(output: Output, targets: list[Target], scoring: Scoring) -> None:
         images, _, outputs = output.logits.shape
-        classes = outputs - scoring.outputs(0)
         if len(targets) != images:
             raise ValueError(f"expected {images} targets, one for each image, got {len(targets)}")
-        for target in targets:
-            wrong = (target.labels < 0) | (target.labels >= classes)
-            if wrong.any():
-                raise ValueError(
-                    f"image {target.image_id}: labels must be in [0, {classes}), "
-                    f"got {target.labels[wrong].tolist()}"
-                )
+        check_labels(targets, outputs - scoring.outputs(0))
+
+
+def check_labels(targets: list[Target], classes: int) -> None:
+    """ValueError, which names the image, where a label is not in [0, classes)."""
+    for target in targets:
+        wrong = (target.labels < 0) | (target.labels >= classes)
+        if wrong.any():
+            raise ValueError(
+                f"image {target.image_id}: labels must be in [0, {classes}), "
+                f"got {target.labels[wrong].tolist()}"
+            )
 
 
 def matched_labels(predictions: Predictions, targets: list[Target], matches: list[Match]) -> Tensor:

@@ -26,8 +26,9 @@ class HungarianMatcher:
         """For each image, the indices of min(Q, N) predictions and those of their objects.
 
         predictions: logits (B, Q, outputs), boxes (B, Q, 4) cxcywh; with groups, each group of
-        Q / groups queries is matched by itself. targets: B of them. scoring: None is focal. Returns
-        B pairs of int64 tensors on the CPU. Raises ValueError where a prediction is not finite.
+        Q / groups queries is matched by itself; those that are not counted, to nothing. targets: B
+        of them. scoring: None is focal. Returns B pairs of int64 tensors on the CPU. Raises
+        ValueError where a prediction is not finite.
         """
         scoring = scoring or FocalScoring()
         costs = [
@@ -36,9 +37,11 @@ class HungarianMatcher:
                 predictions.logits, predictions.boxes, targets, strict=True
             )
         ]
+        counted = predictions.counted
+        counted = [None] * len(targets) if counted is None else counted.cpu()
         return [
-            _match(cost, target, predictions.groups)
-            for cost, target in zip(_to_cpu(costs), targets, strict=True)
+            _match(cost, target, predictions.groups, rows)
+            for cost, target, rows in zip(_to_cpu(costs), targets, counted, strict=True)
         ]
 
     def cost(
@@ -62,14 +65,16 @@ def _to_cpu(costs: list[Tensor]) -> list[Tensor]:
     return [part.view(cost.shape) for part, cost in zip(parts, costs, strict=True)]
 
 
-def _match(cost: Tensor, target: Target, groups: int) -> Match:
-    """The least total cost (Q, N), in each group of queries by itself."""
+def _match(cost: Tensor, target: Target, groups: int, counted: Tensor | None) -> Match:
+    """The least total cost (Q, N), in each group of queries by itself; counted: (Q,)."""
     if not cost.isfinite().all():
         raise ValueError(
             f"image {target.image_id}: predictions or boxes are not finite or have no size, "
             "cannot match them"
         )
-    found = [linear_sum_assignment(part.numpy()) for part in cost.chunk(groups)]
-    size = len(cost) // groups
-    queries = [torch.as_tensor(part) + i * size for i, (part, _) in enumerate(found)]
+    parts = torch.arange(len(cost)).chunk(groups)
+    if counted is not None:
+        parts = [part[counted[part]] for part in parts]
+    found = [linear_sum_assignment(cost[part].numpy()) for part in parts]
+    queries = [part[rows] for part, (rows, _) in zip(parts, found, strict=True)]
     return torch.cat(queries), torch.cat([torch.as_tensor(objects) for _, objects in found])

@@ -73,13 +73,13 @@ class BaseDetector(nn.Module):
         tokens = self.tokens(batch)
         memory, encoded = self.encode(tokens)
         queries, proposed = self.queries(memory, batch.targets if self.training else None)
-        layers = self.decoder(queries, memory, self._of_each_layer(self.box_heads))
-        class_heads = self._of_each_layer(self.class_heads)
+        class_heads, box_heads = self.heads_of_layers()
+        layers = self.decoder(queries, memory, box_heads)
         predictions = [
             Predictions(head(content), boxes, references, groups=queries.groups)
             for head, (content, boxes, references) in zip(class_heads, layers, strict=True)
         ]
-        return self.output(predictions, queries, encoded | proposed)
+        return self.output(predictions, queries, memory, encoded | proposed)
 
     def tokens(self, batch: Batch) -> Tokens:
         """The backbone's maps, and levels above them, as one sequence with positions."""
@@ -95,7 +95,16 @@ class BaseDetector(nn.Module):
         batch, in training; else None."""
         raise NotImplementedError
 
-    def output(self, layers: list[Predictions], queries: Queries, others: Sets) -> Output:
+    def heads_of_layers(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The class head and the box head of each layer of the decoder."""
+        layers = len(self.decoder.layers)
+        pair = self.class_heads, self.box_heads
+        classes, boxes = (list(h) if len(h) == layers else [h[0]] * layers for h in pair)
+        return classes, boxes
+
+    def output(
+        self, layers: list[Predictions], queries: Queries, memory: Tokens, others: Sets
+    ) -> Output:
         """All layers' predictions as one output, those of denoising queries set apart."""
         known = queries.denoising
         if known is not None:
@@ -113,10 +122,6 @@ class BaseDetector(nn.Module):
             others |= {f"denoising_{i}": layer for i, layer in enumerate(noised[:-1])}
         last = layers[-1]
         return Output(**vars(last), auxiliary=layers[:-1], others=others, scoring=self.scoring)
-
-    def _of_each_layer(self, heads: nn.ModuleList) -> list[nn.Module]:
-        layers = len(self.decoder.layers)
-        return list(heads) if len(heads) == layers else [heads[0]] * layers
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Whether training computes the stages of a ResNet and the layers of encoder and decoder

@@ -48,8 +48,11 @@ class Decoder(Stack):
     """A stack of decoder layers, whose references stay where they are.
 
     norm: of each layer's output before the heads, where a model has one. A member of the family
-    changes two methods: `position` and `next_references`.
+    changes two methods, `position` and `next_references`, and `eps`, how near to 0 and 1 references
+    come when boxes are made from them.
     """
+
+    eps = 1e-5
 
     def __init__(self, layers: list[nn.Module], norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -64,27 +67,27 @@ class Decoder(Stack):
         results = []
         starts = queries.references
         for index, (layer, box_head) in enumerate(zip(self.layers, box_heads, strict=True)):
-            queries = dataclasses.replace(queries, position=self.position(queries, index))
+            queries = dataclasses.replace(queries, position=self.position(queries, memory, index))
             queries = dataclasses.replace(queries, content=self.run(layer, queries, memory))
             content = self.norm(queries.content)
             delta = in_full(box_head, content)
-            boxes = move(starts, delta)
+            boxes = move(starts, delta, self.eps)
             results.append((content, boxes, queries.references))
-            references, starts = self.next_references(queries, delta, boxes)
+            references, starts = self.next_references(queries, delta, boxes, box_head)
             queries = dataclasses.replace(queries, references=references)
         return results
 
-    def position(self, queries: Queries, layer: int) -> Tensor:
+    def position(self, queries: Queries, memory: Tokens, layer: int) -> Tensor:
         """The position (B, Q, C) that a layer adds to its queries."""
         return queries.position
 
     def next_references(
-        self, queries: Queries, delta: Tensor, boxes: Tensor
+        self, queries: Queries, delta: Tensor, boxes: Tensor, box_head: nn.Module
     ) -> tuple[Tensor | None, Tensor | None]:
         """What the next layer looks around, and what its boxes start from; usually the same.
 
-        queries: as they left this layer, with the references that it looked around. delta: what
-        its box head said. boxes: what came of that, (B, Q, 4).
+        queries: as they left this layer, before the norm, with the references that it looked
+        around. delta: what its box_head said. boxes: what came of that, (B, Q, 4).
         """
         return queries.references, queries.references
 
@@ -94,7 +97,7 @@ class RefiningDecoder(Decoder):
     gradient flows (A.4)."""
 
     def next_references(
-        self, queries: Queries, delta: Tensor, boxes: Tensor
+        self, queries: Queries, delta: Tensor, boxes: Tensor, box_head: nn.Module
     ) -> tuple[Tensor, Tensor]:
         """The boxes, cut from the graph, for both."""
         boxes = boxes.detach()

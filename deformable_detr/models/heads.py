@@ -50,15 +50,15 @@ def in_full(head: nn.Module, x: Tensor) -> Tensor:
         return head(x.float())
 
 
-def move(references: Tensor | None, delta: Tensor) -> Tensor:
+def move(references: Tensor | None, delta: Tensor, eps: float = 1e-5) -> Tensor:
     """Boxes from references and what a head predicts, added before the sigmoid (A.3, A.4).
 
     references: (..., 2) or (..., 4) in [0, 1]; None: there are none, as in DETR. delta: (..., 4).
-    Returns (..., 4) cxcywh in (0, 1).
+    eps: as in `inverse_sigmoid`. Returns (..., 4) cxcywh in (0, 1).
     """
     if references is None:
         return delta.sigmoid()
-    start = inverse_sigmoid(references.to(delta))
+    start = inverse_sigmoid(references.to(delta), eps)
     if references.shape[-1] == 2:  # a point has no size to start from
         start = torch.cat([start, torch.zeros_like(start)], -1)
     return (start + delta).sigmoid()
