@@ -95,6 +95,10 @@ class BaseDetector(nn.Module):
         batch, in training; else None."""
         raise NotImplementedError
 
+    def learned_queries(self) -> int:
+        """How many queries are learned, where they are."""
+        return self.config.num_queries
+
     def heads_of_layers(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """The class head and the box head of each layer of the decoder."""
         layers = len(self.decoder.layers)

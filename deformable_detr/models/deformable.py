@@ -51,8 +51,9 @@ class DeformableConfig(DetectorConfig):
 class DeformableDetector(BaseDetector):
     """Backbone, tokens of several levels, encoder, decoder and heads, from a configuration.
 
-    A member replaces the parts that it makes otherwise: `attention`, `self_attention`,
-    `make_decoder`; and says where queries come from, in `build_queries` and `queries`.
+    A member replaces the parts that it makes otherwise: `attention`, `cross_attention`,
+    `self_attention`, `encoder_layer`, `make_decoder`, `position_encoding`; and says where queries
+    come from, in `build_queries` and `queries`.
     """
 
     def __init__(
@@ -66,19 +67,15 @@ class DeformableDetector(BaseDetector):
         self.backbone = build_backbone(
             config.backbone, config.dilation, pretrained_backbone, config.deformable_stages
         )
-        position = build_position_encoding(config.position, C, config.position_size)
-        parts = self.backbone.channels, config.num_levels, C, position
+        parts = self.backbone.channels, config.num_levels, C, self.position_encoding()
         if config.exact_padding:
             self.neck = ExactTokens(*parts, self.backbone.strides)
         else:
             self.neck = MultiScaleTokens(*parts)
-        width = C, config.ffn_dim, config.dropout
-        self.encoder = Encoder(
-            [EncoderLayer(self.attention(), *width) for _ in range(config.encoder_layers)]
-        )
+        self.encoder = Encoder([self.encoder_layer(i) for i in range(config.encoder_layers)])
         self.decoder = self.make_decoder(
             [
-                DecoderLayer(self.self_attention(), self.attention(), *width)
+                DecoderLayer(self.self_attention(), self.cross_attention(), *self.layer_sizes())
                 for _ in range(config.decoder_layers)
             ]
         )
@@ -90,10 +87,27 @@ class DeformableDetector(BaseDetector):
         self.box_heads = nn.ModuleList(BoxHead(C) for _ in heads)
         self.reset_parameters()
 
+    def layer_sizes(self) -> tuple[int, int, float]:
+        """Width, width inside, and dropout of every layer."""
+        return self.config.embed_dim, self.config.ffn_dim, self.config.dropout
+
+    def position_encoding(self) -> nn.Module:
+        """From a mask (B, H, W) to the codes (B, C, H, W) of places on a level."""
+        c = self.config
+        return build_position_encoding(c.position, c.embed_dim, c.position_size)
+
+    def encoder_layer(self, index: int) -> nn.Module:
+        """The encoder's layer of this number, counted from 0."""
+        return EncoderLayer(self.attention(), *self.layer_sizes())
+
     def attention(self) -> nn.Module:
         """What attends to the tokens, in each layer of encoder and decoder."""
         c = self.config
         return MSDeformAttn(c.embed_dim, c.num_levels, c.num_heads, c.num_points)
+
+    def cross_attention(self) -> nn.Module:
+        """What attends to the tokens in each layer of the decoder."""
+        return self.attention()
 
     def self_attention(self) -> nn.Module:
         """What queries attend to each other by, in each layer of the decoder."""
@@ -114,13 +128,13 @@ class DeformableDetector(BaseDetector):
     def reset_parameters(self) -> None:
         """The official initialisation; the backbone's own is left alone."""
         xavier(self.encoder, self.decoder)
+        for head in self.box_heads:
+            head.reset_last_layer()
         self.reset_queries()
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
                 module.reset_parameters()
         self.neck.reset_parameters()
-        for head in self.box_heads:
-            head.reset_last_layer()
 
     def reset_queries(self) -> None:
         """What `build_queries` has made, as it is before training."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from deformable_detr.layers.position import sine_embedding
 from deformable_detr.losses.scoring import Scoring
+from deformable_detr.models.encoder import rows
 from deformable_detr.models.heads import BoxHead, ClassHead, in_full
 from deformable_detr.models.tokens import token_centres
 from deformable_detr.ops.sizes import smaller
@@ -16,7 +17,8 @@ from deformable_detr.structures import Predictions, Queries, Tokens
 class FirstStage(nn.Module):
     """The proposals of all tokens, and the queries made of the best (Appendix A.4).
 
-    A member of the family changes `score`, by which tokens are chosen, and `make_queries`.
+    A member of the family changes `score`, by which tokens are chosen, `make_queries`, with
+    `build_queries` for what they are made by, and `supervised`, which proposals are trained.
     """
 
     class_agnostic = True  # its head tells objects from background only
@@ -28,21 +30,37 @@ class FirstStage(nn.Module):
         self.embed_dim, self.anchor_size = embed_dim, anchor_size
         self.output = nn.Linear(embed_dim, embed_dim)
         self.output_norm = nn.LayerNorm(embed_dim)
-        self.query = nn.Linear(2 * embed_dim, 2 * embed_dim)
-        self.query_norm = nn.LayerNorm(2 * embed_dim)
+        self.build_queries()
         self.class_head = ClassHead(embed_dim, num_classes, scoring, self.class_agnostic)
         self.box_head = BoxHead(embed_dim)
+
+    def build_queries(self) -> None:
+        """The parameters that queries are made by."""
+        self.query = nn.Linear(2 * self.embed_dim, 2 * self.embed_dim)
+        self.query_norm = nn.LayerNorm(2 * self.embed_dim)
 
     def reset_parameters(self) -> None:
         """The official initialisation."""
         nn.init.xavier_uniform_(self.output.weight)
-        nn.init.xavier_uniform_(self.query.weight)
+        self.reset_queries()
         self.box_head.reset_last_layer()
 
+    def reset_queries(self) -> None:
+        """What `build_queries` has made, as it is before training."""
+        nn.init.xavier_uniform_(self.query.weight)
+
     def forward(self, memory: Tokens, num_queries: int) -> tuple[Queries, Predictions]:
-        """The queries that the decoder starts from, and the proposals of all tokens."""
+        """The queries that the decoder starts from, and the proposals that are trained.
+
+        Q is num_queries, or the number of tokens where a small image has fewer. The references are
+        the proposed boxes, (B, Q, 4), detached.
+        """
         proposals = self.propose(memory)
-        return self.select(proposals, memory, num_queries), proposals
+        scores = self.score(proposals.logits, memory)
+        chosen = scores.topk(smaller(num_queries, scores.shape[1]), dim=1).indices
+        references = rows(proposals.boxes.detach(), chosen)
+        queries = self.make_queries(references, chosen, memory)
+        return queries, self.supervised(proposals, chosen)
 
     def propose(self, memory: Tokens) -> Predictions:
         """The class logits (B, S, outputs) and boxes (B, S, 4) cxcywh of all tokens.
@@ -50,30 +68,27 @@ class FirstStage(nn.Module):
         A token that is padding, or whose anchor comes within 1 % of the border, is blanked: its
         box is (1, 1, 1, 1).
         """
-        anchors, usable = token_anchors(memory, self.anchor_size)
-        features = memory.features.masked_fill(~usable.unsqueeze(-1), 0)
-        features = self.output_norm(self.output(features))
-        start = (anchors / (1 - anchors)).log()
-        start = start.masked_fill(~usable.unsqueeze(-1), torch.inf)
+        features, start = self.prepare(memory)
         boxes = (in_full(self.box_head, features) + start).sigmoid()
         return Predictions(
             self.class_head(features), boxes, class_agnostic=self.class_head.class_agnostic
         )
 
-    def select(self, proposals: Predictions, memory: Tokens, num_queries: int) -> Queries:
-        """Queries from the proposals with the highest score.
+    def prepare(self, memory: Tokens) -> tuple[Tensor, Tensor]:
+        """What proposals are made of: features (B, S, C), and the logits (B, S, 4) of anchors."""
+        anchors, usable = token_anchors(memory, self.anchor_size)
+        features = memory.features.masked_fill(~usable.unsqueeze(-1), 0)
+        features = self.output_norm(self.output(features))
+        start = (anchors / (1 - anchors)).log()
+        return features, start.masked_fill(~usable.unsqueeze(-1), torch.inf)
 
-        Q is num_queries, or the number of tokens where a small image has fewer. The references are
-        the proposed boxes, (B, Q, 4), detached.
-        """
-        scores = self.score(proposals.logits)
-        best = scores.topk(smaller(num_queries, scores.shape[1]), dim=1).indices
-        references = proposals.boxes.detach().gather(1, best.unsqueeze(-1).expand(-1, -1, 4))
-        return self.make_queries(references, best, memory)
-
-    def score(self, logits: Tensor) -> Tensor:
+    def score(self, logits: Tensor, memory: Tokens) -> Tensor:
         """(B, S), by which tokens are chosen: here the logit of class 0."""
         return logits[..., 0]
+
+    def supervised(self, proposals: Predictions, chosen: Tensor) -> Predictions:
+        """Those proposals that training judges: here all of them."""
+        return proposals
 
     def make_queries(self, references: Tensor, chosen: Tensor, memory: Tokens) -> Queries:
         """Queries whose content and position come from the sine code of their boxes.
