@@ -246,7 +246,7 @@ def test_predict_never_replaces_an_image(coco, model_file, capsys):
     before = image.read_bytes()
     options = ["--model", str(model_file), "--pictures", str(image.parent)]
     assert main(["predict", str(image), *options]) == 2
-    assert "would replace it" in capsys.readouterr().err and image.read_bytes() == before
+    assert "a picture would replace" in capsys.readouterr().err and image.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -306,13 +306,24 @@ def test_info(model_file, capsys):
         assert expected in text
 
 
-def test_predict_refuses_two_images_of_one_name(coco, model_file, tmp_path, capsys):
-    images = [str(coco / split / "100.png") for split in ("train", "val")]
-    for option, name in (("--output", "100.png"), ("--json", "100")):
-        options = ["--model", str(model_file), option, str(tmp_path / "found")]
-        assert main(["predict", *images, *options]) == 2
-        assert f"2 images would be {name} in {tmp_path / 'found'}" in capsys.readouterr().err
-        assert not (tmp_path / "found").exists()
+def test_predict_tells_images_of_one_name_apart(coco, model_file, tmp_path, capsys):
+    images = [coco / split / "100.png" for split in ("train", "val")]
+    for suffix in (".jpg", ".webp"):
+        with Image.open(images[0]) as image:
+            images.append(images[0].with_suffix(suffix))
+            image.save(images[-1])
+    options = ["--model", str(model_file), "--threshold", "0"]
+    options += ["--output", str(tmp_path / "found"), "--json", str(tmp_path / "found.json")]
+    assert main(["predict", *map(str, images), str(images[0]), *options]) == 0
+    ids = {result["image_id"] for result in json.loads((tmp_path / "found.json").read_text())}
+    assert ids == {"train/100.png", "val/100.png", "train/100.jpg", "train/100.webp"}
+    pictures = sorted(path.name for path in (tmp_path / "found").iterdir())
+    assert pictures == [
+        "train_100.jpg.png",
+        "train_100.png.png",
+        "train_100.webp.png",
+        "val_100.png.png",
+    ]
 
 
 def test_check_lists_faults_and_train_refuses(coco, tmp_path, capsys):
@@ -384,6 +395,8 @@ def test_errors_are_one_line(coco, model_file, tmp_path, capsys):
         ),
         (["predict", str(image), "--model", "nobody"], "no file or folder nobody"),
         (["info", "--model", str(model_file), "--device", "abacus"], "no device abacus"),
+        (["info", "--model", str(model_file), "--device", "meta"], "no device meta"),
+        (["predict", str(image), "--model", str(model_file), "--tiles", "3"], "tiles must have"),
         (["info", "--model", str(model_file), "--size", "0", "9"], "must be at least 1"),
         (["doctor", str(coco), "--recipe", "cake"], "no recipe cake"),
         (["evaluate", str(coco), "--model", str(model_file), "--tta-scales", "2"], "needs --tta"),
@@ -396,6 +409,10 @@ def test_errors_are_one_line(coco, model_file, tmp_path, capsys):
         (
             ["evaluate", str(coco), "--model", str(model_file), "--tta", "--tta-scales", "0"],
             "numbers above 0",
+        ),
+        (
+            ["predict", str(image), "--model", str(model_file), "--tta", "--tta-scales", "1e9"],
+            "numbers above 0 and up to 8",
         ),
         (
             ["train", str(coco), "--output", "x", *TRAIN, "--backbone-weights", "imagenet"],

@@ -147,8 +147,8 @@ def add_batch_size(command: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=int,
         default=8,
-        help="images at once (default: %(default)s). Those of different sizes are padded to one, "
-        "which changes detections a little, as in the official code; 1 avoids it",
+        help="images at once, at most; those of one size, so that none is padded and detections "
+        "do not depend on it (default: %(default)s)",
     )
 
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +50,11 @@ def add(commands: argparse.Action) -> None:
         help="save pictures here (default: found, unless there is --json)",
     )
     command.add_argument(
-        "--json", type=Path, metavar="FILE", help="write what is found as COCO results"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write what is found as COCO results; the id of an image is the number that its file "
+        "is named after, if all are, or else its name",
     )
     add_batch_size(command)
     add_top_k(command)
@@ -61,6 +64,13 @@ def add(commands: argparse.Action) -> None:
         metavar="OVERLAP",
         help="of two boxes of a class that overlap more (IoU), show the better one only "
         "(default: show all; a DETR rarely needs this)",
+    )
+    command.add_argument(
+        "--tiles",
+        type=int,
+        metavar="SIDE",
+        help="look at large images in pieces of SIDE x SIDE pixels, which overlap by a quarter: "
+        "small objects keep their size, and memory is bounded",
     )
     add_views(command)
     add_device(command)
@@ -74,9 +84,12 @@ def run(args: argparse.Namespace) -> int:
     from deformable_detr.cli.beforehand import choose_device, refuse_targets
     from deformable_detr.inference.detector import load_detector
     from deformable_detr.inference.predict import predict_each
+    from deformable_detr.inference.sources import find_sources
+    from deformable_detr.interrupts import end_by_exception
 
     pictures = args.pictures or (None if args.json else Path("found"))
-    refuse_same_names(args.images, pictures, args.json)
+    paths = list(dict.fromkeys(source.path for source in find_sources(args.images)))
+    targets = picture_files(paths, pictures) if pictures else {}
     refuse_targets(args.json)
     detector = load_detector(args.model)
     results, seen, passed_over = [], 0, []
@@ -85,10 +98,11 @@ def run(args: argparse.Namespace) -> int:
         passed_over.append(line)
         tqdm.write(f"passed over: {line}", sys.stderr)
 
+    end_by_exception()  # what was found before Ctrl-C is written
     try:
         for found in predict_each(
             detector,
-            args.images,
+            paths,
             args.threshold,
             args.batch_size,
             choose_device(args.device),
@@ -96,13 +110,15 @@ def run(args: argparse.Namespace) -> int:
             views=choose_views(args, detector),
             merge=args.merge or "fusion",
             nms=args.nms,
+            tiles=args.tiles,
             on_skip=pass_over,
-            progress=len(args.images) >= 5,
+            on_note=lambda line: tqdm.write(f"note: {line}", sys.stderr),
+            progress=len(paths) >= 5,
             skip_named=True,
         ):
             results += found.to_coco()
             seen += 1
-            for line in describe(found, pictures):
+            for line in describe(found, targets.get(found.path)):
                 tqdm.write(line)
     finally:
         if args.json and (seen or passed_over):  # what was there stays where nothing was done
@@ -119,17 +135,15 @@ def write_results(results: list[dict], path: Path) -> None:
     print(f"{len(results)} detections: {path}")
 
 
-def describe(found: "Prediction", pictures: Path | None) -> Iterator[str]:
-    """Lines on one image; its picture is saved."""
+def describe(found: "Prediction", saved: Path | None) -> Iterator[str]:
+    """Lines on one image; its picture is saved, if there is a path for it."""
     from deformable_detr.data.names import printable
 
-    where = ""
-    if pictures:
-        pictures.mkdir(parents=True, exist_ok=True)
-        saved = pictures / f"{found.path.stem}.png"
+    if saved:
+        saved.parent.mkdir(parents=True, exist_ok=True)
         found.draw().save(saved)
-        where = f", picture in {printable(saved)}"
-    yield f"{printable(found.path)}: {len(found)} found{where}"
+    picture = f", picture in {printable(saved)}" if saved else ""
+    yield f"{printable(found.path)}: {len(found)} found{picture}"
     for name, score, box in zip(
         found.names, found.scores.tolist(), found.boxes.tolist(), strict=True
     ):
@@ -137,20 +151,20 @@ def describe(found: "Prediction", pictures: Path | None) -> Iterator[str]:
         yield f"  {printable(name):12} {score:.2f}  {corners}"
 
 
-def refuse_same_names(images: list[Path], pictures: Path | None, results: Path | None) -> None:
-    """ValueError where a picture would be saved over another or over an image, or where the results
-    would have one id for two images."""
-    from deformable_detr.data.images import find_images
-    from deformable_detr.inference.prediction import file_id
+def picture_files(paths: list[Path], folder: Path) -> dict[Path, Path]:
+    """Where the picture of each image is saved: under its stem, or where two have one, under names
+    that tell all apart. ValueError where one would be saved over an image."""
+    from deformable_detr.inference.sources import distinct_names
 
-    paths = [Path(path) for path, _ in find_images(images)]
-    for path in paths if pictures else ():
-        if (pictures / f"{path.stem}.png").resolve() == path.resolve():
-            raise ValueError(f"the picture of {path} would replace it: give another --pictures")
-    pictures_of, ids = (f"{path.stem}.png" for path in paths), map(file_id, paths)
-    for where, names in ((pictures, pictures_of), (results, ids)):
-        name, count = Counter(names).most_common(1)[0]
-        if where and count > 1:
-            raise ValueError(
-                f"{count} images would be {name} in {where}; give them in separate runs"
-            )
+    names = {path: path.stem for path in paths}
+    if len(set(names.values())) < len(names):
+        whole = distinct_names(paths)
+        names = {path: name.strip("/").replace("/", "_") for path, name in whole.items()}
+    if len(set(names.values())) < len(names):  # of a/b_c.png and a_b/c.png
+        names = {path: f"{i}_{path.name}" for i, path in enumerate(paths)}
+    images = {path.resolve(): path for path in paths}
+    files = {path: folder / f"{name}.png" for path, name in names.items()}
+    for file in files.values():
+        if image := images.get(file.resolve()):
+            raise ValueError(f"a picture would replace {image}: give another --pictures")
+    return files

@@ -2,17 +2,18 @@
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from deformable_detr.data.names import printable
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+)
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 ORIENTATION = 0x0112  # the tag of EXIF; 1 is upright
 
@@ -31,38 +32,6 @@ class Opened:
     bits: int
     stored: tuple[int, int]
     turned: bool
-
-
-def find_images(images: Picture | Iterable[Picture]) -> Iterator[tuple[Picture, bool]]:
-    """Each picture, and whether it was found in a folder rather than named.
-
-    FileNotFoundError where a path leads nowhere or to a folder without images; TypeError on what is
-    no picture.
-    """
-    if isinstance(images, np.ndarray | Image.Image):
-        yield images, False
-    elif isinstance(images, Path | str):
-        path = Path(images)
-        if not path.is_dir():
-            if not path.exists():
-                raise FileNotFoundError(f"no image at {path}")
-            yield path, False
-            return
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        if not files:
-            folders = sum(p.is_dir() for p in path.iterdir())
-            raise FileNotFoundError(
-                f"no image in the folder {path}: expected {', '.join(SUFFIXES)}"
-                + f"; its {folders} subfolders are not searched" * bool(folders)
-            )
-        yield from ((file, True) for file in files)
-    elif isinstance(images, Iterable) and not isinstance(images, Tensor | bytes | dict):
-        for image in images:
-            yield from find_images(image)
-    else:
-        raise TypeError(
-            f"an image must be a path, a numpy array or a PIL image, got {type(images).__name__}"
-        )
 
 
 def read_image(source: Picture) -> Image.Image:

@@ -12,9 +12,8 @@ def tile_places(
     `overlap` of their side. ValueError where side is below 1 or overlap not in [0, 0.9].
     """
     if side < 1 or not 0 <= overlap <= 0.9:
-        raise ValueError(
-            f"tiles need a side of 1 pixel or more and an overlap in [0, 0.9], got {side}, {overlap}"
-        )
+        expected = "a side of 1 pixel or more and an overlap in [0, 0.9]"
+        raise ValueError(f"tiles need {expected}, got {side} and {overlap}")
     columns, rows = (_starts(length, side, overlap) for length in (width, height))
     return [(x, y, min(x + side, width), min(y + side, height)) for y in rows for x in columns]
 

@@ -133,10 +133,11 @@ def _detect(
     sizes = [target.original_size for target in batch.targets]
     with evaluating(model):
         found = postprocess(model(batch), sizes, top_k)
-    return {
-        target.image_id: as_results(detections, target.image_id, categories)
-        for target, detections in zip(batch.targets, found, strict=True)
-    }
+    results = {}
+    for target, each in zip(batch.targets, found, strict=True):
+        category_ids = [categories[label]["id"] for label in each.labels.tolist()]
+        results[target.image_id] = as_results(each, target.image_id, category_ids)
+    return results
 
 
 def evaluate(

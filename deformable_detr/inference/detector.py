@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torchvision.transforms import v2
 
+from deformable_detr.data.names import listed
 from deformable_detr.data.preparation import DEFAULT as PREPARATION
 from deformable_detr.data.preparation import PREPARATIONS, preparation_of
 from deformable_detr.data.transforms import SHORT_SIDE, SMALLEST_SIDE
@@ -16,7 +17,7 @@ from deformable_detr.weights.published import load_pretrained
 THRESHOLD = 0.5  # where none was chosen on validation data
 
 
-@dataclass
+@dataclass(repr=False)
 class Detector:
     """A model, and what belongs to it.
 
@@ -31,9 +32,22 @@ class Detector:
     transforms: str = PREPARATION
     short_side: int = SHORT_SIDE
 
+    @property
+    def resizes(self) -> bool:
+        """Whether the model sees every image in one size, `short_side`, or each in its own."""
+        return PREPARATIONS[self.transforms].resizes
+
     def eval_transform(self) -> v2.Transform:
         """How the model sees images when it is measured."""
         return PREPARATIONS[self.transforms].eval_transform(self.short_side)
+
+    def __repr__(self) -> str:
+        names = listed((category["name"] for category in self.categories), 5)
+        size = f" at short side {self.short_side}" if self.resizes else ""
+        return (
+            f"Detector({type(self.model).__name__}, {len(self.categories)} classes: {names}; "
+            f"threshold {self.threshold:.3f}; images as {self.transforms}{size})"
+        )
 
     def for_categories(self, wanted: list[dict]) -> "Detector":
         """The same detector with just these classes, in their order, found by their names.

@@ -37,17 +37,13 @@ def postprocess(
     return detections
 
 
-def as_results(found: Detections, image_id: int | str | None, categories: list[dict]) -> list[dict]:
-    """COCO results: boxes as x, y, width, height in pixels, and the data's own ids."""
+def as_results(found: Detections, image_id: int | str, category_ids: list) -> list[dict]:
+    """COCO results of one image: boxes as x, y, width, height in pixels.
+
+    category_ids: the data's own, of each detection.
+    """
     boxes = box_convert(found.boxes, "xyxy", "xywh").tolist()
     return [
-        {
-            "image_id": image_id,
-            "category_id": categories[label]["id"],
-            "bbox": box,
-            "score": score,
-        }
-        for label, box, score in zip(
-            found.labels.tolist(), boxes, found.scores.tolist(), strict=True
-        )
+        {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+        for category_id, box, score in zip(category_ids, boxes, found.scores.tolist(), strict=True)
     ]

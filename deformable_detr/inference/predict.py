@@ -3,8 +3,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,16 +10,24 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from deformable_detr.data.images import Picture, find_images, read_image
 from deformable_detr.data.preparation import preparation_of
+from deformable_detr.data.transforms import SMALLEST_SIDE
 from deformable_detr.evaluation_mode import evaluating
 from deformable_detr.inference.detector import Detector, load_detector
 from deformable_detr.inference.postprocess import postprocess
 from deformable_detr.inference.prediction import Prediction
+from deformable_detr.inference.remarks import Remarks
+from deformable_detr.inference.sizes import batches_of_one_size, in_order
+from deformable_detr.inference.sources import Picture, Source, find_sources, image_ids
+from deformable_detr.inference.tiles import detect_tiles
 from deformable_detr.inference.views import MERGES, View, make_views, suppress
 from deformable_detr.models import BaseDetector
 from deformable_detr.structures import Batch, Detections
 from deformable_detr.weights.classes import plain_categories
+
+AHEAD = 16  # batches among which images of one size are looked for
+
+OnLine = Callable[[str], object]
 
 
 def predict(
@@ -36,41 +42,50 @@ def predict(
     views: list[View] | None = None,
     merge: str = "fusion",
     nms: float | None = None,
+    tiles: int | None = None,
     progress: bool = False,
 ) -> list[Prediction]:
     """Detect objects in images.
 
     model: a detector, or a name or path that `load_detector` reads. images: a file, a folder (all
-    images in it, by name), an array, a PIL image, or a list of these. Arrays are uint8 or uint16,
-    (H, W), (H, W, 3) as RGB, or (H, W, 4) as RGBA. categories: as in `Detector`, where model is a
-    bare one. threshold: least score, in [0, 1]; None is the detector's own, or 0.5. device: to
-    which the model is moved first; by default it stays. top_k: detections of an image at most.
+    images in it, by name), a file's bytes, an array, a tensor, a PIL image, or a list of these; see
+    `find_sources`. categories: {"id": int, "name": str} each, of the classes to look for, found in
+    the model by their names; of a bare model, whose classes have no names, all of them. threshold:
+    least score, in [0, 1]; None is the detector's own, or 0.5. batch_size: images at once, at most;
+    only those of one size, so that what is found does not depend on it. device: to which the model
+    is moved first; by default it stays. top_k: detections of an image, or of a tile, at most.
     transform: from a PIL image to a (3, h, w) tensor, where it should not be the detector's. views:
     for test-time augmentation, from `make_views`; merge: how they are merged, a name in
     `views.MERGES`. nms: overlap (IoU, in [0, 1]) from which of two boxes of a class only the better
     one stays; None, the default, keeps all, as the paper does: queries learn not to repeat others.
+    tiles: look at each image in pieces with sides of so many pixels; see `tiles.detect_tiles`.
     Raises FileNotFoundError and ValueError, in one line, on a file that is not there or no image.
-    In a folder, such files are passed over, and one warning at the end names them.
+    In a folder, such files are passed over, and one warning at the end names them; another says
+    where only a file's first frame was looked at, or an image was shrunk much.
     """
     skipped: list[str] = []
-    found = list(
-        predict_each(
-            _as_detector(model, categories),
-            images,
-            threshold,
-            batch_size,
-            device,
-            top_k,
-            views or ([View(transform)] if transform else None),
-            merge,
-            nms,
-            skipped.append,
-            progress,
-        )
+    notes: list[str] = []
+    found = predict_each(
+        _as_detector(model, categories),
+        images,
+        threshold,
+        batch_size,
+        device,
+        top_k,
+        views or ([View(transform)] if transform else None),
+        merge,
+        nms,
+        tiles,
+        on_skip=skipped.append,
+        on_note=notes.append,
+        progress=progress,
     )
+    predictions = list(found)
     if skipped:
-        warnings.warn(f"{len(skipped)} files passed over: {'; '.join(skipped)}", stacklevel=2)
-    return found
+        notes.append(f"{len(skipped)} files passed over: {'; '.join(skipped)}")
+    for line in notes:
+        warnings.warn(line, stacklevel=2)
+    return predictions
 
 
 def predict_each(
@@ -83,35 +98,54 @@ def predict_each(
     views: list[View] | None = None,
     merge: str = "fusion",
     nms: float | None = None,
-    on_skip: Callable[[str], object] = lambda line: None,
+    tiles: int | None = None,
+    on_skip: OnLine = lambda line: None,
+    on_note: OnLine = lambda line: None,
     progress: bool = False,
     skip_named: bool = False,
 ) -> Iterator[Prediction]:
-    """`predict`, one by one, so that no more than a batch of images is held.
+    """`predict`, one by one in the order given, so that no more than a batch of images is held.
 
     on_skip is called with a line for each file of a folder that cannot be read; with skip_named,
-    files that were named themselves are passed over likewise.
+    files that were named themselves are passed over likewise. on_note is called at the end, with
+    what else is worth a line.
     """
     threshold = detector.threshold if threshold is None else threshold
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
-    if nms is not None and not 0 <= nms <= 1:
-        raise ValueError(f"nms must be in [0, 1], or None for all boxes, got {nms}")
-    if min(batch_size, top_k) < 1:
-        raise ValueError(f"batch_size and top_k must be at least 1, got {batch_size}, {top_k}")
+    _check(threshold, nms, batch_size, top_k, tiles)
     views = views or make_views(detector.transforms, short_side=detector.short_side)
-    sources = list(find_images(images))
+    sources = list(find_sources(images))
+    ids = image_ids(sources)
     if device is not None:
         detector.model.to(device)
-    readable = _read_all(sources, on_skip, skip_named)
+    remarks = Remarks(detector, tiles)
+
+    def look(images: list[Image.Image]) -> list[Detections]:
+        return detect(detector.model, images, views, merge, top_k, threshold, nms)
+
+    def look_at(places: list[int]) -> list[Prediction | None]:
+        """Those of some sources, of one size; None for what cannot be read."""
+        images = [_read(sources[i], remarks, on_skip, skip_named) for i in places]
+        readable = [image for image in images if image is not None]
+        if tiles:
+            whole = detector.resizes  # then it has no more pixels than any other image
+            found = iter([detect_tiles(look, i, tiles, batch_size, whole) for i in readable])
+        else:
+            found = iter(look(readable))
+        return [
+            None
+            if image is None
+            else Prediction.of(next(found), detector.categories, image, sources[i].path, ids[i])
+            for i, image in zip(places, images, strict=True)
+        ]
+
+    batches = _batches(sources, batch_size, remarks)
     with tqdm(total=len(sources), unit="image", disable=not progress, leave=False) as bar:
-        while batch := list(islice(readable, batch_size)):
-            all_found = detect(
-                detector.model, [i for _, i in batch], views, merge, top_k, threshold, nms
-            )
-            for (path, image), found in zip(batch, all_found, strict=True):
-                yield Prediction.of(found, detector.categories, image, path)
-            bar.update(len(batch))
+        for prediction in in_order(batches, look_at):
+            if prediction is not None:
+                yield prediction
+            bar.update()
+    for line in remarks.lines():
+        on_note(line)
 
 
 @torch.no_grad()
@@ -125,17 +159,11 @@ def detect(
     nms: float | None = None,
 ) -> list[Detections]:
     """The top_k best detections of each RGB picture with scores from the threshold on, in its
-    pixels and on the CPU. ValueError where merge is not in MERGES."""
+    pixels and on the CPU. Those that come to have one size are seen at once. ValueError where merge
+    is not in MERGES."""
     if merge not in MERGES:
         raise ValueError(f"merge must be one of {sorted(MERGES)}, got {merge!r}")
-    device = next(model.parameters()).device
-    sizes = [(image.height, image.width) for image in images]
-    seen = []
-    for view in views:
-        batch = Batch.from_images([view.of(image) for image in images]).to(device)
-        with evaluating(model):
-            found = [each.to("cpu") for each in postprocess(model(batch), sizes, top_k)]
-        seen.append([view.back(f, i.width) for f, i in zip(found, images, strict=True)])
+    seen = [_detect_in(view, model, images, top_k) for view in views]
     merged = seen[0]
     if len(views) > 1:
         merged = [MERGES[merge](list(of_image)) for of_image in zip(*seen, strict=True)]
@@ -145,30 +173,73 @@ def detect(
     return [found[:count] for found, count in zip(merged, counts, strict=True)]
 
 
-def _read_all(
-    sources: list[tuple[Picture, bool]], on_skip: Callable[[str], object], skip_named: bool
-) -> Iterator[tuple[Path | None, Image.Image]]:
-    """Each readable picture and its path; `on_skip` hears of the others."""
-    for source, in_folder in sources:
-        try:
-            image = read_image(source)
-        except (ValueError, FileNotFoundError) as error:  # the latter of a link to nowhere
-            if not (in_folder or skip_named):
-                raise
-            on_skip(str(error))
-            continue
-        yield source if isinstance(source, Path) else None, image
+def _detect_in(
+    view: View, model: BaseDetector, images: list[Image.Image], top_k: int
+) -> list[Detections]:
+    """The detections of each picture in one view, in its pixels and on the CPU."""
+    device = next(model.parameters()).device
+    tensors = [view.of(image) for image in images]
+    found: dict[int, Detections] = {}
+    for places in batches_of_one_size([tensor.shape for tensor in tensors], len(images) or 1):
+        batch = Batch.from_images([tensors[i] for i in places]).to(device)
+        sizes = [(images[i].height, images[i].width) for i in places]
+        with evaluating(model):
+            detected = postprocess(model(batch), sizes, top_k)
+        for i, each in zip(places, detected, strict=True):
+            found[i] = view.back(each.to("cpu"), images[i].width)
+    return [found[i] for i in range(len(images))]
+
+
+def _check(
+    threshold: float, nms: float | None, batch_size: int, top_k: int, tiles: int | None
+) -> None:
+    """ValueError where one of these is out of range."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+    if nms is not None and not 0 <= nms <= 1:
+        raise ValueError(f"nms must be in [0, 1], or None for all boxes, got {nms}")
+    if min(batch_size, top_k) < 1:
+        raise ValueError(f"batch_size and top_k must be at least 1, got {batch_size}, {top_k}")
+    if tiles is not None and tiles < SMALLEST_SIDE:
+        raise ValueError(f"tiles must have {SMALLEST_SIDE} pixels or more, got {tiles}")
+
+
+def _batches(sources: list[Source], batch_size: int, remarks: Remarks) -> Iterator[list[int]]:
+    """The places of images that are seen at once, among AHEAD batches those of one size; of these
+    many the headers are read before the first."""
+    for start in range(0, len(sources), AHEAD * batch_size):
+        headers = [source.header() for source in sources[start : start + AHEAD * batch_size]]
+        for i, (_, frames) in enumerate(headers):
+            remarks.note_frames(sources[start + i], frames)
+        for batch in batches_of_one_size([size for size, _ in headers], batch_size):
+            yield [start + i for i in batch]
+
+
+def _read(
+    source: Source, remarks: Remarks, on_skip: OnLine, skip_named: bool
+) -> Image.Image | None:
+    """A picture; None where it cannot be read or is too large, of which `on_skip` hears."""
+    try:
+        image = source.read()
+        remarks.note_size(source, image.size)
+        return image
+    except (ValueError, FileNotFoundError) as error:  # the latter of a link to nowhere
+        if source.named and not skip_named:
+            raise
+        on_skip(str(error))
+        return None
 
 
 def _as_detector(
     model: Detector | BaseDetector | Path | str, categories: list[dict] | None
 ) -> Detector:
+    """ValueError where categories are not the model's, by name, or by number of a bare one."""
     if isinstance(model, Path | str):
         model = load_detector(model)
-    if not isinstance(model, Detector):
-        categories = categories or plain_categories(model.config.num_classes)
-        model = Detector(model, categories, transforms=preparation_of(model.config.backbone))
-    categories, classes = categories or model.categories, model.model.config.num_classes
+    if isinstance(model, Detector):
+        return model.for_categories(categories) if categories else model
+    classes = model.config.num_classes
+    categories = categories or plain_categories(classes)
     if len(categories) != classes:
         raise ValueError(f"the model has {classes} classes, got {len(categories)} categories")
-    return replace(model, categories=categories)
+    return Detector(model, categories, transforms=preparation_of(model.config.backbone))

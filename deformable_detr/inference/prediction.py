@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import box_convert, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image
 
 from deformable_detr.data.images import read_image
+from deformable_detr.inference.postprocess import as_results
 from deformable_detr.look.pictures import draw_detections
 from deformable_detr.structures import Detections
 
@@ -21,7 +22,7 @@ class Prediction:
     scores: (N,) in [0, 1]. labels: (N,) int64, positions among the model's classes. queries: (N,)
     int64, the index of the query that found each, as `look` asks for it. names and category_ids: N
     each, of those classes in the data that the model was trained on. size: the image's (H, W).
-    path: its file, if it came from one.
+    path: its file, if it came from one. image_id: what this file is called in COCO results.
     """
 
     boxes: Tensor
@@ -32,6 +33,7 @@ class Prediction:
     category_ids: list[int]
     size: tuple[int, int]
     path: Path | None = None
+    image_id: int | str | None = None
     picture: Image.Image | None = field(default=None, repr=False)  # where there is no file
 
     @classmethod
@@ -41,6 +43,7 @@ class Prediction:
         categories: list[dict],
         image: Image.Image,
         path: Path | None = None,
+        image_id: int | str | None = None,
     ) -> "Prediction":
         """Detections in an image with the names of their classes; all else as above."""
         classes = [categories[label] for label in found.labels.tolist()]
@@ -53,6 +56,7 @@ class Prediction:
             [category["id"] for category in classes],
             (image.height, image.width),
             path,
+            image_id,
             None if path else image,
         )
 
@@ -67,21 +71,12 @@ class Prediction:
     def to_coco(self, image_id: int | str | None = None) -> list[dict]:
         """COCO results, with the data's own category ids.
 
-        image_id: where it is None, that of `file_id`. ValueError where there is no file either.
+        image_id: where it should not be `self.image_id`. ValueError where there is none either.
         """
+        image_id = self.image_id if image_id is None else image_id
         if image_id is None:
-            if self.path is None:
-                raise ValueError("an image that came from no file needs an image_id")
-            image_id = file_id(self.path)
-        return [
-            {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
-            for category_id, box, score in zip(
-                self.category_ids,
-                box_convert(self.boxes, "xyxy", "xywh").tolist(),
-                self.scores.tolist(),
-                strict=True,
-            )
-        ]
+            raise ValueError("an image that came from no file needs an image_id")
+        return as_results(self._detections(), image_id, self.category_ids)
 
     def to_supervision(self) -> object:
         """The same as supervision.Detections, boxes cut at the image's border, the names in
@@ -104,12 +99,8 @@ class Prediction:
 
     def draw(self) -> Image.Image:
         """The picture with boxes, names and scores on it."""
-        found = Detections(self.scores, self.labels, self.boxes, self.queries)
-        return draw_detections(
-            self.image, found, dict(zip(self.labels.tolist(), self.names, strict=True))
-        )
+        names = dict(zip(self.labels.tolist(), self.names, strict=True))
+        return draw_detections(self.image, self._detections(), names)
 
-
-def file_id(path: Path) -> int | str:
-    """The number that a file is named after (39769 of 000000039769.jpg), or else its name."""
-    return int(path.stem) if path.stem.isdecimal() else path.name
+    def _detections(self) -> Detections:
+        return Detections(self.scores, self.labels, self.boxes, self.queries)

@@ -5,7 +5,10 @@ whole cells, and normalises over padding. `models.exact_tokens` says more.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+Found = TypeVar("Found")
 
 
 def batches_of_one_size(sizes: Sequence[Hashable], most: int) -> list[list[int]]:
@@ -23,3 +26,19 @@ def batches_of_one_size(sizes: Sequence[Hashable], most: int) -> list[list[int]]
             batches.append(last[size])
         last[size].append(i)
     return batches
+
+
+def in_order(
+    batches: Iterable[list[int]], look_at: Callable[[list[int]], list[Found]]
+) -> Iterator[Found]:
+    """What is found at the places 0, 1, 2 ..., each as soon as all before it are there.
+
+    batches: of places, together all of them. look_at: gives what is found at the places of one.
+    """
+    ready: dict[int, Found] = {}
+    place = 0
+    for batch in batches:
+        ready |= zip(batch, look_at(batch), strict=True)
+        while place in ready:
+            yield ready.pop(place)
+            place += 1

@@ -1,4 +1,4 @@
-"""Large images tile by tile: small objects keep their size, and memory does not grow. Chapter 12."""
+"""Large images tile by tile: small objects keep their size, and memory is bounded. Chapter 12."""
 
 from collections.abc import Callable
 

@@ -5,7 +5,6 @@ several views are merged by non-maximum suppression or weighted boxes fusion. Th
 averaged query by query: a query finds another object in another view.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,9 +14,10 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
 from deformable_detr.data.preparation import DEFAULT, PREPARATIONS
-from deformable_detr.data.transforms import SHORT_SIDE
+from deformable_detr.data.transforms import SHORT_SIDE, SMALLEST_SIDE
 from deformable_detr.structures import Detections
 
+LARGEST_SCALE = 8.0  # of a view
 OVERLAP = 0.55  # IoU from which two boxes of a class are one object; of Solovyev et al.
 
 
@@ -49,13 +49,20 @@ def make_views(
     """A view at each scale, and with flip also mirrored.
 
     transforms: how the model was trained, a name in PREPARATIONS. scales: factors of the
-    size at which it is evaluated, above 0; that size is short_side, in pixels. ValueError where
-    there is none or one is out of range.
+    size at which it is evaluated, above 0 and at most LARGEST_SCALE; that size is short_side, in
+    pixels. ValueError where there is none, one is out of range, or makes an image smaller than
+    SMALLEST_SIDE.
     """
-    if not scales or not all(0 < scale < math.inf for scale in scales):
-        raise ValueError(f"scales must be one or more numbers above 0, got {tuple(scales)}")
+    if not scales or not all(0 < scale <= LARGEST_SCALE for scale in scales):
+        expected = f"one or more numbers above 0 and up to {LARGEST_SCALE:g}"
+        raise ValueError(f"scales must be {expected}, got {tuple(scales)}")
     mirrors = (False, True) if flip else (False,)
     prepare = PREPARATIONS[transforms]
+    if prepare.resizes and round(short_side * min(scales)) < SMALLEST_SIDE:
+        raise ValueError(
+            f"the scale {min(scales)} of a short side of {short_side} pixels is below "
+            f"{SMALLEST_SIDE} pixels"
+        )
     return [
         View(prepare.eval_transform(short_side, scale), mirror)
         for scale in scales
