@@ -22,7 +22,7 @@ from deformable_detr.look.figures import (
     draw_token_attention,
 )
 from deformable_detr.look.gradients import gradient_norms
-from deformable_detr.look.pictures import PALETTE, caption_font, draw_boxes, draw_detections
+from deformable_detr.look.pictures import PALETTE, draw_boxes, draw_detections
 from deformable_detr.look.sampling import record_sampling
 from deformable_detr.models import DETR, DETRConfig
 from deformable_detr.structures import Queries, Tokens
@@ -126,14 +126,6 @@ def test_detections_are_drawn_where_they_are():
         assert picture.getpixel((x, y)) == colour
     assert picture.getpixel((200, 300)) == (128, 128, 128)
     assert image.getpixel((10, 30)) == (128, 128, 128)
-
-
-def test_names_are_drawn_in_their_own_letters():
-    """Of a letter that a font lacks, it draws the same empty box."""
-    font = caption_font(20)
-    drawn = {bytes(font.getmask(letter)) for letter in "eé\u0416\u03a9"}
-    empty = bytes(font.getmask("\ufff0"))
-    assert len(drawn) == 4 and empty not in drawn
 
 
 def test_boxes_may_have_their_own_colours():

@@ -3,12 +3,12 @@
 import random
 import textwrap
 from collections.abc import Mapping, Sequence
-from functools import cache
 
-from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from deformable_detr.data.coco import CocoDataset
+from deformable_detr.data.names import printable
+from deformable_detr.look.fonts import caption_font
 from deformable_detr.structures import Detections
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
@@ -36,12 +36,6 @@ def draw_detections(
     return picture
 
 
-@cache
-def caption_font(size: int) -> ImageFont.FreeTypeFont:
-    """Of that many pixels; with accents, Greek, Cyrillic, Arabic and more, but no Chinese."""
-    return ImageFont.truetype(findfont("DejaVu Sans"), size)  # matplotlib brings it
-
-
 def draw_boxes(
     picture: Image.Image,
     boxes: list[list[float]],
@@ -54,13 +48,14 @@ def draw_boxes(
     colours: of the boxes, such as "#E69F00"; by default those of their labels in PALETTE.
     """
     draw, size = ImageDraw.Draw(picture), picture.size
-    font = caption_font(max(12, min(size) // 30))
-    width = max(2, min(size) // 200)
+    height, width = max(12, min(size) // 30), max(2, min(size) // 200)  # of letters, of lines
     colours = colours or [PALETTE[label % len(PALETTE)] for label in labels]
     for box, text, colour in reversed(list(zip(boxes, texts, colours, strict=True))):
         x0, y0, x1, y1 = box
         x1, y1 = max(x0, x1), max(y0, y1)
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=width)
+        text = printable(text)
+        font = caption_font(height, text)
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         place_x = min(max(x0, 0), max(0, size[0] - right))
         place_y = y0 - bottom - 2 if y0 - bottom - 2 >= 0 else min(y0, size[1] - bottom - 2)
@@ -86,15 +81,17 @@ def picture_sheet(dataset: CocoDataset, count: int = 24, seed: int = 0) -> Image
     columns = min(SHEET_COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
     sheet = Image.new("RGB", (columns * side, rows * (side + line)), "white")
-    draw, font = ImageDraw.Draw(sheet), caption_font(12)
+    draw = ImageDraw.Draw(sheet)
     for i, image_id in enumerate(chosen):
         x, y = i % columns * side, i // columns * (side + line)
         try:
             sheet.paste(_annotated(dataset, image_id, side - 4), (x, y + line))
         except (FileNotFoundError, ValueError) as error:
-            draw.text((x + 4, y + line), textwrap.fill(str(error), side // 8), "black", font)
+            text = textwrap.fill(str(error), side // 8)
+            draw.text((x + 4, y + line), text, "black", caption_font(12, text))
         name = f"{dataset.coco.imgs[image_id]['file_name']} (id {image_id})"
-        draw.text((x + 4, y + 2), name[-side // 7 :], "black", font)
+        name = printable(name)[-side // 7 :]
+        draw.text((x + 4, y + 2), name, "black", caption_font(12, name))
     return sheet
 
 
