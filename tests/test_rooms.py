@@ -21,6 +21,7 @@ ROOMS = [  # from the ground up: a room imports from those before it
     "weights",
     "look",
     "inference",
+    "export",
     "evaluation",
     "training",
     "integrations",
