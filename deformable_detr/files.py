@@ -11,6 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from deformable_detr.interrupts import TEMPORARY
+
 
 def write_json(path: Path | str, content: object) -> None:
     """Write a readable JSON file, atomically; ValueError where a number is NaN or infinite."""
@@ -24,6 +26,7 @@ def write_atomically(path: Path | str, write: Callable[[str], object]) -> None:
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        TEMPORARY.add(str(temporary))
         try:
             temporary.touch(exist_ok=False)
             allowed = temporary.stat().st_mode  # by the umask, which safetensors leaves aside
@@ -34,6 +37,7 @@ def write_atomically(path: Path | str, write: Callable[[str], object]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+            TEMPORARY.discard(str(temporary))
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 ENDING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
+TEMPORARY: set[str] = set()  # files that are being written, and are not to stay
 ECHO = 1.0  # seconds: a terminal and a launcher may both pass the same Ctrl-C on
 
 
@@ -78,19 +79,22 @@ def end_at_once() -> None:
     """From now on Ctrl-C ends the program with one word and code 130, wherever it is: as an
     exception it would be printed by threads and destructors, and taken for other errors by what is
     just being imported."""
-
-    def end(number: int, _: object) -> None:
-        with suppress(Exception):  # it may have struck within another flush
-            sys.stdout.flush()
-        os.write(2, b"\ninterrupted\n" if sys.stderr.isatty() else b"interrupted\n")
-        os._exit(128 + number)
-
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, end)
+        signal.signal(signal.SIGINT, _end)
 
 
 def end_by_exception() -> None:
-    """From now on Ctrl-C is a KeyboardInterrupt again, for what has something to write at its
-    end."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    """After `end_at_once`, Ctrl-C is a KeyboardInterrupt again: for what has something to write
+    then."""
+    if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, _: object) -> None:
+    for path in list(TEMPORARY):
+        with suppress(OSError):
+            os.unlink(path)
+    with suppress(Exception):  # it may have struck within another flush
+        sys.stdout.flush()
+    os.write(2, b"\ninterrupted\n" if os.isatty(2) else b"interrupted\n")
+    os._exit(128 + number)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from deformable_detr import DeformableDETRConfig, cli
-from deformable_detr.cli import build_parser, main
+from deformable_detr.cli import main
+from deformable_detr.cli.commands import COMMANDS, build_parser
 from deformable_detr.cli.starting import chosen_recipe
 from deformable_detr.data.preparation import PREPARATIONS, preparation_of
 from deformable_detr.inference.detector import load_detector, read_card
@@ -133,7 +134,7 @@ def test_no_code_branches_on_the_name_of_a_preparation_or_a_backbone():
 def test_every_command_has_one_file():
     files = {path.stem for path in (LIBRARY / "cli").glob("*.py")}
     commands = build_parser()._subparsers._group_actions[0].choices
-    assert set(commands) == {module.__name__.rpartition(".")[2] for module in cli.COMMANDS}
+    assert set(commands) == {module.__name__.rpartition(".")[2] for module in COMMANDS}
     assert set(commands) <= files
 
 

@@ -40,7 +40,7 @@ from deformable_detr.training.recipe import load_recipe
 from deformable_detr.training.recipes import NAMES
 from deformable_detr.training.setup import Training
 from deformable_detr.weights.ours import load_model, upgrade_name
-from tests.conftest import TINY, TINY_DETR, save_annotations, write_coco
+from tests.conftest import TINY, save_annotations, write_coco
 from tests.golden import machine
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -83,12 +83,13 @@ def test_resuming_in_mid_epoch_is_as_if_it_had_never_stopped(coco, tmp_path, wor
     assert metrics.images == 4
 
 
-MODELS_HERE = {"deformable_detr": TINY, "detr": TINY_DETR}
-
-
 def of_model(coco, name):
+    """A model of each kind, with those of TINY's options that it has."""
+    kind = MODELS[name][0]
+    options = {field.name for field in dataclasses.fields(kind)}
+    config = kind(**{key: x for key, x in dataclasses.asdict(TINY).items() if key in options})
     torch.manual_seed(0)
-    return build_model(MODELS_HERE[name]), *make(coco)[1:]
+    return build_model(config), *make(coco)[1:]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -322,6 +323,7 @@ import os, signal
 from pathlib import Path
 from tests.test_train import EQUAL, one_without_boxes, steady_model, train
 from deformable_detr.cli import beforehand
+from deformable_detr.data.places import training_splits
 from deformable_detr.interrupts import Interrupted
 from deformable_detr.training.processes import make_accelerator
 
@@ -340,9 +342,9 @@ try:  # a folder that only one of two machines sees
 except ValueError as error:
     print(f"process {os.environ['RANK']}: {error}", flush=True)
 if os.environ["RANK"] == "1":
-    beforehand.check_dataset = None  # the other process looks, and both refuse
+    beforehand.check_data = None  # the other process looks, and both refuse
 try:
-    beforehand.refuse_faults(Path("faulty"), ("train",), make_accelerator())
+    beforehand.refuse_faults(Path("faulty"), training_splits("faulty"), make_accelerator())
 except ValueError as error:
     print(f"process {os.environ['RANK']}: {error}", flush=True)
 """

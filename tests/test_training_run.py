@@ -226,9 +226,8 @@ def said(capsys):
     return [line for line in capsys.readouterr().out.splitlines() if line]
 
 
-def watched(coco, output, recipe, val=True, on_step=None):
-    model, train_set, val_set = make(coco)
-    return train(model, train_set, val_set if val else None, output, recipe, on_step=on_step)
+def watched(coco, output, recipe, on_step=None):
+    return train(*make(coco), output, recipe, on_step=on_step)
 
 
 def scripted(monkeypatch, aps):
@@ -270,24 +269,30 @@ def test_a_training_that_learns_nothing_says_so_once(coco, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("changes", "val", "expected"),
+    ("changes", "expected"),
     [
-        ({"warmup_steps": 4}, True, "the warm-up has 4 steps .* an epoch only 3: it takes 1.3 ep"),
-        ({"warmup_steps": 7}, True, "the warm-up has 7 steps .* the training only 6: it never"),
-        ({"warmup_steps": 3}, True, None),
-        ({"drop_epoch": 2}, True, r"the rates never drop: that is due after epoch 2 .* are 2$"),
-        ({"drop_epoch": 1}, True, None),
-        ({}, False, "^no val split: there is no AP, no best.safetensors and no threshold$"),
-        ({"patience": 3}, False, "^no val split: --patience 3 does nothing; there is no AP"),
+        ({"warmup_steps": 4}, "the warm-up has 4 steps .* an epoch only 3: it takes 1.3 ep"),
+        ({"warmup_steps": 7}, "the warm-up has 7 steps .* the training only 6: it never"),
+        ({"warmup_steps": 3}, None),
+        ({"drop_epoch": 2}, r"the rates never drop: that is due after epoch 2 .* are 2$"),
+        ({"drop_epoch": 1}, None),
     ],
 )
-def test_what_a_recipe_will_not_do_is_said_at_the_start(coco, tmp_path, changes, val, expected):
+def test_what_a_recipe_will_not_do_is_said_at_the_start(coco, tmp_path, changes, expected):
     recipe = dataclasses.replace(CONSTANT, **{"drop_epoch": 1} | changes)
-    model, train_set, val_set = make(coco)
-    training = Training(model, train_set, val_set if val else None, tmp_path, recipe)
+    training = Training(*make(coco), tmp_path, recipe)
     found = list(remarks.at_the_start(training))
     assert len(found) == (expected is not None)
     assert not found or re.search(expected, found[0])
+
+
+def test_more_objects_than_queries_are_said_at_the_start(coco, tmp_path):
+    model, train_set, val_set = make(coco)
+    val_set.coco.dataset["annotations"] *= model.config.num_queries + 1
+    recipe = dataclasses.replace(CONSTANT, drop_epoch=1)
+    training = Training(model, train_set, val_set, tmp_path, recipe)
+    (text,) = remarks.at_the_start(training)
+    assert text.startswith("val: ") and "more than the 6 queries of the model" in text
 
 
 # Continuing for more epochs

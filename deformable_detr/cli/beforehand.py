@@ -7,19 +7,19 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from deformable_detr.data.coco import find_split
 from deformable_detr.data.faults import Fault, told
+from deformable_detr.data.places import Place
 from deformable_detr.data.split_checks import check_data
+from deformable_detr.files import first_line
 
 
-def refuse_faults(data: Path, splits: tuple[str, ...], accelerator: Accelerator) -> None:
-    """Print the fatal faults of these splits, and raise ValueError if there are any.
+def refuse_faults(data: Path, splits: dict[str, Place], accelerator: Accelerator) -> None:
+    """Print the fatal faults of these splits of the data, and raise ValueError if there are any.
 
     The main process looks; the others wait, and raise with it.
     """
-    places = {split: find_split(data, split) for split in splits}
     found = 0
-    for split, faults in check_data(places) if accelerator.is_main_process else ():
+    for split, faults in check_data(splits) if accelerator.is_main_process else ():
         found += print_fatal(split, faults)
     count = torch.tensor(float(found), device=accelerator.device)
     refuse_any(int(accelerator.reduce(count, "sum")), data)
@@ -55,7 +55,7 @@ def choose_device(name: str | None) -> torch.device:
     """The device of that name, or a GPU if there is one; ValueError in one line on another."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name}: {str(error).splitlines()[0]}") from None
+        torch.zeros(1, device=device).item()  # the device "meta" has no numbers
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        raise ValueError(f"no device {name}: {first_line(error)}") from None
     return device

@@ -2,7 +2,6 @@
 published weights."""
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from deformable_detr.data.coco import CocoDataset
+from deformable_detr.data.preparation import PREPARATIONS
 from deformable_detr.models import BaseDetector, build_model
 from deformable_detr.options import parse_settings
 from deformable_detr.training.recipe import TABLES, Recipe, load_recipe
@@ -20,18 +20,19 @@ from deformable_detr.weights.published import load_pretrained
 def chosen_recipe(args: argparse.Namespace) -> Recipe:
     """--recipe, with --set and --short-side."""
     recipe = load_recipe(args.recipe).changed(args.set)
-    if args.short_side is None:
-        return recipe
-    return dataclasses.replace(recipe, short_side=args.short_side)
+    return recipe if args.short_side is None else recipe.at_short_side(args.short_side)
 
 
-def new_model(args: argparse.Namespace, recipe: Recipe, dataset: CocoDataset) -> BaseDetector:
+def new_model(
+    args: argparse.Namespace, recipe: Recipe, dataset: CocoDataset, quiet: bool = False
+) -> tuple[BaseDetector, Recipe]:
     """The weights that --init or the recipe name, with what they know of the data's classes; or
-    else a new model of the recipe."""
+    else a new model of the recipe. Beside it the recipe, with images in the size that the weights
+    have seen, if --short-side asks for no other."""
     weights = args.init or recipe.weights
     if weights in (None, "none"):
         config = recipe.model_config(len(dataset.categories))
-        return with_backbone(config, args.backbone_weights)
+        return with_backbone(config, args.backbone_weights), recipe
     given = parse_settings(args.set, TABLES)["model"]
     queries = given.pop("num_queries", None)
     names = [f"model.{name}" for name in given]
@@ -39,9 +40,31 @@ def new_model(args: argparse.Namespace, recipe: Recipe, dataset: CocoDataset) ->
     if names:
         raise ValueError(f"{weights} decides the model: leave out {', '.join(names)}")
     loaded = load_pretrained(weights, num_queries=queries, categories=dataset.categories)
-    print(f"{weights}: kept {len(loaded.report.kept)} tensors", file=sys.stderr)
-    print(loaded.report.classes(), file=sys.stderr)
-    return loaded.model
+    recipe, said = prepared_alike(recipe, loaded.card, args.short_side is None)
+    lines = [f"{weights}: kept {len(loaded.report.kept)} tensors", loaded.report.classes()]
+    lines += [f"{weights}: {text}" for text in said]
+    if not quiet:
+        print("\n".join(filter(None, lines)), file=sys.stderr)
+    return loaded.model, recipe
+
+
+def prepared_alike(recipe: Recipe, card: dict, may_change: bool) -> tuple[Recipe, list[str]]:
+    """The recipe with images in the size that weights with this card have seen, if it may change,
+    and what is to be said of differences."""
+    name, short = card.get("transforms"), card.get("short_side")
+    if name not in PREPARATIONS:  # nothing is known of them
+        return recipe, []
+    theirs, ours = PREPARATIONS[name], PREPARATIONS[recipe.transforms]
+    if theirs.resizes != ours.resizes or theirs.mirrors != ours.mirrors:
+        text = f"they have seen images prepared as {name!r}, and here come {recipe.transforms!r}"
+        return recipe, [text]
+    if not ours.resizes or short == recipe.short_side or type(short) is not int:
+        return recipe, []
+    if may_change:
+        text = f"they have seen images of a short side of {short} pixels, as they are here too"
+        return recipe.at_short_side(short), [f"{text}, not {recipe.short_side} (--short-side)"]
+    text = f"they have seen images of a short side of {short} pixels, not of {recipe.short_side}"
+    return recipe, [text]
 
 
 def with_backbone(config: object, weights: str | None) -> BaseDetector:

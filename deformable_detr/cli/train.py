@@ -1,8 +1,8 @@
 """deformable-detr train"""
 
 import argparse
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from deformable_detr.cli.arguments import (
     DATA_HELP,
@@ -13,10 +13,11 @@ from deformable_detr.cli.arguments import (
     add_start,
     add_train_options,
 )
-from deformable_detr.training.config import TrainConfig
 
-if TYPE_CHECKING:
-    from deformable_detr.data.coco import CocoDataset
+WATCH_HELP = """\
+OUTPUT/curves.png is a picture of losses and AP; tensorboard --logdir OUTPUT shows them live.
+Ctrl-C, SIGTERM and SIGHUP end a training after its step, which is saved: the same command goes on
+from there, and with a larger --epochs also after the end."""
 
 
 def add(commands: argparse.Action) -> None:
@@ -30,6 +31,7 @@ def add(commands: argparse.Action) -> None:
         DATA_HELP,
         WEIGHTS_HELP,
         SET_HELP,
+        WATCH_HELP,
         "On several GPUs or machines: accelerate launch -m deformable_detr.cli train ...",
     )
     add_data(command)
@@ -44,49 +46,32 @@ def add(commands: argparse.Action) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, then store the best threshold on val with the models."""
+    """Train, and print the figures of the last weights."""
     import torch
 
     from deformable_detr.cli.beforehand import refuse_faults
     from deformable_detr.cli.starting import chosen_recipe, new_model
-    from deformable_detr.data.coco import CocoDataset, find_split, has_split
-    from deformable_detr.training import loop
+    from deformable_detr.data.coco import CocoDataset
+    from deformable_detr.data.places import training_splits, without_val
+    from deformable_detr.training.loop import train
     from deformable_detr.training.processes import make_accelerator
 
-    has_val = has_split(args.data, "val")
-    accelerator = make_accelerator()
-    refuse_faults(args.data, ("train", "val") if has_val else ("train",), accelerator)
+    splits = training_splits(args.data)
     recipe = chosen_recipe(args)
-    train_set = CocoDataset(*find_split(args.data, "train"), recipe.train_transform())
-    val_set = None
-    if has_val:
-        val_set = CocoDataset(*find_split(args.data, "val"), recipe.eval_transform())
+    accelerator = make_accelerator()
+    main = accelerator.is_main_process
+    if main and (text := without_val(args.data)):
+        print(text, file=sys.stderr)
+    refuse_faults(args.data, splits, accelerator)
+    datasets = {split: CocoDataset(*place) for split, place in splits.items()}
     torch.manual_seed(recipe.train.seed)
-    model = new_model(args, recipe, train_set)
+    model, recipe = new_model(args, recipe, datasets["train"], quiet=not main)
+    datasets["train"].transform = recipe.train_transform()
+    if val_set := datasets.get("val"):
+        val_set.transform = recipe.eval_transform()
     card = {"transforms": recipe.transforms, "short_side": recipe.short_side}
-    metrics = loop.train(
-        model, train_set, val_set, args.output, recipe.train, not args.fresh, card=card
-    )
-    if accelerator.is_main_process:
-        if metrics:
-            print(metrics)
-        finish(args.output, val_set, recipe.train)
+    resume = not args.fresh
+    metrics = train(model, datasets["train"], val_set, args.output, recipe.train, resume, card=card)
+    if main and metrics:
+        print(f"\n{args.output / 'last.safetensors'}:\n{metrics}")
     return 0
-
-
-def finish(folder: Path, val_set: "CocoDataset | None", config: TrainConfig) -> None:
-    """Store with the models of a run the best threshold on val."""
-    from deformable_detr.cli.beforehand import choose_device
-    from deformable_detr.evaluation.report import analyse
-    from deformable_detr.inference.detector import load_detector, update_card
-
-    for path in (folder / "last.safetensors", folder / "best.safetensors"):
-        if not path.exists():
-            continue
-        text = "no val split to choose the best weights and a threshold on"
-        if val_set:
-            model = load_detector(path).model.to(choose_device(None))
-            found = analyse(model, val_set, config.batch_size, threshold=None, top_k=config.top_k)
-            update_card(path, threshold=found.threshold)
-            text = f"best threshold on val {found.threshold:.3f}"
-        print(f"model: {path}, {text}")

@@ -24,7 +24,8 @@ class Preparation:
     make_train, make_eval: make the transform of training and that of evaluation; of a short side in
     pixels, if it resizes. resizes: whether images get that short side, rather than keep their size.
     mirrors: whether training mirrors them, so that the model knows mirrored ones. backbones: those
-    whose models see images so where nothing else is known of them.
+    whose models see images so where nothing else is known of them. resized: the name of the one
+    that does the same and resizes, if this one does not.
     """
 
     make_train: Callable[..., v2.Transform]
@@ -32,6 +33,7 @@ class Preparation:
     resizes: bool = True
     mirrors: bool = True
     backbones: tuple[str, ...] = ()
+    resized: str = ""
 
     def train_transform(self, short_side: int = SHORT_SIDE) -> v2.Transform:
         """The random transform of training images. short_side: of an evaluated one, in pixels."""
@@ -61,7 +63,9 @@ PREPARATIONS = {
         resizes=False,
         mirrors=False,
         backbones=("small",),
+        resized="digits-resized",
     ),
+    "digits-resized": Preparation(digits_train_transform, coco_eval_transform, mirrors=False),
 }
 
 

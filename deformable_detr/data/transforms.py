@@ -46,15 +46,16 @@ def strong_train_transform(short: int = SHORT_SIDE) -> v2.Transform:
     return v2.Compose([v2.RandomPhotometricDistort(), zoom_out, coco_train_transform(short)])
 
 
-def digits_train_transform() -> v2.Transform:
+def digits_train_transform(short: int | None = None) -> v2.Transform:
     """For small pictures of things that must not be mirrored: zoom in or out, other colours.
 
-    The size stays as it is, if it is large enough. Boxes of which less than half is left after a
-    crop are dropped.
+    The size stays as it is, if it is large enough, or else gets a shorter side of `short` pixels,
+    as in `coco_eval_transform`. Boxes of which less than half is left after a crop are dropped.
     """
+    longest = round(1333 * (short or SHORT_SIDE) / SHORT_SIDE)
     return v2.Compose(
         [
-            LargeEnough(),
+            RandomShortSide([short], longest) if short else LargeEnough(),
             v2.RandomChoice([RandomZoom(0.7, 1.4), v2.Identity()], p=[0.3, 0.7]),
             v2.RandomChannelPermutation(),
             v2.RandomInvert(0.5),

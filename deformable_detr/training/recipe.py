@@ -48,8 +48,10 @@ class Recipe:
                 f"short_side must be at least {SMALLEST_SIDE} pixels, got {self.short_side}"
             )
         if not PREPARATIONS[self.transforms].resizes and self.short_side != SHORT_SIDE:
+            other = PREPARATIONS[self.transforms].resized
             raise ValueError(
-                f"transforms {self.transforms!r} leave images as they are: no short_side"
+                f"transforms {self.transforms!r} leave images as they are: no short_side; "
+                f"{other!r} resize them"
             )
         if "num_classes" in self.model:
             raise ValueError("num_classes is the data's: leave it out")
@@ -82,6 +84,12 @@ class Recipe:
             model=self.model | tables["model"],
         )
 
+    def at_short_side(self, pixels: int) -> "Recipe":
+        """With that short side of evaluated images, also where the recipe leaves them as they
+        are."""
+        name = PREPARATIONS[self.transforms].resized or self.transforms
+        return dataclasses.replace(self, transforms=name, short_side=pixels)
+
     def train_transform(self) -> v2.Transform:
         """The random transform of training images."""
         return PREPARATIONS[self.transforms].train_transform(self.short_side)
@@ -98,7 +106,7 @@ def load_recipe(name: Path | str) -> Recipe:
     """
     path = FOLDER / f"{name}.toml" if name in NAMES else Path(name)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors mark it
     except FileNotFoundError:
         raise FileNotFoundError(f"no recipe {name}: give a file or one of {NAMES}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

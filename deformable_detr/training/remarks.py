@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from deformable_detr.data.crowding import crowding
 from deformable_detr.training.optimiser import lr_factor
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ def at_the_start(training: Training) -> Iterator[str]:
             f"the rates never drop: that is due after epoch {config.drop_epoch} (--drop-epoch), "
             f"and there are {config.epochs}"
         )
-    if training.val_set is None:
-        patience = f"--patience {config.patience} does nothing; " * bool(config.patience)
-        yield f"no val split: {patience}there is no AP, no best.safetensors and no threshold"
+    for split, dataset in (("train", training.train_set), ("val", training.val_set)):
+        queries = training.model.config.num_queries
+        for text in crowding(dataset.coco.dataset, queries, config.top_k) if dataset else ():
+            yield f"{split}: {text}"
 
 
 def continued(training: Training) -> str:

@@ -1,0 +1,34 @@
+"""All commands. Their files import what needs torch where they run, not before: a --help is there
+at once."""
+
+import argparse
+
+from deformable_detr.cli import (
+    check,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    info,
+    options,
+    predict,
+    sheet,
+    train,
+)
+
+COMMANDS = (convert, check, sheet, doctor, options, train, evaluate, predict, export, info)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="deformable-detr",
+        description="Train, evaluate and use Deformable DETR and its family: detectors of objects "
+        "in images.",
+        epilog="With new data: check, sheet, doctor, train, evaluate, predict, in this order.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
