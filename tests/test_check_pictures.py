@@ -1,5 +1,6 @@
 """Pictures of every depth and shape, and what is no picture: what is read, and what is said."""
 
+import io
 import json
 import os
 import struct
@@ -85,9 +86,13 @@ def test_sixteen_bits_are_read_as_what_they_hold(tmp_path, kind, bits):
         path.write_bytes(tiff(pixels, kind[0], "zip" in kind))
     else:
         path.write_bytes(png(np.dstack([pixels, alpha]) if kind in ("rgba", "la") else pixels))
-    opened = open_image(path)
     expected = np.broadcast_to(pixels >> (bits - 8), (9, 7, 3))
-    assert np.array_equal(np.asarray(opened.image), expected) and opened.bits == bits
+    sources = [path]
+    if kind != "array":  # also as Pillow opens it, from the disk and from memory
+        sources += [Image.open(path), Image.open(io.BytesIO(path.read_bytes()))]
+    for source in sources:
+        opened = open_image(source)
+        assert np.array_equal(np.asarray(opened.image), expected) and opened.bits == bits
 
 
 def test_what_was_done_is_said_once_and_black_stays_black(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def open_image(source: Picture) -> Opened:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _opened(source, source)
+        return _opened(source)
     name = printable(source)
     try:
         path = Path(source)
@@ -83,8 +84,10 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _opened(image: Image.Image, source: Path | Image.Image) -> Opened:
+def _opened(image: Image.Image, file: Path | BytesIO | None = None) -> Opened:
+    """file: what it was opened from, if that is known."""
     stored, bits, mode = image.size, 0, _deep_mode(image)  # which is lost once it is loaded
+    file = _file_of(image) if mode and file is None else file
     turned = image.getexif().get(ORIENTATION, 1) not in (0, 1)
     if image.mode[0] in "IF":  # convert("RGB") would cut all above 255 off
         pixels = np.asarray(image)
@@ -92,8 +95,8 @@ def _opened(image: Image.Image, source: Path | Image.Image) -> Opened:
             raise ValueError(f"its pixels are {image.mode} of Pillow; expected 8 or 16 bits")
         eight, bits = to_eight_bits(pixels.astype(np.uint16))
         eight = _with_exif(Image.fromarray(eight), image)
-    elif isinstance(source, Path) and mode:
-        eight, bits = _deep_colours(image, source, mode)
+    elif mode:
+        eight, bits = _deep_colours(image, file, mode)
     else:
         eight = image
     return Opened(_to_rgb(ImageOps.exif_transpose(eight)), bits, stored, turned)
@@ -116,25 +119,34 @@ def _deep_mode(image: Image.Image) -> str:
     return mode if isinstance(mode, str) and mode[-4:-1] == ";16" else ""
 
 
-def _deep_colours(image: Image.Image, path: Path, mode: str) -> tuple[Image.Image, int]:
+def _file_of(image: Image.Image) -> BytesIO:
+    """All that an image is read from, which has not been read yet."""
+    place = image.fp.tell()
+    image.fp.seek(0)
+    file = BytesIO(image.fp.read())
+    image.fp.seek(place)
+    return file
+
+
+def _deep_colours(image: Image.Image, file: Path | BytesIO, mode: str) -> tuple[Image.Image, int]:
     """An image of 16-bit colours in eight: Pillow's own upper bytes, unless these are nearly empty,
     so that the lower ones count."""
     image.load()
     upper = np.asarray(image)
     if upper[..., :3].max() >= 2**4:
         return image, 16
-    deep = upper[..., :3].astype(np.uint16) << 8 | _lower_bytes(path, mode)
+    deep = upper[..., :3].astype(np.uint16) << 8 | _lower_bytes(file, mode)
     colours, bits = to_eight_bits(deep)
     return _with_exif(Image.fromarray(np.dstack([colours, upper[..., 3:]])), image), bits
 
 
-def _lower_bytes(path: Path, mode: str) -> np.ndarray:
+def _lower_bytes(file: Path | BytesIO, mode: str) -> np.ndarray:
     """(H, W, 3), of 16-bit colours: the file is read as if their bytes were the other way round."""
     little = {"L": True, "B": False, "N": sys.byteorder == "little"}[mode[-1]]
     swapped = f"{mode[:-1]}{'B' if little else 'L'}"
     if mode.startswith("LA"):  # of which Pillow knows one order only: four bytes are read as such
         swapped = "RGBA"
-    with Image.open(path, formats=_formats()) as image:
+    with Image.open(file, formats=_formats()) as image:
         tile = image.tile[0]
         how = swapped if tile[3] == mode else (swapped, *tile[3][1:])
         made = (*tile[:3], how)
