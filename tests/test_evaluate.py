@@ -5,12 +5,16 @@ import json
 import math
 import signal
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from deformable_detr import DeformableDETR
 from deformable_detr.data.coco import CocoDataset, find_split
 from deformable_detr.data.transforms import TO_TENSOR
 from deformable_detr.evaluation.coco import evaluate, predict_dataset, same_categories, score
+from deformable_detr.evaluation.detections import in_order_of
 from tests.conftest import TINY, save_annotations, write_coco
 
 
@@ -99,6 +103,55 @@ def test_results_are_in_pixels_with_the_datas_own_ids(dataset):
     assert {r["category_id"] for r in results} <= {3, 7, 20}
     assert {r["image_id"] for r in results} == set(dataset.image_ids)
     assert max(r["bbox"][0] + r["bbox"][2] for r in results) > 2  # not normalised
+
+
+def test_detections_do_not_depend_on_the_batch(tmp_path):
+    """Of images of mixed widths: those of one size share a batch, whatever its size, and the order
+    stays. Padded to one size, as the official code does it, boxes move by up to a cell of a map.
+    """
+    content = write_coco(tmp_path, images=0)
+    content["images"] = [
+        {"id": i, "file_name": f"{i}.png", "width": width, "height": 48}
+        for i, width in enumerate([64, 57, 64, 90, 57, 64])
+    ]
+    rng = np.random.default_rng(0)
+    for image in content["images"]:
+        pixels = rng.integers(0, 255, (48, image["width"], 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "train" / image["file_name"])
+    content["images"][4]["width"] = 64  # the file is wrong about it, or does not say it
+    del content["images"][5]["width"]
+    save_annotations(tmp_path, content)
+    dataset = CocoDataset(*find_split(tmp_path, "train"))
+    torch.manual_seed(0)
+    model = DeformableDETR(TINY)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    shapes = []
+    model.backbone.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    alone = predict_dataset(model, dataset, batch_size=1, progress=False)
+    shapes.clear()
+    together = predict_dataset(model, dataset, batch_size=4, progress=False)
+    assert sorted(shapes) == sorted(
+        [(2, 3, 48, 64), (1, 3, 48, 57), (1, 3, 48, 90), (1, 3, 48, 57), (1, 3, 48, 64)]
+    )
+    assert [r["image_id"] for r in together] == [r["image_id"] for r in alone]
+    for one, other in zip(alone, together, strict=True):
+        assert one["category_id"] == other["category_id"]
+        # sums over a batch are added in another order
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-3)
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize("share", [2, 5])
+def test_shares_of_processes_are_the_whole(dataset, share):
+    model = DeformableDETR(TINY)
+    whole = predict_dataset(model, dataset, 2, progress=False)
+    parts = [
+        result
+        for process in range(share)
+        for result in predict_dataset(model, dataset, 2, progress=False, share=(process, share))
+    ]
+    assert in_order_of(dataset, parts) == whole
 
 
 def test_every_module_keeps_its_mode_also_after_an_error(dataset):

@@ -1,7 +1,6 @@
 """deformable-detr evaluate"""
 
 import argparse
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +17,11 @@ from deformable_detr.cli.arguments import (
 from deformable_detr.cli.views import add_views, choose_views
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from deformable_detr.data.coco import CocoDataset
     from deformable_detr.evaluation.report import Report
     from deformable_detr.inference.detector import Detector
-    from deformable_detr.inference.views import View
 
 
 def add(commands: argparse.Action) -> None:
@@ -34,6 +34,7 @@ def add(commands: argparse.Action) -> None:
         "data/digits --split val --report report.html",
         DATA_HELP,
         WEIGHTS_HELP,
+        "On several GPUs: accelerate launch -m deformable_detr.cli evaluate ...",
     )
     add_data(command, "val")
     add_model(command)
@@ -52,25 +53,43 @@ def add(commands: argparse.Action) -> None:
         action="store_true",
         help="find the threshold with the best F1 on this split, and store it in the model's file",
     )
+    command.add_argument(
+        "--class-agnostic",
+        action="store_true",
+        help="take all objects for one class: how well are they found, whatever they are called? "
+        "Also for a model with other classes than the data",
+    )
     add_views(command)
     add_device(command)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a report, and write it where asked."""
+    """Print a report, and write it where asked. Of several processes, which share the images, the
+    main one does so."""
     from deformable_detr.cli.beforehand import choose_device, refuse_targets
+    from deformable_detr.evaluation.report import check_threshold
     from deformable_detr.inference.detector import load_detector, update_card
+    from deformable_detr.training.processes import make_accelerator
 
     refuse_targets(args.json, args.report)
+    check_threshold(args.threshold)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.keep_threshold and Path(args.model).suffix != ".safetensors":
         raise ValueError(
             f"--keep-threshold needs a .safetensors file that train wrote: {args.model}"
         )
+    accelerator = make_accelerator()
     detector = load_detector(args.model)
     dataset = load_data(args, detector)
-    detector = detector.for_categories(dataset.categories)
-    detector.model.to(choose_device(args.device))
-    found = analyse_data(args, detector, dataset)
+    if not args.class_agnostic:
+        detector = detector.for_categories(dataset.categories)
+    several = accelerator.num_processes > 1 and not args.device
+    detector.model.to(accelerator.device if several else choose_device(args.device))
+    results = detect_all(args, detector, dataset, accelerator)
+    if not accelerator.is_main_process:
+        return 0
+    found = analyse_all(args, detector, dataset, results)
     print(found.table())
     write_report(found, args)
     if args.keep_threshold:
@@ -91,38 +110,65 @@ def load_data(args: argparse.Namespace, detector: "Detector") -> "CocoDataset":
     return dataset
 
 
-def analyse_data(
-    args: argparse.Namespace, detector: "Detector", dataset: "CocoDataset"
+def detect_all(
+    args: argparse.Namespace,
+    detector: "Detector",
+    dataset: "CocoDataset",
+    accelerator: "Accelerator",
+) -> list[dict]:
+    """COCO results of all images, each seen once or, with --tta, in several views, by all processes
+    together."""
+    from accelerate.utils import gather_object
+
+    from deformable_detr.evaluation.agnostic import with_categories
+    from deformable_detr.evaluation.detections import (
+        in_order_of,
+        predict_dataset,
+        predict_in_views,
+    )
+
+    dataset = with_categories(dataset, detector.categories)
+    options = {
+        "batch_size": args.batch_size,
+        "top_k": args.top_k,
+        "progress": accelerator.is_main_process,
+        "share": (accelerator.process_index, accelerator.num_processes),
+    }
+    if views := choose_views(args, detector):
+        merge = args.merge or "fusion"
+        results = predict_in_views(detector.model, dataset, views, merge, **options)
+    else:
+        results = predict_dataset(detector.model, dataset, **options)
+    return in_order_of(dataset, gather_object(results))
+
+
+def analyse_all(
+    args: argparse.Namespace, detector: "Detector", dataset: "CocoDataset", results: list[dict]
 ) -> "Report":
-    """The report on a detector, which sees each image once or, with --tta, in several views."""
-    from deformable_detr.evaluation.report import analyse, analyse_results
+    """The report on detections of a data set."""
+    from datetime import datetime
+
+    from deformable_detr.evaluation.agnostic import without_classes
+    from deformable_detr.evaluation.report import analyse_results
 
     threshold = detector.threshold if args.threshold is None else args.threshold
-    threshold = None if args.keep_threshold else threshold
-    if views := choose_views(args, detector):
-        return analyse_results(detect_all(args, detector, dataset, views), dataset, threshold)
-    return analyse(detector.model, dataset, args.batch_size, threshold=threshold, top_k=args.top_k)
-
-
-def detect_all(
-    args: argparse.Namespace, detector: "Detector", dataset: "CocoDataset", views: "list[View]"
-) -> list[dict]:
-    """COCO results of a data set, in several views of each image."""
-    from tqdm import tqdm
-
-    from deformable_detr.inference.predict import detect
-    from deformable_detr.inference.prediction import Prediction
-
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
-    results = []
-    ids = iter(tqdm(dataset.image_ids, "evaluate", unit="image", leave=False))
-    while batch := list(islice(ids, args.batch_size)):
-        images = [dataset.load_image(image_id) for image_id in batch]
-        all_found = detect(detector.model, images, views, args.merge or "fusion", args.top_k)
-        for image_id, image, found in zip(batch, images, all_found, strict=True):
-            results += Prediction.of(found, detector.categories, image).to_coco(image_id)
-    return results
+    about = {
+        "model": args.model,
+        "data": str(args.data),
+        "split": args.split,
+        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
+    }
+    if args.class_agnostic:
+        results, dataset = without_classes(results, dataset)
+        about["classes"] = "left aside: all objects are one class"
+    return analyse_results(
+        results,
+        dataset,
+        None if args.keep_threshold else threshold,
+        num_queries=detector.model.config.num_queries,
+        top_k=args.top_k,
+        about=about,
+    )
 
 
 def write_report(found: "Report", args: argparse.Namespace) -> None:

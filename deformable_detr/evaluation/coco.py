@@ -7,21 +7,14 @@ from dataclasses import dataclass
 from io import StringIO
 
 import numpy as np
-import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from deformable_detr.data.coco import CocoDataset, collate
+from deformable_detr.data.coco import CocoDataset
 from deformable_detr.data.names import printable
 from deformable_detr.data.split_checks import category_difference
-from deformable_detr.evaluation_mode import evaluating
-from deformable_detr.inference.postprocess import as_results, postprocess
-from deformable_detr.inference.sizes import batches_of_one_size
-from deformable_detr.interrupts import ignore_interrupt
+from deformable_detr.evaluation.detections import predict_dataset
 from deformable_detr.models.base import BaseDetector
-from deformable_detr.structures import Batch, Target
 
 COCO_THRESHOLDS = (32**2, 96**2)  # areas at which small and medium objects end, in pixels
 
@@ -79,65 +72,6 @@ def rounded(value: object) -> object:
     if isinstance(value, float):
         return None if math.isnan(value) else round(value, 4)
     return value
-
-
-def predict_dataset(
-    model: BaseDetector,
-    dataset: CocoDataset,
-    batch_size: int = 8,
-    num_workers: int = 0,
-    progress: bool = True,
-    top_k: int = 100,
-    share: tuple[int, int] = (0, 1),
-) -> list[dict]:
-    """The best top_k detections of every image, as COCO results with the data's own ids, image by
-    image in the data set's order.
-
-    batch_size: images at once, at most: only those of one size share a batch, so that a detection
-    does not depend on it. share: of several processes' batches those of this one, (0, 2) or (1, 2)
-    for two; `gathered` puts their results together.
-    """
-    device = next(model.parameters()).device
-    batches = batches_of_one_size([_stated_size(dataset, i) for i in dataset.image_ids], batch_size)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches[share[0] :: share[1]],
-        collate_fn=_batches,
-        num_workers=num_workers,
-        generator=torch.Generator(),  # leaves the global random state alone
-        worker_init_fn=ignore_interrupt,
-    )
-    found: dict[int | str, list[dict]] = {}
-    for loaded in tqdm(loader, "evaluate", unit="batch", disable=not progress, leave=False):
-        for batch in loaded:
-            found |= _detect(model, batch.to(device), dataset.categories, top_k)
-    return [result for image_id in dataset.image_ids for result in found.get(image_id, [])]
-
-
-def _stated_size(dataset: CocoDataset, image_id: int | str) -> tuple:
-    image = dataset.coco.imgs[image_id]
-    return image.get("height"), image.get("width")
-
-
-def _batches(samples: list[tuple[torch.Tensor, Target]]) -> list[Batch]:
-    """More than one where the annotation file is wrong about a size, or does not say it."""
-    sizes = batches_of_one_size([image.shape for image, _ in samples], len(samples))
-    return [collate([samples[i] for i in batch]) for batch in sizes]
-
-
-@torch.no_grad()
-def _detect(
-    model: BaseDetector, batch: Batch, categories: list[dict], top_k: int
-) -> dict[int | str, list[dict]]:
-    """The detections of each image of a batch, by its id, as COCO results."""
-    sizes = [target.original_size for target in batch.targets]
-    with evaluating(model):
-        found = postprocess(model(batch), sizes, top_k)
-    results = {}
-    for target, each in zip(batch.targets, found, strict=True):
-        category_ids = [categories[label]["id"] for label in each.labels.tolist()]
-        results[target.image_id] = as_results(each, target.image_id, category_ids)
-    return results
 
 
 def evaluate(

@@ -13,15 +13,16 @@ import numpy as np
 from pycocotools.cocoeval import COCOeval
 
 from deformable_detr.data.coco import CocoDataset
-from deformable_detr.data.names import listed
+from deformable_detr.data.crowding import QUERIES, TOP_K, crowding
+from deformable_detr.data.names import listed, printable
 from deformable_detr.evaluation.coco import (
     Metrics,
     check_classes,
     coco_evaluation,
     metrics_of,
-    predict_dataset,
     rounded,
 )
+from deformable_detr.evaluation.detections import predict_dataset
 from deformable_detr.evaluation.mistakes import (
     FOUND,
     KINDS,
@@ -37,6 +38,10 @@ from deformable_detr.files import write_json
 from deformable_detr.models.base import BaseDetector
 
 WORST = 12  # images that a report shows at most
+MEASURES = (  # two sentences, and two lines of a terminal
+    "Precision and recall are of all these detections, so recall can be high where AP is low:",
+    "AP is over IoU 0.50 to 0.95 and all scores, and counts 100 detections of a class in an image.",
+)
 
 
 @dataclass
@@ -108,7 +113,11 @@ class Errors:
 
 @dataclass
 class Report:
-    """What `analyse` found. Confusion, error counts and worst images are those at `threshold`."""
+    """What `analyse` found. Confusion, error counts and worst images are those at `threshold`.
+
+    remarks: sentences without which the figures would be misread, such as on images with more
+    objects than a detector has queries. about: what was measured, such as {"model": its file}.
+    """
 
     metrics: Metrics
     curves: list[Curve]
@@ -117,11 +126,15 @@ class Report:
     worst: list[ImageReport]
     threshold: float
     dataset: CocoDataset = field(repr=False)
+    remarks: list[str] = field(default_factory=list)
+    about: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """For a JSON file: rounded to four digits, None where undefined."""
         rates = {"precision": self.errors.precision, "recall": self.errors.recall}
         content = {
+            "about": self.about,
+            "remarks": self.remarks,
             "metrics": self.metrics.to_dict(),
             "threshold": self.threshold,
             "errors": dataclasses.asdict(self.errors) | rates,
@@ -134,12 +147,19 @@ class Report:
     def table(self) -> str:
         """As text for a terminal."""
         errors = self.errors
-        lines = [str(self.metrics), "", f"at IoU {FOUND} and scores from {self.threshold:.3f} on"]
+        lines = [f"{name}: {printable(text)}" for name, text in self.about.items()]
+        lines += [
+            str(self.metrics),
+            *self.remarks,
+            "",
+            f"at IoU {FOUND} and scores from {self.threshold:.3f} on",
+        ]
         lines += [
             f"{name:28}{figure(value):>7}"
             for name, value in (("precision", errors.precision), ("recall", errors.recall))
         ]
         lines += [
+            *MEASURES,
             "",
             f"{'detections':12}{'count':>7}  AP50 if mended",
             f"{'correct':12}{errors.counts['correct']:>7}",
@@ -173,16 +193,24 @@ def analyse(
     most. ValueError on another number of classes or a threshold out of range.
     """
     check_classes(model, dataset)
-    _check_threshold(threshold)
+    check_threshold(threshold)
     results = predict_dataset(model, dataset, batch_size, progress=progress, top_k=top_k)
-    return analyse_results(results, dataset, threshold)
+    return analyse_results(results, dataset, threshold, model.config.num_queries, top_k)
 
 
 def analyse_results(
-    results: list[dict], dataset: CocoDataset, threshold: float | None = 0.5
+    results: list[dict],
+    dataset: CocoDataset,
+    threshold: float | None = 0.5,
+    num_queries: int = QUERIES,
+    top_k: int = TOP_K,
+    about: dict[str, str] | None = None,
 ) -> Report:
-    """The same for detections that are there already, as `predict_dataset` gives them."""
-    _check_threshold(threshold)
+    """The same for detections that are there already, as `predict_dataset` gives them.
+
+    num_queries, top_k: the most that were detected in an image. about: what was measured.
+    """
+    check_threshold(threshold)
     if threshold is None:
         threshold = choose_threshold(results, dataset)
     images = judge_all([r for r in results if r["score"] >= threshold], dataset)
@@ -202,10 +230,19 @@ def analyse_results(
         worst=[image for image in worst if image.errors()],
         threshold=float(threshold),
         dataset=dataset,
+        remarks=crowding(_content(dataset), num_queries, top_k),
+        about=about or {},
     )
 
 
-def _check_threshold(threshold: float | None) -> None:
+def _content(dataset: CocoDataset) -> dict:
+    """The annotations of a data set's images, which may be a part of its file's."""
+    found = dataset.coco.imgToAnns
+    return {"annotations": [a for image_id in dataset.image_ids for a in found[image_id]]}
+
+
+def check_threshold(threshold: float | None) -> None:
+    """ValueError where a threshold is out of range."""
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in [0, 1], or None to choose it, got {threshold}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from deformable_detr.evaluation.mistakes import FOUND, KINDS, ImageReport, Judged
-from deformable_detr.evaluation.report import Confusion, Curve, Report, figure
+from deformable_detr.evaluation.report import MEASURES, Confusion, Curve, Report, figure
 from deformable_detr.files import write_atomically
 from deformable_detr.look.pictures import draw_boxes
 
@@ -31,16 +31,24 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
   max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: .8rem 0; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem 1rem; }
+dt { font-weight: bold; }
+dd { margin: 0; }
+h1, dd, p, figcaption, th[scope=row] { overflow-wrap: anywhere; }
+.wide th { min-width: 6.5rem; max-width: 9rem; overflow-wrap: anywhere; }
 th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
+td.number { white-space: nowrap; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem; }
-.pictures { grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); }
+.pictures { grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
 figure { margin: 0; }
 img, svg { width: 100%; height: auto; }
 .frame { fill: none; stroke: var(--line); }
 .line { fill: none; stroke: var(--curve); stroke-width: 2; }
 .key { display: inline-block; width: 1em; height: 1em; border: 1px solid var(--text); }
+th small { display: block; font-weight: normal; }
+@media (max-width: 32rem) { th, td { padding: .15rem .3rem; } }
 """
 
 
@@ -50,8 +58,9 @@ def write_html(report: Report, path: Path | str) -> None:
     Reads the worst images: ValueError or FileNotFoundError where one cannot be read. OSError where
     the page cannot be written.
     """
-    text = page(report)
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
+    # a name may hold half a letter, which is no text in UTF-8
+    text = page(report).encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda temporary: Path(temporary).write_bytes(text))
 
 
 def page(report: Report) -> str:
@@ -61,10 +70,10 @@ def page(report: Report) -> str:
     metrics = [(name, figure(value)) for name, value in report.metrics.rows().items()]
     at = f"at IoU {FOUND} and scores from {report.threshold:.3f} on"
     sections = [
-        f"<h1>Detections on {report.metrics.images} images</h1>",
-        f"<h2>COCO metrics</h2>{_table(('figure', 'value'), metrics)}",
+        f"<h1>Detections on {report.metrics.images} images</h1>{_about(report)}",
+        f"<h2>COCO metrics</h2>{_remarks(report)}{_table(('figure', 'value'), metrics)}",
         f"<h2>Detections and errors</h2><p>Counts {at}. The last column is the AP50 that would be "
-        "won if these errors alone were mended, over all scores.</p>"
+        f"won if these errors alone were mended, over all scores. {' '.join(MEASURES)}</p>"
         f"{_table(('rate', 'value'), rates)}{_error_table(report)}",
         f"<h2>Precision over recall</h2><p>At IoU {FOUND}; recall to the right, precision "
         "upwards, both from 0 to 1.</p>"
@@ -85,6 +94,16 @@ def page(report: Report) -> str:
     )
 
 
+def _about(report: Report) -> str:
+    """What was measured: names and what they are."""
+    rows = (f"<dt>{escape(k)}</dt><dd>{escape(text)}</dd>" for k, text in report.about.items())
+    return f"<dl>{''.join(rows)}</dl>" if report.about else ""
+
+
+def _remarks(report: Report) -> str:
+    return "".join(f"<p><strong>{escape(text)}.</strong></p>" for text in report.remarks)
+
+
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Names in the first column, numbers in the others; all of it escaped."""
     cells = "".join(f"<th scope='col'>{escape(name)}</th>" for name in head)
@@ -96,14 +115,14 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _error_table(report: Report) -> str:
-    head = ("kind", "", "count", "AP50 if mended")
+    head = ("kind", "count", "AP50 if mended")
     lines = ["".join(f"<th scope='col'>{name}</th>" for name in head)]
     for kind, colour in COLOURS.items():
         gain = report.errors.gains.get(kind)
+        key = f"<span class='key' style='background: {colour}'></span> {kind}"
         lines.append(
-            f"<th scope='row'><span class='key' style='background: {colour}'></span> {kind}</th>"
-            f"<td>{KINDS.get(kind, 'finds an object of its class')}</td>"
-            f"<td class='number'>{report.errors.counts[kind]}</td>"
+            f"<th scope='row'>{key}<small>{KINDS.get(kind, 'finds an object of its class')}</small>"
+            f"</th><td class='number'>{report.errors.counts[kind]}</td>"
             f"<td class='number'>{'' if gain is None else figure(gain, '+.3f')}</td>"
         )
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
