@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deformable_detr.ops import SpatialShapes, check_spatial_shapes, ms_deform_attn
+from deformable_detr.ops.sizes import Shapes, are_known
 
 OFFICIAL_NAME = "MultiScaleDeformableAttention"
 OUTSIDE = -2.0  # a location off every map: the kernel reads nothing there
@@ -264,8 +265,10 @@ def ms_deform_attn_backward(
     return list(torch.autograd.grad(output, inputs, grad_output))
 
 
-def _checked_levels(spatial_shapes: Tensor, level_start_index: Tensor) -> list[tuple[int, int]]:
+def _checked_levels(spatial_shapes: Tensor, level_start_index: Tensor) -> Shapes:
     shapes = check_spatial_shapes(spatial_shapes)
+    if not are_known(shapes):  # a traced program reads them when it runs
+        return shapes
     starts = list(accumulate((h * w for h, w in shapes[:-1]), initial=0))
     if level_start_index.tolist() != starts:
         raise ValueError(

@@ -55,6 +55,6 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ValueError(str(error)) from None
     for check in checks:
-        print(f"onnxruntime differs from PyTorch {check}")
+        print(check)
     print(f"written: {args.output}")
     return 0

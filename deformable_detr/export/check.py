@@ -15,7 +15,7 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Check:
-    """What came of one run: the largest difference from PyTorch, of so many images of a size."""
+    """What came of one run of so many images of a size: the largest difference from PyTorch."""
 
     batch: int
     height: int
@@ -23,7 +23,8 @@ class Check:
     difference: float
 
     def __str__(self) -> str:
-        return f"by {self.difference:.1g} in {self.batch} x {self.height} x {self.width}"
+        images = f"{self.batch} of {self.height} x {self.width}"
+        return f"{images}: PyTorch and onnxruntime are {self.difference:.1g} apart"
 
 
 def check_file(

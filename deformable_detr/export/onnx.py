@@ -58,7 +58,7 @@ def to_onnx(
         checks.extend(check_file(temporary, graph, size, dynamic))
         wrong = [check for check in checks if not check.difference <= TOLERANCE]
         if wrong:
-            raise ValueError(f"no file is written: onnxruntime differs from PyTorch, {wrong[0]}")
+            raise ValueError(f"no file is written, it would be wrong; {wrong[0]}")
 
     write_atomically(path, write)
     return checks

@@ -31,9 +31,10 @@ def ms_deform_attn(
         the top-left pixel, (1, 1) the bottom-right corner of the bottom-right one. Samples outside
         a map count as zero, also where the coordinate is NaN or infinite.
     attention_weights: (B, Q, M, L, K), usually a softmax over the last two axes together. K >= 1,
-        and on CUDA L * K <= 512.
+        and on CUDA L * K <= 512. The kernels take D <= 16384, and S, Q and M * D below 2**31.
     backend: "cuda" and "cpu", the kernel for the tensors' device; "reference", plain PyTorch, on
-        any device; "gather", PyTorch without grid_sample. By default the one that `use_backend`
+        any device; "gather", PyTorch without grid_sample, which is also what "reference" does where
+        a traced program reads spatial_shapes from a tensor. By default the one that `use_backend`
         names, or else the environment variable DEFORMABLE_DETR_BACKEND. Where nothing does, the
         kernel where `backends()` has it, "gather" inside torch.func's transforms and forward-mode
         derivatives, and "reference" for all else, such as an ONNX export, in which it is one
