@@ -7,12 +7,15 @@ holds a model of DEFAULT.
 from deformable_detr.models.base import BaseDetector
 from deformable_detr.models.deformable_detr import DeformableDETR, DeformableDETRConfig
 from deformable_detr.models.detr import DETR, DETRConfig
+from deformable_detr.models.dn_detr import DNDETR, DNDETRConfig
 
 __all__ = [
     "DETR",
+    "DNDETR",
     "MODELS",
     "BaseDetector",
     "DETRConfig",
+    "DNDETRConfig",
     "DeformableDETR",
     "DeformableDETRConfig",
     "build_model",
@@ -21,6 +24,7 @@ __all__ = [
 MODELS = {
     "deformable_detr": (DeformableDETRConfig, DeformableDETR),
     "detr": (DETRConfig, DETR),
+    "dn_detr": (DNDETRConfig, DNDETR),
 }
 DEFAULT = "deformable_detr"
 

@@ -6,7 +6,7 @@ Chapter 8. A member of the family replaces parts. It is a small file, never a co
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -45,6 +45,8 @@ class DetectorConfig:
         "sine", '"sine" or "learned"', "position_embedding", "position_embedding_type"
     )
     position_size: int = option(50, "rows and columns that learned positions cover")
+
+    may_be_zero: ClassVar[tuple[str, ...]] = ()  # of these whole numbers
 
     def __post_init__(self) -> None:
         check_counts(self)
@@ -174,12 +176,16 @@ def check_images(images: Tensor, mask: Tensor) -> None:
         raise ValueError(f"mask must be (B, H, W), got {given}")
 
 
-def check_counts(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
-    """ValueError where an integer option of a configuration is not positive."""
+def check_counts(config: DetectorConfig) -> None:
+    """ValueError where an integer option of a configuration is not positive, or not at least zero
+    where it may be that."""
     counts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.type is int}
-    wrong = {n: value for n, value in counts.items() if value < 1 and n not in may_be_zero}
+    wrong = {n: value for n, value in counts.items() if value < 1 and n not in config.may_be_zero}
     if wrong:
         raise ValueError(f"these must be at least 1: {wrong}")
+    negative = {name: value for name, value in counts.items() if value < 0}
+    if negative:
+        raise ValueError(f"these must be at least 0: {negative}")
 
 
 def for_each_image(memory: Tokens, *learned: Tensor) -> list[Tensor]:

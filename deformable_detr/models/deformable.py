@@ -1,6 +1,7 @@
 """What detectors with deformable attention share: several levels, layers that sample. Chapter 8."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -9,7 +10,7 @@ from deformable_detr.layers.attention import MSDeformAttn
 from deformable_detr.layers.dense_attention import DenseAttention
 from deformable_detr.layers.position import build_position_encoding
 from deformable_detr.losses.scoring import Scoring
-from deformable_detr.models.base import BaseDetector, DetectorConfig, check_counts, xavier
+from deformable_detr.models.base import BaseDetector, DetectorConfig, xavier
 from deformable_detr.models.decoder import Decoder, DecoderLayer
 from deformable_detr.models.encoder import Encoder, EncoderLayer
 from deformable_detr.models.exact_tokens import ExactTokens
@@ -44,8 +45,7 @@ class DeformableConfig(DetectorConfig):
         "code does not, which costs AP where images are small or of unlike sizes",
     )
 
-    def __post_init__(self) -> None:
-        check_counts(self, may_be_zero=("deformable_stages",))  # the backbone checks that
+    may_be_zero: ClassVar[tuple[str, ...]] = ("deformable_stages",)  # the backbone checks that
 
 
 class DeformableDetector(BaseDetector):

@@ -1,0 +1,114 @@
+"""What every member of the family does alike: gradients everywhere, padding left aside, files,
+detections, half precision, layers computed again."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from deformable_detr import postprocess
+from deformable_detr.evaluation.complexity import complexity
+from deformable_detr.losses import SetCriterion
+from deformable_detr.models import MODELS, build_model, model_name
+from deformable_detr.weights.ours import load_model, save_model
+from tests.members import build, make_batch, output_of, padded_more, tiny, without_gradient
+
+CATEGORIES = [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}, {"id": 20, "name": "blue"}]
+every_member = pytest.mark.parametrize("name", MODELS)
+
+
+@every_member
+@pytest.mark.parametrize("counts", [(3, 1), (2, 0), (0, 0)])
+def test_every_parameter_has_a_finite_gradient(name, counts):
+    """Whatever objects there are, as processes that train together demand."""
+    model, batch = build(tiny(name)).train(), make_batch(*counts)
+    losses = SetCriterion()(model(batch), batch.targets)
+    assert all(term.isfinite() for term in losses.values())
+    assert not without_gradient(model, losses)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@every_member
+def test_one_step_lowers_the_loss(name):
+    """Of the same batch with the same random numbers."""
+    model, batch = build(tiny(name)).train(), make_batch(2, 3)
+    model.backbone.eval()
+    # the same parameters that decide what is chosen, and small steps for the others
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    before = sum(SetCriterion()(output_of(model, batch), batch.targets).values())
+    before.backward()
+    optimizer.step()
+    after = sum(SetCriterion()(output_of(model, batch), batch.targets).values())
+    assert after < before
+
+
+@every_member
+def test_in_evaluation_queries_are_as_many_as_configured(name):
+    model, batch = build(tiny(name)).eval(), make_batch(3, 1)
+    output = model(batch)
+    assert output.logits.shape[:2] == (2, 6) and output.boxes.shape == (2, 6, 4)
+    assert output.groups == 1 and not output.losses
+    assert not any("denoising" in each for each in output.others)
+    (found, _) = postprocess(output, [(64, 80), (48, 96)], top_k=5)
+    assert len(found) == 5 and (found.scores.diff() <= 0).all()
+
+
+@every_member
+def test_outputs_do_not_depend_on_padding(name):
+    """Rubbish in further cells, which count as padding, changes nothing."""
+    model, batch = build(tiny(name)).eval(), make_batch(1, 1)
+    tokens = model.tokens(batch)
+    plain, padded = (output_of(model, batch, x) for x in (tokens, padded_more(tokens)))
+    torch.testing.assert_close(padded.logits, plain.logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(padded.boxes, plain.boxes, rtol=1e-3, atol=1e-4)
+
+
+@every_member
+def test_a_file_brings_back_the_model(name, tmp_path):
+    model, batch = build(tiny(name)).eval(), make_batch(1, 1)
+    save_model(model, tmp_path / "model.safetensors", CATEGORIES)
+    again, categories = load_model(tmp_path / "model.safetensors")
+    assert model_name(again.config) == name and again.config == model.config
+    assert categories == CATEGORIES
+    with torch.no_grad():
+        assert torch.equal(again(batch).boxes, model(batch).boxes)
+
+
+@every_member
+def test_layers_computed_again_change_no_gradient(name):
+    gradients = []
+    for on in (False, True):
+        model, batch = build(tiny(name)).train(), make_batch(3, 1)
+        model.set_gradient_checkpointing(on)
+        without_gradient(model, SetCriterion()(output_of(model, batch), batch.targets))
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for once, twice in zip(*gradients, strict=True):
+        torch.testing.assert_close(once, twice, rtol=0, atol=0)
+
+
+@every_member
+def test_half_precision(name):
+    """Everything that must be float32 is, and every gradient finite."""
+    model, batch = build(tiny(name)).train(), make_batch(3, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(batch)
+    assert output.boxes.dtype == torch.float32
+    losses = SetCriterion()(output.float(), batch.targets)
+    assert not without_gradient(model, losses)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@every_member
+def test_its_cost_is_counted(name):
+    found = complexity(build_model(tiny(name)), (64, 96), repeats=0)
+    assert {"backbone", "encoder", "decoder"} <= found.parts.keys()
+    assert found.multiply_adds > 1e6
+
+
+@every_member
+def test_a_label_that_is_no_class_is_refused_in_one_line(name):
+    model, batch = build(tiny(name)).train(), make_batch(2, 1)
+    target = dataclasses.replace(batch.targets[0], labels=torch.tensor([0, 3]))
+    batch = dataclasses.replace(batch, targets=[target, batch.targets[1]])
+    with pytest.raises(ValueError, match=r"^image 0: labels must be in \[0, 3\), got \[3\]$"):
+        SetCriterion()(model(batch), batch.targets)
