@@ -2,6 +2,7 @@
 names can fake."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -20,7 +21,13 @@ from deformable_detr.data.faults import Fault, told
 from deformable_detr.data.names import id_order, printable
 from deformable_detr.data.split_checks import category_difference, check_data
 from deformable_detr.evaluation.coco import score
-from tests.conftest import save_annotations, write_coco
+from deformable_detr.models import build_model
+from deformable_detr.training.config import TrainConfig
+from deformable_detr.training.doctor import Diagnosis
+from deformable_detr.training.doctor import check_data as check_data_of
+from deformable_detr.training.remarks import at_the_start
+from deformable_detr.training.setup import Training
+from tests.conftest import TINY, save_annotations, write_coco
 
 TRAIN = ["--recipe", "digits", "--epochs", "1", "--set", "model.num_queries=6"]
 
@@ -335,6 +342,18 @@ def test_more_objects_than_queries_or_than_cocos_hundred_are_said_with_numbers(t
     )
     assert [f.kind for f in check_annotations(content)].count("crowded image") == 2
     assert crowding(read_annotations(crowd(tmp_path / "b", [{3: 100}])[1])) == []
+
+
+def test_doctor_and_train_say_so_of_the_models_own_queries(tmp_path):
+    data = CocoDataset(*crowd(tmp_path, [{3: 7}, {3: 6}]))
+    diagnosis = Diagnosis()
+    check_data_of(diagnosis, data, TINY.num_queries, end=math.inf)
+    said = [finding.text for finding in diagnosis.findings if "queries" in finding.text]
+    expected = "image 100 has 7 objects, more than the 6 queries of the model"
+    assert len(said) == 1 and said[0].startswith(f"1 x crowded image: {expected}")
+    config = TrainConfig(epochs=1, batch_size=2)
+    training = Training(build_model(TINY), data, None, tmp_path / "run", config, progress=False)
+    assert any(line.startswith(f"train: {expected}") for line in at_the_start(training))
 
 
 @pytest.mark.parametrize("counts", [[{3: 259}], [{3: 250, 7: 40}, {3: 20}], [{7: 3}]], ids=str)

@@ -1,77 +1,26 @@
-"""A self-test before a long training: overfit one batch, and say what is wrong. Chapter 12."""
+"""A self-test before a long training: data, transform and model together. Chapter 12."""
 
-import copy
+import math
 import random
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field
-from io import StringIO
 
 import torch
-from pycocotools.coco import COCO
-from torch import Tensor, nn
-from torchvision import tv_tensors
-from torchvision.ops import box_convert
-from torchvision.transforms import v2
-from tqdm import tqdm
 
 from deformable_detr.boxes import cxcywh_to_xyxy
 from deformable_detr.data.checks import check_annotations
 from deformable_detr.data.coco import CocoDataset, collate
 from deformable_detr.data.picture_checks import look_at, picture_faults
-from deformable_detr.evaluation.coco import score
-from deformable_detr.inference.postprocess import postprocess
-from deformable_detr.losses.criterion import SetCriterion
 from deformable_detr.models import BaseDetector
 from deformable_detr.structures import Batch
+from deformable_detr.training.batches import count_steps
 from deformable_detr.training.config import TrainConfig
-from deformable_detr.training.faults import all_finite, first_not_finite
-from deformable_detr.training.optimiser import parameter_groups
+from deformable_detr.training.diagnosis import Diagnosis
+from deformable_detr.training.overfit import overfit
+from deformable_detr.training.pace import Plan
+from deformable_detr.training.placement import placements
 
 IMAGES = 4  # in the batch
-RATE = 1e-3  # for all parameters: high, as nothing has to be learned beyond one batch
-WARM_UP = 10  # steps
-LOSS_FALLS_TO = 0.4  # of what it was, at most
-AP_REACHES = 0.2  # on the batch, at least: dense attention gets to 0.4, deformable to 0.9
-ENOUGH_STEPS = 100  # to expect that of a model
-PIXELS = 1.5  # by which a box may miss its place: rounding, twice, and resizing by nearest pixels
-
-
-@dataclass
-class Finding:
-    """One line of a diagnosis. level: "ok", "warning" or "fatal"."""
-
-    level: str
-    text: str
-
-
-@dataclass
-class Diagnosis:
-    """What `doctor` found. losses: of each step on the batch. ap: on the batch at the end."""
-
-    findings: list[Finding] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    ap: float = float("nan")
-
-    @property
-    def healthy(self) -> bool:
-        """Whether nothing fatal was found."""
-        return all(finding.level != "fatal" for finding in self.findings)
-
-    def table(self) -> str:
-        """All findings, a line each, and a verdict."""
-        lines = [f"{finding.level:8} {finding.text}" for finding in self.findings]
-        count = Counter(finding.level for finding in self.findings)
-        verdict = "ready to train" if self.healthy else "do not train yet"
-        return "\n".join(
-            [*lines, f"{verdict}: {count['fatal']} fatal, {count['warning']} warnings"]
-        )
-
-    def add(self, bad: str, text: str, good: bool = False) -> None:
-        """A finding that is "ok" if good, else of the level `bad`."""
-        self.findings.append(Finding("ok" if good else bad, text))
+PIXELS = 0.5  # of the transformed image, by which a box may miss its place: rounding to whole ones
 
 
 def doctor(
@@ -80,6 +29,8 @@ def doctor(
     steps: int = 150,
     progress: bool = True,
     seconds: float = 90.0,
+    config: TrainConfig | None = None,
+    val_images: int = 0,
 ) -> Diagnosis:
     """Test data and model together, by overfitting one batch of the data set.
 
@@ -87,13 +38,14 @@ def doctor(
     parts of the model that get no gradient, infinity and NaN, a loss that does not fall and objects
     that are not found although the model has seen little else. The model is left as it was; the
     transform is applied once, as training would. seconds: what the whole may take; a large model
-    gets fewer steps in it, and is judged more mildly. ValueError where steps is less than 1.
+    gets fewer steps in it, and is judged more mildly. config, val_images: of the training to come,
+    whose hours are then estimated. ValueError where steps is less than 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     end = time.monotonic() + seconds
     diagnosis = Diagnosis()
-    check_data(diagnosis, dataset, time.monotonic() + seconds / 6)
+    check_data(diagnosis, dataset, model.config.num_queries, time.monotonic() + seconds / 6)
     classes, categories = model.config.num_classes, len(dataset.categories)
     text = f"the model has {classes} classes, the data {categories} categories"
     diagnosis.add("fatal", text, classes == categories)
@@ -106,17 +58,25 @@ def doctor(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         check_transform(diagnosis, dataset, indices)
+        begun = time.monotonic()
         batch = collate([dataset[i] for i in indices])
+        loading = (time.monotonic() - begun) / len(indices)
         check_targets(diagnosis, batch, categories)
         if diagnosis.healthy:
             overfit(diagnosis, model, dataset, batch, steps, progress, end)
+    if diagnosis.losses and config:
+        plan = Plan(config, count_steps(len(dataset), config, 1), val_images)
+        estimate(diagnosis, plan, diagnosis.step_seconds / len(indices), loading)
     return diagnosis
 
 
-def check_data(diagnosis: Diagnosis, dataset: CocoDataset, end: float) -> None:
-    """The faults of annotations and images by kind; as many images as can be read until `end`."""
+def check_data(diagnosis: Diagnosis, dataset: CocoDataset, num_queries: int, end: float) -> None:
+    """The faults of annotations and images by kind; as many images as can be read until `end`.
+
+    num_queries: of the model, which cannot find more objects in an image.
+    """
     content = dataset.coco.dataset
-    faults = check_annotations(content)
+    faults = check_annotations(content, num_queries)
     images = random.Random(0).sample(content["images"], len(content["images"]))
     seen = []
     for image in images:
@@ -158,55 +118,27 @@ def choose_images(dataset: CocoDataset) -> list[int]:
 
 
 def check_transform(diagnosis: Diagnosis, dataset: CocoDataset, indices: list[int]) -> None:
-    """Whether boxes move with the pixels, drawn back to the original images."""
-    worst, where = 0.0, "no box is left after the transform"
-    for index in indices:
-        for key, error in box_errors(dataset, index):
-            if error >= worst:
-                worst, where = error, f"annotation {key}"
-    text = f"after the transform boxes lie within {worst:.1f} pixels of their place, {where}"
-    diagnosis.add("fatal", text, worst <= PIXELS)
-
-
-def box_errors(dataset: CocoDataset, index: int) -> Iterator[tuple[int, float]]:
-    """By how much each box of an image, with its annotation's id, misses its pixels after the
-    transform.
-
-    A map of where each pixel was goes through the transform with the image, as a mask, which keeps
-    its values.
-    """
-    image_id = dataset.image_ids[index]
-    image = dataset.load_image(image_id)
-    found = [a for a in dataset.coco.imgToAnns[image_id] if not a["iscrowd"]]
-    boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32)
-    boxes[:, 2:] += boxes[:, :2]  # xywh to xyxy
-    canvas = image.height, image.width
-    boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas)
-    boxes = v2.functional.clamp_bounding_boxes(boxes)
-    y, x = torch.meshgrid(*(torch.arange(side) + 0.5 for side in canvas), indexing="ij")
-    origin = tv_tensors.Mask(torch.stack([x, y]) + 1)  # 0 is left to padding
-    _, moved, rows, origin = dataset.transform(image, boxes, torch.arange(len(found)), origin)
-    boxes, moved, origin = (value.as_subclass(Tensor) for value in (boxes, moved, origin))
-    for row, box in zip(rows.tolist(), moved, strict=True):
-        if (box[2:] > box[:2]).all():  # others are dropped
-            yield found[row]["id"], misplacement(boxes[row], box, origin - 1)
-
-
-def misplacement(before: Tensor, after: Tensor, origin: Tensor) -> float:
-    """How far a box is from its pixels, in pixels of the original image or, where those are
-    smaller, of the transformed one; up to PIXELS is rounding.
-
-    before, after: (4,) xyxy in the original and the transformed image. origin: (2, H, W), the
-    original (x, y) of each transformed pixel's centre, -1 on padding.
-    """
-    inside = (origin >= before[:2, None, None]) & (origin < before[2:, None, None])
-    y, x = inside.all(0).nonzero(as_tuple=True)
-    if not len(x):  # thinner than a pixel, or not where it says
-        return 0.0 if (after[2:] - after[:2]).min() < 2 else torch.inf
-    pixels = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])
-    came_from = origin[:, y, x]
-    scale = (pixels[2:] - pixels[:2]) / (came_from.amax(1) - came_from.amin(1) + 1)
-    return ((after - pixels).abs().max() / scale.max().clamp(min=1)).item()
+    """Whether boxes move with their pixels."""
+    try:
+        found = [each for index in indices for each in placements(dataset, index)]
+    except ValueError as error:
+        diagnosis.add("fatal", str(error))
+        return
+    measured = [each for each in found if not math.isnan(each.error)]
+    if not measured:
+        why = "bends images, so that nobody knows where boxes belong" if found else "leaves no box"
+        diagnosis.add("warning", f"the transform {why}: their places are not checked")
+        return
+    worst = max(measured, key=lambda each: each.error)
+    error, good = f"{worst.error:.2f} pixels", worst.error <= PIXELS
+    text = f"boxes move with their pixels: of {len(measured)} the worst misses by {error}"
+    if not good:
+        off = sum(each.error > PIXELS for each in measured)
+        text = (
+            f"the transform misplaces {off} of {len(measured)} boxes: that of annotation "
+            f"{worst.annotation_id} by {error}, expected at most {PIXELS}"
+        )
+    diagnosis.add("fatal", text, good)
 
 
 def check_targets(diagnosis: Diagnosis, batch: Batch, categories: int) -> None:
@@ -223,120 +155,21 @@ def check_targets(diagnosis: Diagnosis, batch: Batch, categories: int) -> None:
         diagnosis.add("fatal", "the transform leaves no box in the batch")
 
 
-def overfit(
-    diagnosis: Diagnosis,
-    model: BaseDetector,
-    dataset: CocoDataset,
-    batch: Batch,
-    steps: int,
-    progress: bool,
-    end: float,
-) -> None:
-    """Train a copy of the model on the batch, and judge how that went."""
-    model = without_dropout(copy.deepcopy(model)).train()
-    batch = batch.to(next(model.parameters()).device)
-    same_rate = TrainConfig(lr=RATE, backbone_lr=RATE, sampling_lr_factor=1.0)
-    optimizer = torch.optim.AdamW(parameter_groups(model, same_rate), weight_decay=0.0)
-    criterion, touched = SetCriterion(), set()
-    for step in tqdm(range(steps), "overfit one batch", unit="step", disable=not progress):
-        output = model(batch)
-        loss = sum(criterion(output, batch.targets).values()) if all_finite(output) else None
-        if loss is None or not loss.isfinite():
-            where = first_not_finite(model, batch)
-            diagnosis.add("fatal", f"the loss is not finite at step {step + 1}: {where}")
-            return
-        optimizer.zero_grad()
-        loss.backward()
-        learning = ((name, p.grad) for name, p in model.named_parameters() if p.requires_grad)
-        touched |= {name for name, grad in learning if grad is not None and grad.any()}
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        diagnosis.losses.append(loss.item())
-        if time.monotonic() > end:
-            break
-    judge_gradients(diagnosis, model, touched)
-    diagnosis.ap = batch_ap(model.eval(), dataset, batch)
-    judge_learning(diagnosis)
+def estimate(diagnosis: Diagnosis, plan: Plan, per_image: float, loading: float) -> None:
+    """How long the training takes, by the seconds in which the batch's images were loaded and
+    learned, each."""
+    config = plan.config
+    per_image += 0 if config.num_workers else loading  # workers load while the model learns
+    per_step = per_image * config.batch_size * config.accumulate
+    text = f"{config.epochs} epochs of {plan.steps_per_epoch} steps, about {per_step:.2g} s each"
+    if plan.evaluations():
+        text += f", and {plan.evaluations()} evaluations"
+    diagnosis.add("ok", f"training takes about {duration(plan.seconds(per_step))}: {text}", True)
 
 
-def judge_gradients(diagnosis: Diagnosis, model: nn.Module, touched: set[str]) -> None:
-    """Whether each part of the model got a gradient that is not zero in some step."""
-    diagnosis.add("ok", "loss and gradients finite", good=True)
-    learning = [name for name, p in model.named_parameters() if p.requires_grad]
-    parts = sorted({name.split(".")[0] for name in learning})
-    silent = [p for p in parts if not any(n.split(".")[0] == p for n in touched)]
-    text = f"no gradient reaches {silent}" if silent else f"gradients reach {', '.join(parts)}"
-    # heads and sampling start at zero: some gradients come with the second step
-    bad = "fatal" if len(diagnosis.losses) > 2 else "warning"
-    diagnosis.add(bad, text, not silent)
-    still = [name for name in learning if name not in touched and name.split(".")[0] not in silent]
-    if still:
-        text = f"{len(still)} parameters had no gradient, such as {still[0]}"
-        diagnosis.add("warning", text)
-
-
-def judge_learning(diagnosis: Diagnosis) -> None:
-    """Whether the loss fell and the batch's objects are found; mildly after only a few steps."""
-    losses, ap = diagnosis.losses, diagnosis.ap
-    enough = len(losses) >= ENOUGH_STEPS
-    last = sum(losses[-5:]) / len(losses[-5:])
-    text = f"loss from {losses[0]:.2f} to {last:.2f} in {len(losses)} steps on one batch"
-    if not enough:
-        text += f", too few to expect what {ENOUGH_STEPS} bring"
-    bad = "fatal" if enough else "warning"
-    expected = f"expected: to {LOSS_FALLS_TO:.0%} or less"
-    diagnosis.add(bad, f"{text} ({expected})", last <= LOSS_FALLS_TO * losses[0])
-    text = f"AP {ap:.2f} on that batch (expected: {AP_REACHES} or more)"
-    diagnosis.add(bad, text, ap >= AP_REACHES)
-
-
-@torch.no_grad()
-def batch_ap(model: BaseDetector, dataset: CocoDataset, batch: Batch) -> float:
-    """AP on a batch by the data's own category ids, as `evaluate` has it on a data set; the
-    transformed images count as the originals."""
-    sizes = [tuple(size) for size in batch.sizes.tolist()]
-    ids = [category["id"] for category in dataset.categories]
-    annotations, results = [], []
-    for image, found in enumerate(postprocess(model(batch), sizes)):
-        target, (height, width) = batch.targets[image], sizes[image]
-        scale = target.boxes.new_tensor([width, height, width, height])
-        truth = cxcywh_to_xyxy(target.boxes) * scale
-        for boxes, labels, scores, into in (
-            (truth, target.labels, torch.ones(len(truth)), annotations),
-            (found.boxes, found.labels, found.scores, results),
-        ):
-            into += [
-                {"image_id": image, "category_id": ids[label], "bbox": box, "score": value}
-                for box, label, value in zip(
-                    box_convert(boxes, "xyxy", "xywh").tolist(),
-                    labels.tolist(),
-                    scores.tolist(),
-                    strict=True,
-                )
-            ]
-    for key, annotation in enumerate(annotations, 1):
-        area = annotation["bbox"][2] * annotation["bbox"][3]
-        annotation |= {"id": key, "area": area, "iscrowd": 0}
-    images = [{"id": image, "file_name": ""} for image in range(len(batch))]
-    part = copy.copy(dataset)  # the same categories
-    part.image_ids, part.coco = list(range(len(batch))), COCO()
-    part.coco.dataset = {
-        "images": images,
-        "annotations": annotations,
-        "categories": dataset.categories,
-    }
-    with redirect_stdout(StringIO()):
-        part.coco.createIndex()
-    return score(results, part).ap
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    """The same model with all its dropout set to zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-    return model
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.0f} seconds"
