@@ -110,7 +110,7 @@ def build(kernel):
         source, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source.write_text(WORDS + kernel + launch)
         flags = ["-std=c++17", "-O1", "-shared", "-fPIC"]
-        command = [compiler(), *flags, str(source), "-o", str(library)]
+        command = [*compiler(), *flags, str(source), "-o", str(library)]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(library))
     return lambda *given: loaded.launch(*map(as_c, given)), loaded

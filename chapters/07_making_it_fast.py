@@ -628,7 +628,7 @@ extern "C" float add(int threads, int times, int atomic) {
 with tempfile.TemporaryDirectory() as folder:
     source, library = Path(folder, "adders.cpp"), Path(folder, "adders.so")
     source.write_text(ADDERS)
-    command = [compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", str(source)]
+    command = [*compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", str(source)]
     subprocess.run([*command, "-o", str(library)], check=True)
     adders = ctypes.CDLL(str(library))
 adders.add.restype = ctypes.c_float
@@ -789,7 +789,7 @@ assert len(banks) == 4
 # NBVAL_IGNORE_OUTPUT
 flags = ["-std=c++17", *OPTIMISE, "-S", "-o", "-", "-x", "c++", "-"]
 text = WORDS + constant(TWO_PHASES).replace("ARGUMENTS", ARGUMENTS)
-listing = subprocess.run([compiler(), *flags], input=text, capture_output=True, text=True).stdout
+listing = subprocess.run([*compiler(), *flags], input=text, capture_output=True, text=True).stdout
 fused = [line.strip() for line in listing.splitlines() if re.search(r"fmadd.*\(%r[^i].*ymm", line)]
 print(len(fused), "multiply-adds from memory", *fused[:4], sep="\n")
 

@@ -8,11 +8,17 @@ import os
 import shutil
 import stat
 import tempfile
+import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from deformable_detr.ops.errors import BackendError
 from deformable_detr.ops.once import once
+
+# how names of temporary folders begin; nobody else's do, since old ones are removed
+BUILDING, TEMPORARY = "deformable_detr-building-", "deformable_detr-kernels-"
+HOUR = 3600  # seconds; a build takes two minutes at most
 
 
 @once
@@ -37,6 +43,7 @@ def cache_folder() -> Path:
     if not usable:
         return temporary_folder()
     refuse_unsafe(folder)
+    _remove_leftovers(folder, BUILDING, HOUR)
     return folder
 
 
@@ -44,7 +51,9 @@ def cache_folder() -> Path:
 def temporary_folder() -> Path:
     """A folder that is removed when this process ends, not a fork of it: a home that cannot be
     written to costs a build each time."""
-    folder, owner = Path(tempfile.mkdtemp(prefix="deformable_detr-")), os.getpid()
+    # one that is in use after a day is made again, should its process build once more
+    _remove_leftovers(Path(tempfile.gettempdir()), TEMPORARY, 24 * HOUR)
+    folder, owner = Path(tempfile.mkdtemp(prefix=TEMPORARY)), os.getpid()
 
     def remove() -> None:
         if os.getpid() == owner:
@@ -52,6 +61,17 @@ def temporary_folder() -> Path:
 
     atexit.register(remove)
     return folder
+
+
+def _remove_leftovers(folder: Path, prefix: str, seconds: float) -> None:
+    """Remove the user's folders in this one that are older: processes that were killed left them.
+    By age, because a process may run on another machine, or in a container."""
+    for place in folder.glob(f"{prefix}*"):
+        with suppress(OSError):  # another process was quicker
+            status = place.lstat()
+            own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+            if own and time.time() - status.st_mtime > seconds:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def refuse_unsafe(path: Path) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from deformable_detr.ops.sizes import Shapes, are_known, quietly
 
+WIDEST = 2**14  # channels: a kernel's thread keeps a head's gradient on its stack
 ALL = "value, sampling_locations and attention_weights"
 
 
@@ -63,6 +64,17 @@ def check_real(value: Tensor, locations: Tensor, weights: Tensor) -> None:
         raise TypeError(
             f"sampling_locations and attention_weights must be {real} for the kernel, got "
             f"{locations.dtype} and {weights.dtype}"
+        )
+
+
+def check_sizes(value: Tensor, locations: Tensor) -> None:
+    """ValueError where the kernel cannot count so far, whose sizes are ints of 32 bits."""
+    _, S, M, D = value.shape
+    Q, L, K = locations.shape[1], *locations.shape[3:5]
+    if max(S, Q, M, M * D, 2 * L * K) >= 2**31 or D > WIDEST:
+        raise ValueError(
+            f"the kernel takes S, Q, M * D and 2 * L * K below 2**31 and D up to {WIDEST}, "
+            f"got S={S}, Q={Q}, M={M}, D={D}, L={L}, K={K}; backend='reference' takes any"
         )
 
 

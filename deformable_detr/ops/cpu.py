@@ -68,7 +68,7 @@ def levels(shapes: tuple[tuple[int, int], ...], K: int) -> Tensor:
     """The kernel's struct Levels, for reading: every point's height, width and first token."""
     starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
     rows = [h for h, _ in shapes], [w for _, w in shapes], starts
-    return torch.tensor([[n for n in row for _ in range(K)] for row in rows], dtype=torch.int32)
+    return torch.tensor(rows, dtype=torch.int32).repeat_interleave(K, dim=1)
 
 
 def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from deformable_detr.ops import cpu, cuda, reference
-from deformable_detr.ops.checks import check_arguments, check_grad_output, check_real
+from deformable_detr.ops.checks import (
+    check_arguments,
+    check_grad_output,
+    check_real,
+    check_sizes,
+)
 from deformable_detr.ops.sizes import Shapes, check_spatial_shapes
 from deformable_detr.ops.transforms import has_tangent, refuse_transform
 
@@ -64,6 +69,7 @@ def _checked(
     shapes = check_spatial_shapes(pairs(flat if hidden is None else hidden.tolist()))
     check_arguments(value, shapes, locations, weights)
     check_real(value, locations, weights)
+    check_sizes(value, locations)
     if has_tangent(value, locations, weights):
         refuse_transform(value.device.type)
     return shapes

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deformable_detr.ops import cuda
 from deformable_detr.ops.build import build
+from deformable_detr.ops.checks import check_sizes
 from deformable_detr.ops.cpu import levels, pointers
 
 SOURCE = "cuda_threads.cpp"
@@ -205,6 +206,7 @@ def _launch(
 ) -> None:
     """The kernel for these blocks; arrays: value, locations, weights and what else it takes."""
     value, locations, *others = arrays
+    check_sizes(value, locations)
     _, S, M, _ = value.shape
     B, Q, _, _, K, _ = locations.shape
     table = levels(tuple(shapes), K)  # kept until the kernel has run
@@ -253,6 +255,7 @@ def _run_sanitized(program: Path) -> subprocess.CompletedProcess:
                 [*prefix, str(program)],
                 capture_output=True,
                 text=True,
+                errors="replace",
                 env=environment,
                 timeout=300,
             )

@@ -42,7 +42,7 @@ def build(kernel: str, name: str, flags: tuple[str, ...] = ("-O1",)) -> Callable
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source.write_text(WORDS + kernel + launch)
-        command = [compiler(), "-std=c++17", "-shared", "-fPIC", *flags, str(source)]
+        command = [*compiler(), "-std=c++17", "-shared", "-fPIC", *flags, str(source)]
         command += ["-o", str(library)]
         run = subprocess.run(command, capture_output=True, text=True)
         errors = re.findall(r"error: (.*)", run.stderr)
