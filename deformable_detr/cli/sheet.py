@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
     from deformable_detr.data.coco import CocoDataset, find_split
     from deformable_detr.look.pictures import picture_sheet
 
-    dataset = CocoDataset(*find_split(args.data, args.split))
-    picture = picture_sheet(dataset, args.count, args.seed)
     if args.output.suffix.lower() not in KINDS:
         raise ValueError(f"--output must end in one of {', '.join(KINDS)}, got {args.output}")
+    dataset = CocoDataset(*find_split(args.data, args.split))
+    picture = picture_sheet(dataset, args.count, args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.output)
     print(
