@@ -272,9 +272,13 @@ def test_a_backend_that_is_not_there_is_one_line(model_file, coco, monkeypatch, 
 
 
 def test_doctor(coco, capsys):
-    options = ["--recipe", "digits", "--set", "model.num_queries=6", "--steps", "3"]
+    options = ["--recipe", "digits", "--steps", "3", "--set", "model.num_queries=6"]
+    assert main(["doctor", str(coco), *options]) == 1
+    assert "fatal    6 training images are less than a batch of 8\n" in capsys.readouterr().out
+    options.append("train.batch_size=2")
     assert main(["doctor", str(coco), *options]) == 0
-    assert "ready to train" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "ready to train" in text and "12 epochs of 3 steps" in text and "12 evaluations" in text
     path = coco / "annotations" / "train.json"
     content = json.loads(path.read_text())
     content["annotations"][1]["bbox"] = [300, 2, 5, 5]

@@ -2,19 +2,19 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from deformable_detr import DeformableDETR
 from deformable_detr.data.coco import CocoDataset, find_split
-from deformable_detr.data.preparation import PREPARATIONS
 from deformable_detr.data.transforms import TO_TENSOR, digits_train_transform
 from deformable_detr.models import build_model
-from deformable_detr.training import doctor
+from deformable_detr.training import overfit
+from deformable_detr.training.config import TrainConfig
+from deformable_detr.training.doctor import doctor, duration
 from deformable_detr.training.recipe import load_recipe
 from tests.conftest import TINY, save_annotations
 
@@ -28,9 +28,10 @@ def model_of(**changes):
     return DeformableDETR(dataclasses.replace(TINY, **changes))
 
 
-def examine(coco, model=None, steps=3, transform=TO_TENSOR, **options):
+def examine(coco, model=None, steps=3, transform=TO_TENSOR, seconds=math.inf, **options):
+    """However loaded the machine is, all steps are made."""
     data = load(coco, transform)
-    return doctor.doctor(model or model_of(), data, steps, progress=False, **options)
+    return doctor(model or model_of(), data, steps, progress=False, seconds=seconds, **options)
 
 
 def texts(diagnosis, level):
@@ -50,8 +51,8 @@ def test_sound_data_and_a_sound_model_are_ready_to_train(coco):
     random_state = torch.get_rng_state()
     found = examine(coco, model, 110, digits_train_transform())
     assert found.healthy and not texts(found, "warning"), found.table()
-    assert len(found.losses) == 110 and found.losses[-1] < doctor.LOSS_FALLS_TO * found.losses[0]
-    assert found.ap >= doctor.AP_REACHES
+    assert len(found.losses) == 110 and found.losses[-1] < overfit.LOSS_FALLS_TO * found.losses[0]
+    assert found.ap >= overfit.AP_REACHES
     assert found.table().endswith("\nready to train: 0 fatal, 0 warnings")
     assert "5 annotations and 6 of 6 images checked" in found.table()
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
@@ -64,7 +65,7 @@ def test_a_sound_detr_is_ready_to_train():
     data = CocoDataset(samples, samples / "annotations.json", recipe.train_transform())
     torch.manual_seed(0)
     model = build_model(recipe.model_config(10))
-    found = doctor.doctor(model, data, doctor.ENOUGH_STEPS, progress=False, seconds=300)
+    found = doctor(model, data, overfit.ENOUGH_STEPS, progress=False, seconds=math.inf)
     assert found.healthy and not texts(found, "warning"), found.table()
     assert "gradients reach backbone, box_heads, class_heads, decoder, encoder" in found.table()
 
@@ -99,46 +100,14 @@ def test_data_without_any_box_is_fatal(coco):
     assert texts(examine(coco), "fatal") == ["no image has a box: there is nothing to learn"]
 
 
-class MirrorPixels(v2.Transform):
-    """Forgets the boxes."""
+def test_a_model_with_fewer_queries_than_objects_is_warned_of(coco):
+    def change(content):
+        content["annotations"] += [
+            a | {"id": a["id"] + 100 * i} for a in content["annotations"] for i in range(1, 8)
+        ]
 
-    def transform(self, inpt, params):
-        if isinstance(inpt, tv_tensors.BoundingBoxes):
-            return inpt
-        return self._call_kernel(v2.functional.horizontal_flip, inpt)
-
-
-def test_a_transform_that_leaves_boxes_behind_is_fatal(coco):
-    found = examine(coco, transform=v2.Compose([MirrorPixels(), TO_TENSOR]))
-    (text,) = texts(found, "fatal")
-    assert text.startswith("after the transform boxes lie within") and "annotation 100" in text
-
-
-@pytest.mark.parametrize("name", PREPARATIONS)
-def test_the_transforms_of_every_recipe_keep_boxes_on_their_pixels(coco, name):
-    """Also for boxes that do not start at a whole pixel."""
-    edit(coco, lambda c: c["annotations"][1].update(bbox=[3.4, 7.7, 18.3, 29.9]))
-    prepare = PREPARATIONS[name]
-    for transform in (prepare.train_transform(), prepare.eval_transform()):
-        dataset, seen = load(coco, transform), 0
-        for seed in range(12):
-            torch.manual_seed(seed)
-            for _, error in doctor.box_errors(dataset, seed % 2):
-                assert error <= doctor.PIXELS
-                seen += 1
-        assert seen >= 6
-
-
-def test_boxes_off_by_some_pixels_are_measured():
-    y, x = torch.meshgrid(torch.arange(40) + 0.5, torch.arange(60) + 0.5, indexing="ij")
-    origin = torch.stack([x, y])
-    box = torch.tensor([10.0, 5, 30, 25])
-    assert doctor.misplacement(box, box, origin) == 0
-    assert doctor.misplacement(box, box + 3, origin) == 3
-    mirrored = torch.tensor([30.0, 5, 50, 25])
-    assert doctor.misplacement(box, mirrored, origin.flip(2)) == 0
-    assert doctor.misplacement(box, box / 2, origin[:, ::2, ::2]) <= 1
-    assert doctor.misplacement(box, box, torch.full_like(origin, -1)) == torch.inf
+    edit(coco, change)
+    assert any("the 6 queries of the model" in text for text in texts(examine(coco), "warning"))
 
 
 def test_a_part_without_gradient_is_fatal(coco):
@@ -158,8 +127,8 @@ def test_infinity_and_nan_are_fatal_and_traced(coco):
 
 
 def test_a_model_that_cannot_learn_is_fatal_after_enough_steps(coco, monkeypatch):
-    monkeypatch.setattr(doctor, "RATE", 1e-9)
-    monkeypatch.setattr(doctor, "ENOUGH_STEPS", 3)
+    monkeypatch.setattr(overfit, "RATE", 1e-9)
+    monkeypatch.setattr(overfit, "ENOUGH_STEPS", 3)
     loss, ap = texts(examine(coco), "fatal")
     assert loss.startswith("loss from ") and ap.startswith("AP 0.")
 
@@ -174,3 +143,30 @@ def test_when_time_is_short_few_steps_are_judged_mildly(coco):
 def test_it_needs_a_step(coco):
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         examine(coco, steps=0)
+
+
+def test_the_time_that_a_training_takes(coco, monkeypatch):
+    """From the time of a step on the batch, whatever the machine does meanwhile."""
+    real = overfit.overfit
+
+    def timed(diagnosis, *given):
+        real(diagnosis, *given)
+        diagnosis.step_seconds = 80.0  # of 4 images
+
+    monkeypatch.setattr("deformable_detr.training.doctor.overfit", timed)
+    config = TrainConfig(epochs=9, batch_size=2, accumulate=3, evaluate_every=3, num_workers=1)
+    found = examine(coco, config=config, val_images=12)
+    (text,) = (text for text in texts(found, "ok") if text.startswith("training takes"))
+    # 9 x 120 s, and 3 x 12 images of which each takes a third of 20 s
+    assert text == (
+        "training takes about 22 minutes: 9 epochs of 1 steps, about 120 s each, and 3 evaluations"
+    )
+    assert not any(t.startswith("training takes") for t in texts(examine(coco), "ok"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(50, "50 seconds"), (600, "10 minutes"), (7200, "2 hours"), (200_000, "2.3 days")],
+)
+def test_a_time_has_the_unit_that_suits_it(seconds, text):
+    assert duration(seconds) == text

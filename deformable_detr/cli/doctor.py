@@ -37,14 +37,19 @@ def run(args: argparse.Namespace) -> int:
     """Print a diagnosis of data and model."""
     from deformable_detr.cli.beforehand import choose_device
     from deformable_detr.cli.starting import chosen_recipe, new_model
+    from deformable_detr.data.annotations import read_annotations
     from deformable_detr.data.coco import CocoDataset
-    from deformable_detr.data.places import find_split
+    from deformable_detr.data.places import find_split, has_split
     from deformable_detr.training.doctor import doctor
 
     recipe = chosen_recipe(args)
     dataset = CocoDataset(*find_split(args.data, args.split))
     model, recipe = new_model(args, recipe, dataset)
     dataset.transform = recipe.train_transform()
-    diagnosis = doctor(model.to(choose_device(args.device)), dataset, args.steps)
+    val_images = 0
+    if has_split(args.data, "val"):
+        val_images = len(read_annotations(find_split(args.data, "val")[1])["images"])
+    model.to(choose_device(args.device))
+    diagnosis = doctor(model, dataset, args.steps, config=recipe.train, val_images=val_images)
     print(diagnosis.table())
     return 0 if diagnosis.healthy else 1

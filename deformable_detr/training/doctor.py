@@ -21,6 +21,7 @@ from deformable_detr.training.placement import placements
 
 IMAGES = 4  # in the batch
 PIXELS = 0.5  # of the transformed image, by which a box may miss its place: rounding to whole ones
+FAR = 2.0  # of those, from which it cannot be learned well
 
 
 def doctor(
@@ -49,6 +50,7 @@ def doctor(
     classes, categories = model.config.num_classes, len(dataset.categories)
     text = f"the model has {classes} classes, the data {categories} categories"
     diagnosis.add("fatal", text, classes == categories)
+    plan = make_plan(diagnosis, dataset, config, val_images)
     if not diagnosis.healthy:
         return diagnosis
     indices = choose_images(dataset)
@@ -64,10 +66,20 @@ def doctor(
         check_targets(diagnosis, batch, categories)
         if diagnosis.healthy:
             overfit(diagnosis, model, dataset, batch, steps, progress, end)
-    if diagnosis.losses and config:
-        plan = Plan(config, count_steps(len(dataset), config, 1), val_images)
+    if diagnosis.losses and plan:
         estimate(diagnosis, plan, diagnosis.step_seconds / len(indices), loading)
     return diagnosis
+
+
+def make_plan(
+    diagnosis: Diagnosis, dataset: CocoDataset, config: TrainConfig | None, val_images: int
+) -> Plan | None:
+    """The steps of the training to come; that it has none is fatal."""
+    try:
+        return config and Plan(config, count_steps(len(dataset), config, 1), val_images)
+    except ValueError as error:
+        diagnosis.add("fatal", str(error))
+        return None
 
 
 def check_data(diagnosis: Diagnosis, dataset: CocoDataset, num_queries: int, end: float) -> None:
@@ -130,15 +142,14 @@ def check_transform(diagnosis: Diagnosis, dataset: CocoDataset, indices: list[in
         diagnosis.add("warning", f"the transform {why}: their places are not checked")
         return
     worst = max(measured, key=lambda each: each.error)
-    error, good = f"{worst.error:.2f} pixels", worst.error <= PIXELS
-    text = f"boxes move with their pixels: of {len(measured)} the worst misses by {error}"
-    if not good:
-        off = sum(each.error > PIXELS for each in measured)
+    off = sum(each.error > PIXELS for each in measured)
+    text = f"boxes move with their pixels: {len(measured)} seen, off by {worst.error:.2f} at most"
+    if off:
         text = (
             f"the transform misplaces {off} of {len(measured)} boxes: that of annotation "
-            f"{worst.annotation_id} by {error}, expected at most {PIXELS}"
+            f"{worst.annotation_id} by {worst.error:.1f} pixels, expected {PIXELS} at most"
         )
-    diagnosis.add("fatal", text, good)
+    diagnosis.add("fatal" if worst.error > FAR else "warning", text, not off)
 
 
 def check_targets(diagnosis: Diagnosis, batch: Batch, categories: int) -> None:
@@ -161,7 +172,7 @@ def estimate(diagnosis: Diagnosis, plan: Plan, per_image: float, loading: float)
     config = plan.config
     per_image += 0 if config.num_workers else loading  # workers load while the model learns
     per_step = per_image * config.batch_size * config.accumulate
-    text = f"{config.epochs} epochs of {plan.steps_per_epoch} steps, about {per_step:.2g} s each"
+    text = f"{config.epochs} epochs of {plan.steps_per_epoch} steps, about {per_step:.3g} s each"
     if plan.evaluations():
         text += f", and {plan.evaluations()} evaluations"
     diagnosis.add("ok", f"training takes about {duration(plan.seconds(per_step))}: {text}", True)
