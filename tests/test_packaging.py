@@ -83,8 +83,9 @@ def test_every_package_is_listed_and_exists():
 
 def test_the_library_imports_only_what_it_declares():
     declared = distributions(PROJECT["project"]["dependencies"])
-    # CuPy is of an extra, under a name that depends on the CUDA; supervision is optional
-    assert undeclared("deformable_detr", declared) <= {"cupy", "supervision"}
+    # of extras: CuPy, under a name that depends on the CUDA, and what runs an exported file;
+    # supervision is optional
+    assert undeclared("deformable_detr", declared) <= {"cupy", "onnxruntime", "supervision"}
 
 
 @pytest.mark.parametrize("folder", ["book", "chapters", "data", "experiments", "tests"])
