@@ -400,7 +400,7 @@ def test_a_name_is_resolved_by_the_hub(tmp_path, monkeypatch):
     assert same(model, DeformableDETR.from_pretrained("SenseTime/deformable-detr"))
     (tmp_path / "model.safetensors").unlink()  # older repositories have the other file
     assert same(model, DeformableDETR.from_pretrained("SenseTime/deformable-detr"))
-    names = ["config.json", "model.safetensors", "config.json", "model.safetensors"]
+    names = ["config.json", "preprocessor_config.json", "model.safetensors"] * 2
     assert [file for _, file in asked] == [*names, "pytorch_model.bin"]
 
 

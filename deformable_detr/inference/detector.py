@@ -12,8 +12,9 @@ from deformable_detr.data.transforms import SHORT_SIDE, SMALLEST_SIDE
 from deformable_detr.models import BaseDetector
 from deformable_detr.weights.classes import with_classes
 from deformable_detr.weights.ours import load_model, read_card, save_model
-from deformable_detr.weights.published import load_pretrained
+from deformable_detr.weights.published import load_pretrained, save_pretrained
 
+LARGEST_SIDE = 4096  # pixels, of the short side in which a file may want images: some GB of memory
 THRESHOLD = 0.5  # where none was chosen on validation data
 
 
@@ -66,6 +67,16 @@ class Detector:
             )
         return replace(self, model=model, categories=wanted)
 
+    def card(self) -> dict[str, object]:
+        """What belongs to the model, as a file keeps it."""
+        size = {"short_side": self.short_side} if self.resizes else {}
+        return {"threshold": self.threshold, "transforms": self.transforms} | size
+
+    def save_pretrained(self, path: Path | str, format: str = "ours") -> None:
+        """Write model, classes, threshold and how it sees images, as "ours", "huggingface" or
+        "official"; see `weights.published`."""
+        save_pretrained(self.model, path, self.categories, format, self.card())
+
 
 def load_detector(name_or_path: Path | str) -> Detector:
     """A trained detector: a file that `train` wrote, or anything that `load_pretrained` reads."""
@@ -84,8 +95,9 @@ def _options(card: dict, model: BaseDetector, name: Path | str) -> dict[str, obj
         known = ", ".join(PREPARATIONS)
         raise ValueError(f"{name}: its transforms must be one of {known}, got {transforms!r}")
     short = card.get("short_side", SHORT_SIDE)
-    if type(short) is not int or short < SMALLEST_SIDE:
-        raise ValueError(f"{name}: its short_side must be {SMALLEST_SIDE} or more, got {short!r}")
+    if type(short) is not int or not SMALLEST_SIDE <= short <= LARGEST_SIDE:
+        expected = f"from {SMALLEST_SIDE} to {LARGEST_SIDE}"
+        raise ValueError(f"{name}: its short_side must be {expected}, got {short!r:.40}")
     return {"threshold": float(threshold), "transforms": transforms, "short_side": short}
 
 

@@ -158,12 +158,16 @@ class BaseDetector(nn.Module):
         return model
 
     def save_pretrained(
-        self, path: Path | str, categories: list[dict] | None = None, format: str = "ours"
+        self,
+        path: Path | str,
+        categories: list[dict] | None = None,
+        format: str = "ours",
+        card: dict | None = None,
     ) -> None:
         """Write this model, as "ours", "huggingface" or "official"; see `weights.published`."""
         from deformable_detr.weights.published import save_pretrained
 
-        save_pretrained(self, path, categories, format)
+        save_pretrained(self, path, categories, format, card)
 
 
 @quietly

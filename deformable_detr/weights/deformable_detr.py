@@ -81,6 +81,7 @@ class ForeignDeformableDETR(Foreign):
 
     sign = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
     architecture = "DeformableDetrForObjectDetection"
+    image_processor = "DeformableDetrImageProcessor"
     official = OFFICIAL
     huggingface = HUGGINGFACE
 

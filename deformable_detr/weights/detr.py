@@ -67,6 +67,7 @@ class ForeignDETR(Foreign):
 
     sign = "transformer.decoder.layers.0.multihead_attn.in_proj_weight"
     architecture = "DetrForObjectDetection"
+    image_processor = "DetrImageProcessor"
     official = OFFICIAL
     huggingface = HUGGINGFACE
 

@@ -13,12 +13,13 @@ from deformable_detr.weights.renaming import Layout
 class Foreign:
     """A model as others publish it, "official" and by "huggingface".
 
-    sign: a tensor that official files of this model have, and those of no other. architecture: the
-    class in transformers.
+    sign: a tensor that official files of this model have, and those of no other. architecture,
+    image_processor: the classes in transformers.
     """
 
     sign: str
     architecture: str
+    image_processor: str
     official: Layout
     huggingface: Layout  # as in its files, which all versions of transformers read
 

@@ -100,6 +100,11 @@ def to_huggingface(model: BaseDetector, categories: list[dict] | None = None) ->
     return state, content
 
 
+def image_processor(model: BaseDetector) -> str:
+    """The class in transformers that prepares its images."""
+    return _foreign(model).image_processor
+
+
 def _foreign(model: BaseDetector) -> Foreign:
     name = model_name(model.config)
     if name not in FOREIGN:

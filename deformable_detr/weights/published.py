@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,10 +25,12 @@ from deformable_detr.weights.formats import (
     FILES,
     from_huggingface,
     from_official,
+    image_processor,
     official_arguments,
     to_huggingface,
     to_official,
 )
+from deformable_detr.weights.images import PREPROCESSOR, read_preparation, write_preparation
 from deformable_detr.weights.ours import Saved, parse_checkpoint, parse_file, rebuild, save_model
 from deformable_detr.weights.reading import read_pickle, read_safetensors, tensors_of, unwrapped
 
@@ -90,6 +93,8 @@ def _resolve(name: str) -> Path:
         raise FileNotFoundError(f"no file or folder {name}, and it is no name on the hub either")
     try:
         config = Path(huggingface_hub.hf_hub_download(name, "config.json"))
+        with suppress(huggingface_hub.errors.EntryNotFoundError):
+            huggingface_hub.hf_hub_download(name, PREPROCESSOR)
         try:
             huggingface_hub.hf_hub_download(name, FILES[0])
         except huggingface_hub.errors.EntryNotFoundError:
@@ -107,7 +112,11 @@ def _read(path: Path, changes: Mapping) -> Pretrained:
     """What a file or folder holds, whatever wrote it."""
     if path.is_dir():
         if (path / "config.json").exists():
-            return Pretrained(*from_huggingface(path, changes))
+            model, categories = from_huggingface(path, changes)
+            card, differences = read_preparation(path)
+            for text in differences:
+                logger.warning("%s prepares images otherwise: %s", path, text)
+            return Pretrained(model, categories, card=card)
         path = _file_in(path)
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
@@ -120,8 +129,11 @@ def _read(path: Path, changes: Mapping) -> Pretrained:
     state = content.get("model", content.get("state_dict", content))
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: 'model' and 'args' must be dicts")
-    arguments = content.get("args", {})
-    return Pretrained(*from_official(tensors_of(state, path), arguments, path, changes))
+    arguments, card = content.get("args", {}), content.get("card", {})
+    if not isinstance(card, dict):
+        raise ValueError(f"{path}: 'card' must be a dict")
+    model, categories = from_official(tensors_of(state, path), arguments, path, changes)
+    return Pretrained(model, categories, card=card)
 
 
 def _file_in(folder: Path) -> Path:
@@ -150,22 +162,26 @@ def save_pretrained(
     path: Path | str,
     categories: list[dict] | None = None,
     format: str = "ours",
+    card: dict | None = None,
 ) -> None:
     """Write a model, atomically, in one of three formats.
 
     "ours": the safetensors file `path`, or model.safetensors in the folder `path`. "huggingface":
-    config.json and model.safetensors in the folder `path`. "official": the file `path`, with the
-    entries "model" and "args". categories: {"id": int, "name": str} of every class. Raises
-    ValueError where the format has no such model, and OSError where it cannot be written.
+    config.json, model.safetensors, preprocessor_config.json and card.json in the folder `path`.
+    "official": the file `path`, with the entries "model", "args" and "card". categories: {"id":
+    int, "name": str} of every class. card: what else is known of it, such as {"short_side": 480} of
+    how it sees images; `Detector.save_pretrained` knows all of these. Raises ValueError where the
+    format has no such model, and OSError where it cannot be written.
     """
-    path = Path(path)
+    path, card = Path(path), card or {}
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if format == "ours":
         file = path if path.suffix == ".safetensors" else path / OURS[0]
-        save_model(model, file, categories or plain_categories(model.config.num_classes))
+        save_model(model, file, categories or plain_categories(model.config.num_classes), card)
     elif format == "official":
-        content = {"model": to_official(model), "args": official_arguments(model.config)}
+        arguments = official_arguments(model.config)
+        content = {"model": to_official(model), "args": arguments, "card": card}
         write_atomically(path, lambda temporary: _save_pickle(content, temporary))
     else:
         state, content = to_huggingface(model, categories)
@@ -173,6 +189,7 @@ def save_pretrained(
         write_atomically(path / FILES[0], lambda t: save_file(copies, t, {"format": "pt"}))
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(path / "config.json", lambda t: Path(t).write_text(text))
+        write_preparation(path, model, card, image_processor(model))
 
 
 def _save_pickle(content: dict, path: str) -> None:
