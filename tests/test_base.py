@@ -405,10 +405,11 @@ def small_detr():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_is_built_from_its_configuration_alone(name):
     config, kind = MODELS[name]
-    model = kind(config(backbone="small", num_classes=3, encoder_layers=1, decoder_layers=1))
+    few = {"num_queries": 10, "num_classes": 3, "encoder_layers": 1, "decoder_layers": 1}
+    model = kind(config(backbone="small", **few))
     assert type(model.config) is config
     output = model.eval()(make_batch(1, 2))
-    assert output.boxes.shape[:2] == output.logits.shape[:2] == (2, model.config.num_queries)
+    assert output.boxes.shape[:2] == output.logits.shape[:2] == (2, 10)
 
 
 def test_a_configuration_of_no_model_is_refused():

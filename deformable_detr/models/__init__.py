@@ -7,14 +7,17 @@ holds a model of DEFAULT.
 from deformable_detr.models.base import BaseDetector
 from deformable_detr.models.deformable_detr import DeformableDETR, DeformableDETRConfig
 from deformable_detr.models.detr import DETR, DETRConfig
+from deformable_detr.models.dino import DINO, DINOConfig
 from deformable_detr.models.dn_detr import DNDETR, DNDETRConfig
 
 __all__ = [
     "DETR",
+    "DINO",
     "DNDETR",
     "MODELS",
     "BaseDetector",
     "DETRConfig",
+    "DINOConfig",
     "DNDETRConfig",
     "DeformableDETR",
     "DeformableDETRConfig",
@@ -25,6 +28,7 @@ MODELS = {
     "deformable_detr": (DeformableDETRConfig, DeformableDETR),
     "detr": (DETRConfig, DETR),
     "dn_detr": (DNDETRConfig, DNDETR),
+    "dino": (DINOConfig, DINO),
 }
 DEFAULT = "deformable_detr"
 

@@ -12,7 +12,7 @@ from deformable_detr.boxes import cxcywh_to_xyxy
 from deformable_detr.losses.criterion import check_labels
 from deformable_detr.models.base import Sets
 from deformable_detr.models.deformable import DeformableDetector
-from deformable_detr.options import option
+from deformable_detr.options import option, with_default
 from deformable_detr.structures import Denoising, Match, Queries, Target, Tokens
 
 
@@ -108,6 +108,44 @@ class Denoised(DeformableDetector):
         return exist
 
 
+@dataclass(frozen=True)
+class ContrastiveOptions(DenoisingOptions):
+    """How objects are noised with a contrast; the defaults are those of DINO."""
+
+    label_noise: float = with_default(DenoisingOptions, "label_noise", 0.25)
+    box_noise: float = with_default(DenoisingOptions, "box_noise", 1.0)
+    denoising_pairs: int = option(
+        100, "near and far copies of objects in an image, in training; 0 is none"
+    )
+    crossed_edges: bool = option(
+        False, "sides of noised boxes may be negative, as in the official code, which cuts them off"
+    )
+
+
+class Contrastive(Denoised):
+    """Contrastive denoising (DINO, section 3.3): in each group, a near copy of every object, which
+    must find it, and a farther one, which must say that there is none."""
+
+    config: ContrastiveOptions
+    copies = 2
+
+    def groups_for(self, most: int) -> int:
+        """As many as there are pairs for, and at least one."""
+        pairs = self.config.denoising_pairs
+        return max(1, pairs // most) if pairs else 0
+
+    def noise(self, boxes: Tensor, draws: Tensor) -> Tensor:
+        """Edges of the first copies move by less than box_noise half sides, those of the second by
+        once to twice as much."""
+        further = torch.arange(2, device=boxes.device).view(2, 1, 1)
+        draws = draws + further * torch.where(draws < 0, -1.0, 1.0)
+        return move_edges(boxes, draws, self.config.box_noise, not self.config.crossed_edges)
+
+    def judged(self, exist: Tensor) -> Tensor | None:
+        """In the official code empty places have to say that there is nothing, too."""
+        return None if self.config.empty_places else exist
+
+
 def side_by_side(targets: list[Target]) -> tuple[Tensor, Tensor, Tensor]:
     """Labels (B, N), boxes (B, N, 4), and whether there is such an object, (B, N); N is the most
     that an image has."""
@@ -169,11 +207,11 @@ def shift(boxes: Tensor, draws: Tensor, scale: float) -> Tensor:
     return (boxes + draws * reach * scale).clamp(0, 1)
 
 
-def move_corners(boxes: Tensor, draws: Tensor, scale: float, sort: bool = True) -> Tensor:
+def move_edges(boxes: Tensor, draws: Tensor, scale: float, sort: bool = True) -> Tensor:
     """Boxes of which each edge has moved by draws times scale half sides, kept in [0, 1].
 
     boxes: (..., 4) cxcywh. draws: as boxes; from 1 on, edges may cross. sort: such boxes are those
-    between the edges; else their sides are negative, as in DINO's code. Returns cxcywh.
+    between the edges; else their sides are negative. Returns cxcywh.
     """
     half = torch.cat([boxes[..., 2:]] * 2, -1) / 2
     start, end = (cxcywh_to_xyxy(boxes) + draws * half * scale).clamp(0, 1).split(2, -1)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from deformable_detr.layers.position import sine_embedding
 from deformable_detr.losses.scoring import Scoring
+from deformable_detr.models.base import for_each_image
 from deformable_detr.models.encoder import rows
 from deformable_detr.models.heads import BoxHead, ClassHead, in_full
 from deformable_detr.models.tokens import token_centres
@@ -77,10 +78,12 @@ class FirstStage(nn.Module):
     def prepare(self, memory: Tokens) -> tuple[Tensor, Tensor]:
         """What proposals are made of: features (B, S, C), and the logits (B, S, 4) of anchors."""
         anchors, usable = token_anchors(memory, self.anchor_size)
-        features = memory.features.masked_fill(~usable.unsqueeze(-1), 0)
-        features = self.output_norm(self.output(features))
-        start = (anchors / (1 - anchors)).log()
-        return features, start.masked_fill(~usable.unsqueeze(-1), torch.inf)
+        start = (anchors / (1 - anchors)).log().masked_fill(~usable.unsqueeze(-1), torch.inf)
+        return self.project(memory.features, usable), start
+
+    def project(self, features: Tensor, usable: Tensor) -> Tensor:
+        """Tokens (B, N, C) as the heads want them, blank where they are not usable, (B, N)."""
+        return self.output_norm(self.output(features.masked_fill(~usable.unsqueeze(-1), 0)))
 
     def score(self, logits: Tensor, memory: Tokens) -> Tensor:
         """(B, S), by which tokens are chosen: here the logit of class 0."""
@@ -99,6 +102,67 @@ class FirstStage(nn.Module):
         waves = waves.to(self.query.weight.dtype)
         position, content = self.query_norm(self.query(waves)).chunk(2, dim=-1)
         return Queries(content, position, references)
+
+
+class ClassStage(FirstStage):
+    """A first stage that knows classes: tokens are chosen by their best one (Efficient DETR)."""
+
+    class_agnostic = False
+
+    def score(self, logits: Tensor, memory: Tokens) -> Tensor:
+        """The best class's logit; tokens that are not usable come last, so that their number, which
+        depends on the padding, decides nothing."""
+        _, usable = token_anchors(memory, self.anchor_size)
+        return logits.max(-1).values.masked_fill(~usable, -torch.inf)
+
+
+class TokenStage(ClassStage):
+    """The chosen tokens themselves become queries, with their gradient; their boxes' sine code
+    becomes the position."""
+
+    def build_queries(self) -> None:
+        """From the code to a position."""
+        self.query = nn.Linear(2 * self.embed_dim, self.embed_dim)
+        self.query_norm = nn.LayerNorm(self.embed_dim)
+
+    def make_queries(self, references: Tensor, chosen: Tensor, memory: Tokens) -> Queries:
+        """Tokens as they leave the encoder, not projected."""
+        waves = sine_embedding(references * 2 * math.pi, self.embed_dim // 2)  # (B, Q, 2 * C)
+        position = self.query_norm(self.query(waves.to(self.query.weight.dtype)))
+        return Queries(rows(memory.features, chosen), position, references)
+
+
+class AnchorStage(ClassStage):
+    """The chosen tokens' boxes become queries (DINO, section 3.4), whose positions the decoder
+    makes. Only the chosen are trained.
+
+    contents: how many learned contents there are, one for each rank, which is mixed query
+    selection; 0 is pure query selection, in which a projected token becomes the content, detached.
+    """
+
+    def __init__(self, *arguments: object, contents: int = 0) -> None:
+        super().__init__(*arguments)
+        self.content = nn.Embedding(contents, self.embed_dim) if contents else None
+
+    def build_queries(self) -> None:
+        """Boxes are all that is needed."""
+
+    def reset_queries(self) -> None:
+        """Contents are drawn from a normal distribution, as torch does."""
+
+    def make_queries(self, references: Tensor, chosen: Tensor, memory: Tokens) -> Queries:
+        """Of small images with few tokens, the first ranks."""
+        if self.content is not None:
+            content = self.content.weight[: chosen.shape[1]]
+            return Queries(*for_each_image(memory, content), None, references)
+        _, usable = token_anchors(memory, self.anchor_size)
+        tokens = rows(memory.features, chosen)
+        content = self.project(tokens, usable.gather(1, chosen))
+        return Queries(content.detach(), None, references)
+
+    def supervised(self, proposals: Predictions, chosen: Tensor) -> Predictions:
+        """The chosen."""
+        return Predictions(rows(proposals.logits, chosen), rows(proposals.boxes, chosen))
 
 
 def token_anchors(tokens: Tokens, size: float = 0.05) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,9 @@ class TwoStageConfig(DeformableConfig):
 
 
 class TwoStage(DeformableDetector):
-    """A detector whose decoder refines the best of the encoder's proposals (A.4). A member of the
-    family says in `stage` which first stage it has."""
+    """A detector whose decoder refines the best of the encoder's proposals (A.4)."""
 
     config: TwoStageConfig
-    stage = FirstStage
 
     def make_decoder(self, layers: list[nn.Module]) -> Decoder:
         """One that refines its boxes."""
@@ -38,10 +36,14 @@ class TwoStage(DeformableDetector):
         """Each layer of the decoder has its own."""
         return self.config.decoder_layers
 
+    def make_first_stage(self) -> FirstStage:
+        """What proposes and selects."""
+        c = self.config
+        return FirstStage(c.embed_dim, c.num_classes, self.scoring, c.anchor_size)
+
     def build_queries(self) -> None:
         """The first stage."""
-        c = self.config
-        self.first_stage = self.stage(c.embed_dim, c.num_classes, self.scoring, c.anchor_size)
+        self.first_stage = self.make_first_stage()
 
     def reset_queries(self) -> None:
         """The official initialisation."""
