@@ -2,6 +2,7 @@
 
 Hugging Face transformers: `use_in_transformers(model)`.
 Code that imports the official extension: `install_official_names()`, before it does.
+Each project's few lines are in book/recipes.md.
 Modules of mmcv and of the official code have the parameter names of `MSDeformAttn`, so that
 `MSDeformAttn(C, L, M, K).load_state_dict(theirs.state_dict())` takes their weights. mmcv's module
 also adds the query's position before, and dropout and the identity after: that is the caller's.
@@ -134,8 +135,8 @@ def _replace(module: nn.Module, done: Replacement) -> None:
         if vars(module.attn).get("forward") is not _module_forward:
             done.replace(module.attn, "forward", _module_forward)
     elif hasattr(module, "ms_deformable_attn_core"):
-        if module.ms_deformable_attn_core is not _levels_of_any_size:
-            done.replace(module, "ms_deformable_attn_core", _levels_of_any_size)
+        if module.ms_deformable_attn_core is not ms_deform_attn_uneven:
+            done.replace(module, "ms_deformable_attn_core", ms_deform_attn_uneven)
     elif hasattr(file, "multi_scale_deformable_attention_v2"):
         name = "multi_scale_deformable_attention_v2"
         done.replace_function(file, name, _or_discrete(getattr(file, name)))
@@ -161,7 +162,7 @@ def _module_forward(
     return ms_deform_attn(value, value_spatial_shapes_list, sampling_locations, attention_weights)
 
 
-def _levels_of_any_size(
+def ms_deform_attn_uneven(
     value: Tensor,
     value_spatial_shapes: SpatialShapes,
     sampling_locations: Tensor,
@@ -169,10 +170,13 @@ def _levels_of_any_size(
     num_points_list: Sequence[int],
     method: str = "default",
 ) -> Tensor:
-    """transformers' multi_scale_deformable_attention_v2, whose levels have K_l points each.
+    """`ms_deform_attn` with K_l points on level l: RT-DETRv2's function, and transformers'
+    multi_scale_deformable_attention_v2.
 
-    sampling_locations: (B, Q, M, sum(K_l), 2). attention_weights: (B, Q, M, sum(K_l)). Levels with
-    fewer points than others get points of weight zero outside the map.
+    value, value_spatial_shapes: as in `ms_deform_attn`. sampling_locations: (B, Q, M, sum(K_l), 2).
+    attention_weights: (B, Q, M, sum(K_l)). num_points_list: the L numbers K_l. Levels with fewer
+    points than others get points of weight zero outside the map. Returns (B, Q, M * D). Raises
+    ValueError where the method is not "default", bilinear.
     """
     if method != "default":
         raise ValueError(f"method must be 'default', got {method!r}")
@@ -198,7 +202,7 @@ def _or_discrete(old: Callable[..., Tensor]) -> Callable[..., Tensor]:
         num_points_list: Sequence[int],
         method: str = "default",
     ) -> Tensor:
-        run = _levels_of_any_size if method == "default" else old
+        run = ms_deform_attn_uneven if method == "default" else old
         return run(value, shapes, locations, weights, num_points_list, method)
 
     return ours_or_old
@@ -207,23 +211,23 @@ def _or_discrete(old: Callable[..., Tensor]) -> Callable[..., Tensor]:
 # The official extension and the function around it
 
 
-def install_official_names() -> ModuleType:
+def install_official_names(name: str = OFFICIAL_NAME) -> ModuleType:
     """After this, `import MultiScaleDeformableAttention as MSDA` gives our operator.
 
     The module has the official extension's two functions, `ms_deform_attn_forward` and
     `ms_deform_attn_backward`, so that code written for it runs unchanged and unbuilt, on CPU too.
-    Call it once, before that code is imported. Raises RuntimeError where the extension itself has
-    been imported already.
+    name: where that code looks for them: "detrex._C", "groundingdino._C". Call it once, before that
+    code is imported. Raises RuntimeError where the extension itself has been imported already.
     """
-    module = sys.modules.get(OFFICIAL_NAME)
+    module = sys.modules.get(name)
     if module is None:
-        module = ModuleType(OFFICIAL_NAME, "The official extension's names on deformable_detr.")
-        module.__spec__ = ModuleSpec(OFFICIAL_NAME, None)  # find_spec looks for it
+        module = ModuleType(name, "The official extension's names on deformable_detr.")
+        module.__spec__ = ModuleSpec(name, None)  # find_spec looks for it
         module.ms_deform_attn_forward = ms_deform_attn_forward
         module.ms_deform_attn_backward = ms_deform_attn_backward
-        sys.modules[OFFICIAL_NAME] = module
+        sys.modules[name] = module
     elif getattr(module, "ms_deform_attn_forward", None) is not ms_deform_attn_forward:
-        raise RuntimeError(f"another {OFFICIAL_NAME} has been imported before ours")
+        raise RuntimeError(f"another {name} has been imported before ours")
     return module
 
 
