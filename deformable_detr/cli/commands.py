@@ -13,10 +13,11 @@ from deformable_detr.cli import (
     options,
     predict,
     sheet,
+    tile,
     train,
 )
 
-COMMANDS = (convert, check, sheet, doctor, options, train, evaluate, predict, export, info)
+COMMANDS = (convert, tile, check, sheet, doctor, options, train, evaluate, predict, export, info)
 
 
 def build_parser() -> argparse.ArgumentParser:
