@@ -242,8 +242,8 @@ def ms_deform_attn_forward(
     """The official extension's forward; arguments as in `ms_deform_attn`.
 
     level_start_index: (L,), where each level starts in value: nothing but the running sum of H_l *
-    W_l is accepted, ValueError otherwise. im2col_step: of any value, and without effect. Returns
-    (B, Q, M * D).
+    W_l is accepted, ValueError otherwise; a traced program, whose numbers come later, ignores it.
+    im2col_step: of any value, and without effect. Returns (B, Q, M * D).
     """
     shapes = _checked_levels(spatial_shapes, level_start_index)
     return ms_deform_attn(value, shapes, sampling_loc, attn_weight)
