@@ -27,6 +27,11 @@ def postprocess(
         raise ValueError(f"expected {B} original sizes, got {len(original_sizes)}")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if output.groups > 1:
+        raise ValueError(
+            f"detections are those of one group of queries, got {output.groups}, which a model has "
+            "in training: call model.eval() first"
+        )
     scores, query, label = scoring_of(output).best(output.logits, top_k)
     detections = []
     for i, (height, width) in enumerate(original_sizes):

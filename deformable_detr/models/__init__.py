@@ -6,9 +6,11 @@ holds a model of DEFAULT.
 
 from deformable_detr.models.base import BaseDetector
 from deformable_detr.models.deformable_detr import DeformableDETR, DeformableDETRConfig
+from deformable_detr.models.dense_group_detr import DenseGroupDETR, DenseGroupDETRConfig
 from deformable_detr.models.detr import DETR, DETRConfig
 from deformable_detr.models.dino import DINO, DINOConfig
 from deformable_detr.models.dn_detr import DNDETR, DNDETRConfig
+from deformable_detr.models.group_detr import GroupDETR, GroupDETRConfig
 
 __all__ = [
     "DETR",
@@ -21,6 +23,10 @@ __all__ = [
     "DNDETRConfig",
     "DeformableDETR",
     "DeformableDETRConfig",
+    "DenseGroupDETR",
+    "DenseGroupDETRConfig",
+    "GroupDETR",
+    "GroupDETRConfig",
     "build_model",
     "model_name",
 ]
@@ -29,6 +35,8 @@ MODELS = {
     "detr": (DETRConfig, DETR),
     "dn_detr": (DNDETRConfig, DNDETR),
     "dino": (DINOConfig, DINO),
+    "group_detr": (GroupDETRConfig, GroupDETR),
+    "dense_group_detr": (DenseGroupDETRConfig, DenseGroupDETR),
 }
 DEFAULT = "deformable_detr"
 
