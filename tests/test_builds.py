@@ -151,6 +151,7 @@ def test_cxx_may_be_a_path_with_spaces_or_blank(pretend, monkeypatch):
         ("no-such-launcher g++", "no C.. compiler: no-such-launcher g.. not on the path"),
         ('"g++', "CXX is no command: '\"g..': No closing quotation"),
     ],
+    ids=["not there", "an open quote"],
 )
 def test_cxx_that_is_no_command_is_named(cache, monkeypatch, asked, message):  # noqa: F811
     monkeypatch.setenv("CXX", asked)
