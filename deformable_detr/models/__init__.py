@@ -10,6 +10,7 @@ from deformable_detr.models.dense_group_detr import DenseGroupDETR, DenseGroupDE
 from deformable_detr.models.detr import DETR, DETRConfig
 from deformable_detr.models.dino import DINO, DINOConfig
 from deformable_detr.models.dn_detr import DNDETR, DNDETRConfig
+from deformable_detr.models.efficient_detr import EfficientDETR, EfficientDETRConfig
 from deformable_detr.models.group_detr import GroupDETR, GroupDETRConfig
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "DeformableDETRConfig",
     "DenseGroupDETR",
     "DenseGroupDETRConfig",
+    "EfficientDETR",
+    "EfficientDETRConfig",
     "GroupDETR",
     "GroupDETRConfig",
     "build_model",
@@ -37,6 +40,7 @@ MODELS = {
     "dino": (DINOConfig, DINO),
     "group_detr": (GroupDETRConfig, GroupDETR),
     "dense_group_detr": (DenseGroupDETRConfig, DenseGroupDETR),
+    "efficient_detr": (EfficientDETRConfig, EfficientDETR),
 }
 DEFAULT = "deformable_detr"
 
