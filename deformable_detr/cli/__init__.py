@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 
+from deformable_detr.cli.memory import keep_memory
 from deformable_detr.interrupts import Interrupted, end_at_once
 
 
@@ -11,6 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; errors are one line on stderr and exit code 2, Ctrl-C is 130."""
     if argv is None:  # as a program of its own
         end_at_once()
+        keep_memory()
     from deformable_detr.cli.commands import build_parser
 
     args = build_parser().parse_args(argv)
