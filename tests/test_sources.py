@@ -172,11 +172,14 @@ def test_first_frames_only_is_said(finder, tmp_path):
 def test_a_large_picture_is_hinted_at(finder, tmp_path):
     shrinking = dataclasses.replace(finder, transforms="coco", short_side=48)
     picture(size=(256, 192)).save(tmp_path / "a.png")
-    with pytest.warns(UserWarning, match=r"a\.png has 256 x 192 .* 4\.0 times smaller; --tiles 48"):
+    message = r"a\.png has 256 x 192 pixels, 4\.0 times the 48 that the model knows.*--tiles 48"
+    with pytest.warns(UserWarning, match=message):
         predict(shrinking, tmp_path / "a.png")
     predict(shrinking, tmp_path / "a.png", tiles=64)
     predict(shrinking, picture(size=(256, 191)))
-    predict(finder, tmp_path / "a.png")  # which it sees as it is
+    predict(finder, tmp_path / "a.png")
+    with pytest.warns(UserWarning, match=r"image has 600 x 512 pixels, 4\.0 times the 128 that"):
+        predict(finder, [picture(size=(600, 512)), picture()])
 
 
 def test_too_large_for_a_model_that_does_not_shrink(finder, tmp_path, monkeypatch):

@@ -21,9 +21,8 @@ def add(commands: argparse.Action) -> None:
         "--size",
         type=int,
         nargs=2,
-        default=(800, 1066),
         metavar=("HEIGHT", "WIDTH"),
-        help="of the image, in pixels (default: 800 1066)",
+        help="of the image, in pixels (default: as the model knows them, 800 1066 on COCO)",
     )
     command.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
     command.add_argument(
@@ -36,7 +35,6 @@ def run(args: argparse.Namespace) -> int:
     """Print a model's classes, options and costs."""
     from deformable_detr.cli.beforehand import choose_device
     from deformable_detr.data.names import printable
-    from deformable_detr.data.preparation import PREPARATIONS
     from deformable_detr.evaluation.complexity import complexity
     from deformable_detr.inference.detector import load_detector
     from deformable_detr.models import model_name
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     names = ", ".join(printable(category["name"]) for category in detector.categories)
     rows = {"file": args.model, "classes": f"{len(detector.categories)}: {names}"}
     rows |= {"threshold": detector.threshold, "prepares images as": detector.transforms}
-    if PREPARATIONS[detector.transforms].resizes:
+    if detector.resizes:
         rows |= {"short side": detector.short_side}
     rows |= {"model": model_name(detector.model.config)}
     rows |= dataclasses.asdict(detector.model.config)
@@ -53,5 +51,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:20}{value}")
     model = detector.model.to(choose_device(args.device))
     print()
-    print(complexity(model, tuple(args.size), args.batch_size, args.repeats).table())
+    short = detector.known_side
+    size = tuple(args.size or (short, short * 4 // 3))
+    print(complexity(model, size, args.batch_size, args.repeats).table())
     return 0

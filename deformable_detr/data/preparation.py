@@ -25,7 +25,8 @@ class Preparation:
     pixels, if it resizes. resizes: whether images get that short side, rather than keep their size.
     mirrors: whether training mirrors them, so that the model knows mirrored ones. backbones: those
     whose models see images so where nothing else is known of them. resized: the name of the one
-    that does the same and resizes, if this one does not.
+    that does the same and resizes, if this one does not, and usual_side the short side, in pixels,
+    of the images that it is meant for.
     """
 
     make_train: Callable[..., v2.Transform]
@@ -34,6 +35,7 @@ class Preparation:
     mirrors: bool = True
     backbones: tuple[str, ...] = ()
     resized: str = ""
+    usual_side: int = SHORT_SIDE
 
     def train_transform(self, short_side: int = SHORT_SIDE) -> v2.Transform:
         """The random transform of training images. short_side: of an evaluated one, in pixels."""
@@ -64,6 +66,7 @@ PREPARATIONS = {
         mirrors=False,
         backbones=("small",),
         resized="digits-resized",
+        usual_side=128,
     ),
     "digits-resized": Preparation(digits_train_transform, coco_eval_transform, mirrors=False),
 }

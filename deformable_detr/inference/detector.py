@@ -38,6 +38,11 @@ class Detector:
         """Whether the model sees every image in one size, `short_side`, or each in its own."""
         return PREPARATIONS[self.transforms].resizes
 
+    @property
+    def known_side(self) -> int:
+        """The short side, in pixels, of the images that the model knows from training."""
+        return self.short_side if self.resizes else PREPARATIONS[self.transforms].usual_side
+
     def eval_transform(self) -> v2.Transform:
         """How the model sees images when it is measured."""
         return PREPARATIONS[self.transforms].eval_transform(self.short_side)

@@ -4,7 +4,7 @@ from deformable_detr.data.names import printable
 from deformable_detr.inference.detector import Detector
 from deformable_detr.inference.sources import Source
 
-LARGE = 4  # times the size that a model sees: objects shrink as much
+LARGE = 4  # times the size that a model knows: its objects have another size there
 MOST_PIXELS = 2**23  # at once: some GB of memory
 
 
@@ -15,8 +15,7 @@ class Remarks:
     """
 
     def __init__(self, detector: Detector, tiles: int | None = None) -> None:
-        self.short_side = detector.short_side if detector.resizes else None
-        self.tiles = tiles
+        self.known_side, self.resizes, self.tiles = detector.known_side, detector.resizes, tiles
         self.several: dict[str, int] = {}
         self.large: dict[str, tuple[int, int]] = {}
 
@@ -30,13 +29,13 @@ class Remarks:
         once."""
         if self.tiles:
             return
-        if self.short_side is None and size[0] * size[1] > MOST_PIXELS:
+        if not self.resizes and size[0] * size[1] > MOST_PIXELS:
             raise ValueError(
                 f"{_name(source)} has {size[0]} x {size[1]} pixels, more than the "
                 f"{MOST_PIXELS:,} that are seen at once: --tiles SIDE (tiles=) looks at it in "
                 "pieces"
             )
-        if self.short_side and min(size) >= LARGE * self.short_side:
+        if min(size) >= LARGE * self.known_side:
             self.large[_name(source)] = size
 
     def lines(self) -> list[str]:
@@ -47,11 +46,11 @@ class Remarks:
             lines.append(f"{name} has {frames} frames{_more(self.several)}: the first is looked at")
         if self.large:
             name, size = next(iter(self.large.items()))
-            times = min(size) / self.short_side
+            side = self.known_side
+            times = f"{min(size) / side:.1f} times the {side} that the model knows"
             lines.append(
-                f"{name} has {size[0]} x {size[1]} pixels{_more(self.large)}: the model sees its "
-                f"objects {times:.1f} times smaller; --tiles {self.short_side} "
-                f"(tiles={self.short_side}) looks at it in pieces, in full size"
+                f"{name} has {size[0]} x {size[1]} pixels{_more(self.large)}, {times}, so that it "
+                f"may miss small objects: --tiles {side} (tiles={side}) looks at it in pieces"
             )
         return lines
 
