@@ -20,11 +20,13 @@ from deformable_detr import interrupts
 from deformable_detr.evaluation.coco import score
 from deformable_detr.files import write_atomically
 from deformable_detr.inference.detector import load_detector, read_card
+from deformable_detr.inference.predict import predict
 from deformable_detr.interrupts import CatchInterrupt, Interrupted
 from deformable_detr.training import remarks, setup
 from deformable_detr.training.board import Board
 from deformable_detr.training.config import TrainConfig
 from deformable_detr.training.curves import draw_curves, read_log
+from deformable_detr.training.doctor import doctor
 from deformable_detr.training.lock import locked
 from deformable_detr.training.loop import train
 from deformable_detr.training.pace import Pace, Plan
@@ -419,3 +421,22 @@ def test_what_accelerate_launch_cannot_have_is_refused(monkeypatch, variable, va
     with pytest.raises(ValueError, match=f"accelerate launch {message}"):
         make_accelerator()
         as_launched(TrainConfig(mixed_precision="fp16", accumulate=2))
+
+
+# Another default
+
+
+def test_with_a_default_of_float64_everything_runs_in_it(coco, tmp_path):
+    """Images are read in float32 whatever the default; the model takes them in its own."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        recipe = dataclasses.replace(CONSTANT, ema_decay=0.9, evaluate_every=1)
+        _, metrics = run(coco, tmp_path, recipe)
+        detector = load_detector(tmp_path / "last.safetensors")
+        assert detector.model.neck.level_embed.dtype == torch.float64 and metrics.images == 4
+        found = predict(detector, coco / "val", threshold=0.0)
+        assert [len(each) for each in found] == [18] * 4
+        diagnosis = doctor(*make(coco)[:2], steps=2, progress=False, seconds=1e9)
+        assert diagnosis.healthy and len(diagnosis.losses) == 2
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -86,7 +86,10 @@ class BaseDetector(nn.Module):
     def tokens(self, batch: Batch) -> Tokens:
         """The backbone's maps, and levels above them, as one sequence with positions."""
         check_images(batch.images, batch.mask)
-        return self.neck(self.backbone(batch.images), batch.mask)
+        images, dtype = batch.images, next(self.parameters()).dtype
+        if images.is_floating_point() and images.dtype != dtype:  # torch's default may be float64
+            images = images.to(dtype)
+        return self.neck(self.backbone(images), batch.mask)
 
     def encode(self, tokens: Tokens) -> tuple[Tokens, Sets]:
         """The memory, and what the encoder itself predicts."""
