@@ -1,6 +1,8 @@
 """The option exact_padding: an image is seen alike, whatever it shares a batch with."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,3 +98,17 @@ def test_it_learns():
     (output.logits.sum() + output.boxes.sum()).backward()
     for convolution, norm in model.neck.input_proj:
         assert convolution.weight.grad.abs().sum() > 0 and norm.weight.grad.isfinite().all()
+
+
+def test_stored_figures():
+    """Measured by benchmarks/mixed_sizes.py, and told in the README."""
+    root = Path(__file__).parents[1]
+    ap = json.loads((root / "data" / "results" / "mixed_sizes.json").read_text())["ap"]
+    trained, exact = ap["as trained"], ap["exact_padding"]
+    assert trained["one by one"] == trained["8 of one size"]
+    assert trained["one by one"] > trained["8 as they come, padded"] + 0.05
+    assert min(exact.values()) > max(trained.values()) + 0.1
+    assert max(exact.values()) - min(exact.values()) < 0.01
+    readme = (root / "README.md").read_text("utf-8")
+    told = trained["one by one"], trained["8 as they come, padded"], exact["one by one"]
+    assert all(f"{value:.3f}" in readme for value in told)
