@@ -127,7 +127,9 @@ class MSDeformAttn(nn.Module):
         sampling = self.sampling(query, reference_points, spatial_shapes)
         return self._attend(sampling, input_flatten, padding_mask, return_sampling)
 
-    def attend(self, queries: Queries, memory: Tokens) -> Tensor:
+    def attend(
+        self, queries: Queries, memory: Tokens, return_sampling: bool = False
+    ) -> Tensor | tuple[Tensor, Sampling]:
         """What a layer of encoder or decoder calls: `forward`, with references (B, Q, 2 or 4) that
         are relative to the images without their padding. Returns (B, Q, C)."""
         references = queries.references
@@ -138,6 +140,7 @@ class MSDeformAttn(nn.Module):
             memory.features,
             memory.spatial_shapes,
             memory.padding_mask,
+            return_sampling,
         )
 
     def _attend(

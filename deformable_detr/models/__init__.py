@@ -12,6 +12,7 @@ from deformable_detr.models.dino import DINO, DINOConfig
 from deformable_detr.models.dn_detr import DNDETR, DNDETRConfig
 from deformable_detr.models.efficient_detr import EfficientDETR, EfficientDETRConfig
 from deformable_detr.models.group_detr import GroupDETR, GroupDETRConfig
+from deformable_detr.models.sparse_detr import SparseDETR, SparseDETRConfig
 
 __all__ = [
     "DETR",
@@ -30,6 +31,8 @@ __all__ = [
     "EfficientDETRConfig",
     "GroupDETR",
     "GroupDETRConfig",
+    "SparseDETR",
+    "SparseDETRConfig",
     "build_model",
     "model_name",
 ]
@@ -41,6 +44,7 @@ MODELS = {
     "group_detr": (GroupDETRConfig, GroupDETR),
     "dense_group_detr": (DenseGroupDETRConfig, DenseGroupDETR),
     "efficient_detr": (EfficientDETRConfig, EfficientDETR),
+    "sparse_detr": (SparseDETRConfig, SparseDETR),
 }
 DEFAULT = "deformable_detr"
 
