@@ -212,6 +212,34 @@ def test_a_model_of_some_classes_keeps_their_logits(kind):
     assert not few.training
 
 
+def test_categories_are_found_by_their_names(tmp_path):
+    """Whatever their order and ids; names that the model has not are no other classes."""
+    torch.manual_seed(0)
+    model = DeformableDETR(TINY).eval()
+    for head in model.class_heads:
+        torch.nn.init.normal_(head.weight)
+    save_model(model, tmp_path / "a.safetensors", CATEGORIES, {"threshold": 0.0})
+    detector = load_detector(tmp_path / "a.safetensors")
+    wanted = [{"id": 1, "name": "blue"}, {"id": 2, "name": "red"}]
+    (all_found,) = predict(detector, picture())
+    scores = {}
+    for query, name, score in zip(
+        all_found.queries.tolist(), all_found.names, all_found.scores.tolist(), strict=True
+    ):
+        scores[query, name] = score
+    for given in (detector, tmp_path / "a.safetensors"):
+        (found,) = predict(given, picture(), categories=wanted)
+        assert len(found) == 12 and set(found.names) == {"blue", "red"}
+        ids = {"blue": 1, "red": 2}
+        assert found.category_ids == [ids[name] for name in found.names]
+        for query, name, score in zip(
+            found.queries.tolist(), found.names, found.scores.tolist(), strict=True
+        ):
+            assert score == pytest.approx(scores[query, name], abs=1e-6)
+    with pytest.raises(ValueError, match="such as 'pink'"):
+        predict(detector, picture(), categories=[{"id": 3, "name": "pink"}])
+
+
 def test_a_detector_for_the_datas_categories():
     names = ["N/A", "cat", "dog"]
     detector = Detector(DeformableDETR(TINY), [{"id": i, "name": n} for i, n in enumerate(names)])
