@@ -13,7 +13,7 @@ from torchvision.ops import StochasticDepth
 
 from deformable_detr.layers.dat_attention import DAttention
 from deformable_detr.layers.stack import Stack
-from deformable_detr.layers.window_attention import WindowAttention
+from deformable_detr.layers.window_attention import WindowAttention, pad_to_multiple
 
 KERNELS = (9, 7, 5, 3)  # of the offset network in each stage
 
@@ -191,15 +191,15 @@ class Patches(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, side: int, bias: bool) -> None:
         super().__init__()
         self.side = side
-        self.convolution = nn.Conv2d(channels_in, channels_out, side, side, bias=bias)
+        self.linear = nn.Linear(side * side * channels_in, channels_out, bias)
         self.norm = nn.LayerNorm(channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, channels_in) to (B, ceil(H / side), ceil(W / side), channels_out)."""
-        height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, -width % self.side, 0, -height % self.side))
-        x = self.convolution(x.permute(0, 3, 1, 2))
-        return self.norm(x.permute(0, 2, 3, 1))
+        side = self.side
+        x = pad_to_multiple(x, side)
+        x = x.unflatten(1, (-1, side)).unflatten(3, (-1, side))  # (B, rows, side, columns, side, C)
+        return self.norm(self.linear(x.transpose(2, 3).flatten(3)))
 
 
 def dat_backbone(

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deformable_detr.layers.window_attention import check_heads
 from deformable_detr.ops import ms_deform_attn
+from deformable_detr.ops.checks import real_dtype
 from deformable_detr.ops.sizes import Size, numbers
 
 # pairs of a query and a key, counted for each head, above which queries take turns: 32 MiB
@@ -117,9 +118,11 @@ class KeyPlaces(nn.Module):
             raise ValueError(f"stride must be at most the map's size {size}, got {self.stride}")
         grid = self._convolve(query)  # (B, H / r, W / r, G, C / G)
         offset = self.linear(F.gelu(self.norm(grid))).flip(-1)  # the authors' order is (y, x)
+        offset = offset.to(real_dtype(offset))
         height, width = offset.shape[1:3]
         size = numbers((width, height), like=offset)
-        y, x = (torch.arange(n, device=query.device) + 0.5 for n in (height, width))
+        like = {"dtype": offset.dtype, "device": offset.device}
+        y, x = (torch.arange(n, **like) + 0.5 for n in (height, width))
         centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[:, :, None]
         places = (centres + self.offset_range / 2 * offset.tanh()) / size
         return places.flatten(1, 2).transpose(1, 2)
@@ -156,10 +159,15 @@ class PositionBias(nn.Module):
 
     size: (H, W) of the map that the table is made for. It has 2H - 1 by 2W - 1 cells, one for each
     difference of two rows and two columns. A difference is counted as a part of the map, from -1 to
-    1, and the table is read at that part of it, so that a map may have any size. For another size
-    the authors' code makes a table of other size out of this one first, which it then reads between
-    cells once more: that is the same but for bends of the table that fall between the new cells,
-    and exactly the same where H - 1 and W - 1 have become whole multiples.
+    1, and the table is read at that part of it, so that a map may have any size.
+
+    The authors' code has one size, and for another makes a larger table out of this one first. Made
+    by linear interpolation, with corners on corners, and then read between cells once more, it says
+    the same, but for bends between its cells; and exactly the same where H - 1 and W - 1 have
+    become whole multiples. Of a table of 14 x 14 whose cells are like their neighbours (noise under
+    a Gaussian of one cell), on a map of 50 x 67, the difference is 1 % of the table's standard
+    deviation (root mean square). By cubic interpolation with edges on edges, as the authors have
+    it, it is 18 %.
     """
 
     def __init__(self, num_heads: int, size: tuple[int, int]) -> None:

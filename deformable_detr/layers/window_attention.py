@@ -36,8 +36,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
         B, H, W, C = x.shape
-        w = self.window_size
-        x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w))
+        x = pad_to_multiple(x, self.window_size)
         shifts = [self._shift(n) for n in (H, W)]
         if any(shifts):
             x = x.roll([-n for n in shifts], (1, 2))
@@ -48,8 +47,12 @@ class WindowAttention(nn.Module):
         if allowed is not None:
             # The authors add -100. Its exponential, 4e-44, is a denormal number, with which a
             # processor multiplies so slowly that the layer takes three times as long.
-            bias = bias.masked_fill(~allowed[:, None], -torch.inf)  # (windows, M, w * w, w * w)
-        mixed = (scores.unflatten(0, (B, -1)) + bias).flatten(0, 1).softmax(-1) @ value
+            forbidden = torch.zeros_like(allowed, dtype=bias.dtype).masked_fill(
+                ~allowed, -torch.inf
+            )
+            bias = bias + forbidden[:, None]  # (windows, M, w * w, w * w)
+        scores = scores.unflatten(0, (B, -1)) + bias
+        mixed = scores.flatten(0, 1).softmax(-1) @ value
         mixed = self._map(mixed, x.shape)
         if any(shifts):
             mixed = mixed.roll(shifts, (1, 2))
@@ -99,6 +102,14 @@ class WindowAttention(nn.Module):
         w, M = self.window_size, self.num_heads
         windows = windows.view(B, H // w, W // w, M, w, w, C // M)
         return windows.permute(0, 1, 4, 2, 5, 3, 6).reshape(shape)
+
+
+def pad_to_multiple(x: Tensor, size: int) -> Tensor:
+    """A map (B, H, W, C) with zeros on the right and at the bottom, to whole squares of a side."""
+    height, width = x.shape[1:3]
+    if height % size or width % size:
+        x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
+    return x
 
 
 def check_heads(embed_dim: int, num_heads: int) -> None:

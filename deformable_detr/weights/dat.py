@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from deformable_detr.backbones.dat import CONFIGS, DAT, DATBackbone, DATConfig
+from deformable_detr.backbones.dat import CONFIGS, DAT, DATBackbone, DATConfig, Patches
 from deformable_detr.layers.dat_attention import DAttention
 from deformable_detr.layers.window_attention import WindowAttention
 from deformable_detr.weights.reading import (
@@ -24,7 +23,7 @@ from deformable_detr.weights.reading import (
 from deformable_detr.weights.renaming import require_same, to_ours
 
 WHOLE = [  # (ours, theirs)
-    ("body.stem.convolution.", "patch_proj.0."),
+    ("body.stem.linear.", "patch_proj.0."),
     ("body.stem.norm.", "patch_proj.1.norm."),
     ("norm.", "cls_norm.norm."),
     ("head.", "cls_head."),
@@ -45,7 +44,7 @@ BLOCK = [  # {i}: the block's number; {n} and {m}: 2 i and 2 i + 1
     ("attention.places.norm.", "attns.{i}.conv_offset.1.norm."),
     ("attention.places.linear.", "attns.{i}.conv_offset.3."),
 ]
-DOWN = [("convolution.", "0."), ("norm.", "1.norm.")]
+DOWN = [("linear.", "0."), ("norm.", "1.norm.")]
 STRANGERS = [  # a part of a name that other checkpoints have, and whose they are
     ("local_perception_units.", "DAT++, the authors' second model"),
     ("patch_proj.3.", "DAT++, the authors' second model"),
@@ -84,7 +83,7 @@ def load_backbone(backbone: DATBackbone, path: Path | str) -> None:
 
 def to_authors(model: DAT) -> State:
     """The state dict under the authors' names, with their constants, as their v1 model loads it."""
-    learned = {their_name(n): _as_theirs(model, n, x) for n, x in model.state_dict().items()}
+    learned = {their_name(name): tensor for name, tensor in _as_theirs(model).items()}
     return learned | _constants(model)
 
 
@@ -106,13 +105,25 @@ def _replace_start(name: str, renaming: list[tuple[str, str]]) -> str:
     return theirs + name[len(ours) :]
 
 
-def _as_theirs(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of ours in the shape that it has there, where the linear layers around keys that
-    move are convolutions of 1 x 1."""
-    block, attention, _ = name.partition(".attention.")
-    moves = attention and isinstance(model.get_submodule(block).attention, DAttention)
-    linear = moves and tensor.ndim == 2 and not name.endswith("bias")
-    return tensor[..., None, None] if linear else tensor
+def _convolutions(model: DAT) -> dict[str, int]:
+    """The weights of linear layers here that are of convolutions there, and their kernels' side."""
+    sides = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Patches):
+            sides[f"{name}.linear.weight"] = module.side
+        elif isinstance(module, DAttention):
+            layers = "query", "key", "value", "out", "places.linear"
+            sides |= {f"{name}.{layer}.weight": 1 for layer in layers}
+    return sides
+
+
+def _as_theirs(model: DAT) -> State:
+    """The state dict under our names, in their shapes."""
+    state = dict(model.state_dict())
+    for name, side in _convolutions(model).items():
+        kernel = state[name].unflatten(1, (side, side, -1))  # (C_out, rows, columns, C_in)
+        state[name] = kernel.permute(0, 3, 1, 2)
+    return state
 
 
 def _constants(model: DAT) -> State:
@@ -143,10 +154,11 @@ def _to_ours(state: State, model: DAT, path: Path | str) -> State:
         if not torch.equal(state[name], expected.to(state[name].dtype)):
             raise ValueError(f"{path}: {name} is not what windows of this model have")
     state = {name: tensor for name, tensor in state.items() if name not in constants}
-    ours = model.state_dict()
-    expected = {name: _as_theirs(model, name, tensor) for name, tensor in ours.items()}
-    found = to_ours(state, expected, {their_name(name): (name, None) for name in ours}, path)
-    return {name: tensor.reshape(ours[name].shape) for name, tensor in found.items()}
+    table = {their_name(name): (name, None) for name in model.state_dict()}
+    found = to_ours(state, _as_theirs(model), table, path)
+    for name in _convolutions(model):
+        found[name] = found[name].permute(0, 2, 3, 1).flatten(1)
+    return found
 
 
 def _read(path: Path | str) -> State:
