@@ -52,7 +52,7 @@ def prepared_alike(recipe: Recipe, card: dict, may_change: bool) -> tuple[Recipe
     """The recipe with images in the size that weights with this card have seen, if it may change,
     and what is to be said of differences."""
     name, short = card.get("transforms"), card.get("short_side")
-    if name not in PREPARATIONS:  # nothing is known of them
+    if not isinstance(name, str) or name not in PREPARATIONS:  # nothing is known of them
         return recipe, []
     theirs, ours = PREPARATIONS[name], PREPARATIONS[recipe.transforms]
     if theirs.resizes != ours.resizes or theirs.mirrors != ours.mirrors:
