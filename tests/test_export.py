@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from deformable_detr import DeformAttn, MSDeformAttn, ms_deform_attn
-from deformable_detr.integrations import MSDeformAttnFunction
+from deformable_detr.integrations import MSDeformAttnFunction, use_in_transformers
 from deformable_detr.ops import backends, use_backend
 from tests.exporting import (
     TRACED,
@@ -326,3 +326,40 @@ def test_a_compiled_package_needs_the_operator_imported(tmp_path):
     assert load_elsewhere("package", "import deformable_detr.ops", tmp_path)[0] == "the same"
     output, error = load_elsewhere("package", "", tmp_path)
     assert not output and "Could not find schema for deformable_detr::ms_deform_attn" in error
+
+
+# Other people's exporters
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_exporter_of_transformers_takes_our_operator(tmp_path):
+    exporter = pytest.importorskip("transformers.exporters.exporter_onnx")
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.DeformableDetrConfig(
+        backbone_config=transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, out_indices=[2, 3, 4]
+        ),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_queries=7,
+    )
+    model = transformers.DeformableDetrModel(config).eval()
+    inputs = {
+        "pixel_values": torch.randn(2, 3, 64, 96),
+        "pixel_mask": torch.ones(2, 64, 96, dtype=torch.long),
+    }
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state  # of their own operator
+    with use_in_transformers(model):
+        exported = exporter.OnnxExporter().export(model, dict(inputs), exporter.OnnxConfig())
+    kinds = [node.op_type for node in exported.program.graph]
+    assert kinds.count("GridSample") == 2 * config.num_feature_levels
+    given = torch.as_tensor(exported(**inputs)["last_hidden_state"])
+    torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)

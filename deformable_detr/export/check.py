@@ -1,5 +1,6 @@
 """Whether an ONNX file says what PyTorch says: not where it was traced alone, but elsewhere."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from deformable_detr.export.graph import INPUTS, DetectorGraph, best
 from deformable_detr.export.program import example
+from deformable_detr.files import first_line
 
 TOLERANCE = 1e-3  # of logits, and of boxes relative to the image; rounding alone is 1e-6 to 1e-4
 ATTEMPTS = 3
@@ -47,8 +49,7 @@ def _difference(session: object, graph: DetectorGraph, run: tuple[int, int, int]
     found = float("inf")
     for seed in range(ATTEMPTS):
         images, sizes = example(*run, seed=seed)
-        feed = dict(zip(INPUTS, (images.numpy(), sizes.numpy()), strict=True))
-        given = [torch.from_numpy(x) for x in session.run(list(graph.outputs), feed)]
+        given = _outputs(session, graph, images, sizes)
         with torch.no_grad():
             expected = graph(images, sizes)
         found = min(found, difference(expected[:2], given[:2]))
@@ -61,17 +62,33 @@ def _difference(session: object, graph: DetectorGraph, run: tuple[int, int, int]
     return found
 
 
-def difference(expected: list[Tensor], given: list[Tensor]) -> float:
+def _outputs(session: object, graph: DetectorGraph, images: Tensor, sizes: Tensor) -> list[Tensor]:
+    feed = dict(zip(INPUTS, (images.numpy(), sizes.numpy()), strict=True))
+    try:
+        return [torch.from_numpy(x) for x in session.run(list(graph.outputs), feed)]
+    except Exception as error:  # onnxruntime's own
+        batch, _, height, width = images.shape
+        where = f"{batch} of {height} x {width}"
+        raise ValueError(
+            f"onnxruntime cannot run the file on {where}: {first_line(error)}"
+        ) from None
+
+
+def difference(expected: Sequence[Tensor], given: Sequence[Tensor]) -> float:
     """How far rows, of queries or detections, are from the nearest of the others, in any order.
 
-    expected, given: tensors (B, N) or (B, N, n), of the same shapes.
+    expected, given: tensors (B, N) or (B, N, n), of the same shapes. NaN where there is one.
     """
     if [x.shape for x in expected] != [x.shape for x in given]:
         return float("inf")
-    rows = [
-        torch.cat([x.float().reshape(*x.shape[:2], -1) for x in each], -1)
+    rows, others = (
+        torch.cat([x.float().reshape(*x.shape[:2], -1) for x in each], -1)  # (B, N, n)
         for each in (expected, given)
-    ]
-    distances = torch.cdist(*rows, p=float("inf"))  # (B, N, N)
-    nearest = [distances.amin(axis).max() for axis in (1, 2)]
-    return torch.stack(nearest).max().item()
+    )
+    each = [_farthest(*pair) for pair in zip((*rows, *others), (*others, *rows), strict=True)]
+    return torch.stack(each).max().item()
+
+
+def _farthest(rows: Tensor, others: Tensor) -> Tensor:
+    """Of these rows, (N, n), the largest distance to the nearest of the others."""
+    return torch.stack([(others - row).abs().amax(-1).min() for row in rows]).max()

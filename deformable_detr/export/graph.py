@@ -44,11 +44,15 @@ class DetectorGraph(nn.Module):
         top_k then scores (B, N), labels (B, N) int64 and boxes (B, N, 4) xyxy in pixels of `sizes`,
         best first, as `postprocess` has them.
         """
-        mask = padding_mask(images, sizes)
-        images = ((images - self.mean) / self.std).masked_fill(mask.unsqueeze(1), 0)
-        output = self.model(Batch(images, mask, sizes))
+        output = self.model(self.batch(images, sizes))
         raw = output.logits, output.boxes
         return (*raw, *best(*raw, sizes, self.model.scoring, self.top_k)) if self.top_k else raw
+
+    def batch(self, images: Tensor, sizes: Tensor) -> Batch:
+        """What the model takes: normal pixels, zero beside the images."""
+        mask = padding_mask(images, sizes)
+        images = ((images - self.mean) / self.std).masked_fill(mask.unsqueeze(1), 0)
+        return Batch(images, mask, sizes)
 
 
 def padding_mask(images: Tensor, sizes: Tensor) -> Tensor:
