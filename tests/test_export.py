@@ -317,9 +317,37 @@ def test_a_saved_program_needs_the_operator_imported(tmp_path):
     assert not output and "error when deserializing" in error
 
 
+@pytest.fixture
+def as_where_ci_is_set(monkeypatch):
+    """Inductor is strict about decompositions there, the first time it meets an operator."""
+    from torch._inductor import lowering
+
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.delitem(
+        lowering.lowerings, torch.ops.deformable_detr.ms_deform_attn.default, raising=False
+    )
+
+
+@needs_posix
+def test_inductor_compiles_both_passes(as_where_ci_is_set):
+    torch._dynamo.reset()
+    module = MSDeformAttn(16, 2, 2, 2)
+    query, memory = torch.randn(2, 1, 22, 16).unbind()
+    sizes = [(4, 4), (2, 3)]
+
+    def gradient(attend):
+        leaf = memory.clone().requires_grad_()
+        attend(
+            query, torch.rand(1, 22, 2, 2, generator=torch.manual_seed(0)), leaf, sizes
+        ).sum().backward()
+        return leaf.grad
+
+    torch.testing.assert_close(gradient(torch.compile(module, fullgraph=True)), gradient(module))
+
+
 @needs_posix
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_package_needs_the_operator_imported(tmp_path):
+def test_a_compiled_package_needs_the_operator_imported(tmp_path, as_where_ci_is_set):
     torch._inductor.aoti_compile_and_package(
         save_example(tmp_path), package_path=str(tmp_path / "program.pt2")
     )

@@ -1,6 +1,7 @@
 """The kernel as PyTorch knows it: a registered operator, with a fake form for torch.compile and
 derivatives for autograd. Chapters 6 and 7 build what it calls."""
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -87,8 +88,18 @@ def fake(
     hidden: Tensor | None = None,
 ) -> Tensor:
     """An empty output of `kernel`."""
+    _stays_whole_in_inductor()
     B, _, M, D = value.shape
     return value.new_empty(B, locations.shape[1], M * D)
+
+
+def _stays_whole_in_inductor() -> None:
+    """Say to torch.compile, once it is loaded, that it calls the kernel. Where the variable CI is
+    set, it refuses to by itself, because `ops.onnx` registers a decomposition."""
+    inductor = sys.modules.get("torch._inductor.lowering")
+    operator = torch.ops.deformable_detr.ms_deform_attn.default
+    if inductor is not None and operator not in inductor.lowerings:
+        inductor.make_fallback(operator, warn=False)
 
 
 @kernel_backward.register_fake
