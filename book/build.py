@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import rendering
 from sphinx.cmd.build import main as sphinx
 
 BOOK = Path(__file__).resolve().parent
@@ -26,16 +27,19 @@ def title(notebook: Path) -> str:
 
 def run_times(results: dict[str, dict]) -> str:
     """The measured figures of every chapter as a Markdown table, with their sum."""
-    rows = ["| chapter | run time | peak memory | reading time |", "|:--|--:|--:|--:|"]
+    rows = ["| chapter | run time | peak memory | reading | exercises |", "|:--|--:|--:|--:|--:|"]
     for name, measured in results.items():
         link = f"[{title(CHAPTERS / f'{name}.ipynb')}](chapters/{name}.ipynb)"
         rows.append(
             f"| {link} | {measured['seconds']:.0f} s | {measured['peak_mib']} MiB "
-            f"| {measured['reading_minutes']} min |"
+            f"| {measured['reading_minutes']} min | {measured['exercise_minutes']} min |"
         )
     seconds = sum(measured["seconds"] for measured in results.values())
-    minutes = sum(measured["reading_minutes"] for measured in results.values())
-    rows.append(f"| **all** | **{seconds:.0f} s** | | **{minutes} min** |")
+    read, solve = (
+        sum(measured[f"{kind}_minutes"] for measured in results.values())
+        for kind in ("reading", "exercise")
+    )
+    rows.append(f"| **all** | **{seconds:.0f} s** | | **{read} min** | **{solve} min** |")
     return "\n".join(rows)
 
 
@@ -49,19 +53,40 @@ def machines(results: dict[str, dict]) -> str:
     return "\n".join(sorted(lines))
 
 
+def tables_of_contents() -> str:
+    """The chapters, a list for each part, as Sphinx wants them."""
+    return "\n\n".join(
+        "\n".join(
+            ["```{toctree}", f":caption: {part['title']}", ":maxdepth: 1", ""]
+            + [f"chapters/{rendering.files()[name]}" for name in part["chapters"]]
+            + ["```"]
+        )
+        for part in rendering.parts()
+    )
+
+
 def gather(source: Path) -> None:
     """Fill the folder `source` with everything that Sphinx reads."""
     shutil.rmtree(source, ignore_errors=True)
     (source / "chapters").mkdir(parents=True)
     for page in [*BOOK.glob("*.md"), *BOOK.glob("*.bib")]:
         shutil.copy(page, source)
+    for page in source.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(rendering.chapter_links(text, "chapters/"), encoding="utf-8")
     for notebook in CHAPTERS.glob("*.ipynb"):
         shutil.copy(notebook, source / "chapters")
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    page = source / "runtime.md"
+    fill(source / "runtime.md", run_times=run_times(results), machines=machines(results))
+    fill(source / "index.md", chapters=tables_of_contents())
+
+
+def fill(page: Path, **texts: str) -> None:
+    """Replace each {{name}} in a page by the text of that name."""
     text = page.read_text(encoding="utf-8")
-    text = text.replace("{{run_times}}", run_times(results))
-    page.write_text(text.replace("{{machines}}", machines(results)), encoding="utf-8")
+    for name, value in texts.items():
+        text = text.replace("{{" + name + "}}", value)
+    page.write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

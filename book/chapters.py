@@ -3,7 +3,8 @@
 A chapter is written once, in jupytext's percent format. From it this tool makes the notebook that
 readers open: the solutions leave the exercises' cells (a stub that raises stands there instead) and
 come back folded away below them; the chapter's measured run time, memory and reading time go into
-its first cell. The notebook is then run, and stored with its outputs.
+its first cell; what `rendering` fills in is filled in. The notebook is then run, and stored with
+its outputs.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 import jupytext
 import nbclient
 import nbformat
+import rendering
 from nbformat import NotebookNode
 from tqdm import tqdm
 
@@ -27,6 +29,7 @@ SOLUTION = re.compile(
     r"^(?P<indent>[ ]+)# BEGIN SOLUTION\n(?P<lines>.*?)^[ ]+# END SOLUTION$", re.M | re.S
 )
 MARKERS = re.compile(r"^[ ]*# (?:BEGIN|END) SOLUTION\n", re.M)
+EXERCISE_MINUTES = re.compile(r"^\*difficulty .* · (\d+) minutes ·", re.M)
 DETAILS = re.compile(r"<details>.*?</details>", re.S)
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/~])/(?:home|root|Users|tmp|var|usr|opt|etc|mnt|private|work)/\S*|\b[A-Z]:\\\w\S*"
@@ -35,6 +38,7 @@ COLOUR = re.compile(r"\x1b\[[\d;]*m")
 WARNING = re.compile(r"\b\w*Warning: ")
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
 METADATA = ("tags", "mystnb")
+IGNORED = "# NBVAL_IGNORE_OUTPUT\n"  # in a source; a tag in the notebook, which readers do not see
 PACKAGES = ("torchvision", "numpy", "matplotlib")
 WORDS_PER_MINUTE, CODE_LINES_PER_MINUTE = 200, 15
 CHAPTER_SECONDS, BOOK_SECONDS, CHAPTER_MIB = 120, 900, 1536
@@ -108,17 +112,29 @@ def measured_line(measured: dict) -> str:
     return (
         f"*Measured: runs in {max(1, round(measured['seconds']))} s on {count} "
         f"core{'' if cores == 1 else 's'}, peak memory {measured['peak_mib']} MiB, "
-        f"about {measured['reading_minutes']} minutes to read.*"
+        f"about {measured['reading_minutes']} minutes to read, "
+        f"exercises about {measured['exercise_minutes']} more.*"
     )
 
 
 def reading_minutes(notebook: NotebookNode) -> int:
-    """Minutes to read a notebook: its prose outside the folded parts, and its code."""
-    prose = [DETAILS.sub("", cell.source) for cell in notebook.cells if cell.cell_type != "code"]
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    words = sum(len(text.split()) for text in prose)
-    lines = sum(1 for text in code for line in text.splitlines() if line.strip())
+    """Minutes to read a notebook without exercises: prose outside the folded parts, and code."""
+    words = lines = 0
+    exercise = False
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            lines += 0 if exercise else sum(1 for line in cell.source.splitlines() if line.strip())
+            continue
+        exercise = exercise and DETAILS.search(cell.source) is None
+        text = DETAILS.sub("", cell.source)
+        words += len(text.split("## Exercise")[0].split())
+        exercise = exercise or "## Exercise" in text
     return max(1, round(words / WORDS_PER_MINUTE + lines / CODE_LINES_PER_MINUTE))
+
+
+def exercise_minutes(notebook: NotebookNode) -> int:
+    """Minutes that the exercises of a notebook say they take, together."""
+    return sum(int(m) for cell in notebook.cells for m in EXERCISE_MINUTES.findall(cell.source))
 
 
 def is_exercise(cell: NotebookNode) -> bool:
@@ -139,7 +155,7 @@ def notebook_from_source(path: Path, measured: dict | None = None) -> NotebookNo
     path = Path(path)
     if measured is None and (measured := read_results(path).get(path.stem)) is None:
         raise ValueError(f"{path.name} has no measured figures: run python book/chapters.py {path}")
-    cells, unsolved = [], None
+    cells, unsolved, before, name = [], None, "", path.stem.split("_", 1)[-1]
     for index, cell in enumerate(read_source(path).cells):
         text = cell.source
         if is_exercise(cell):
@@ -152,12 +168,19 @@ def notebook_from_source(path: Path, measured: dict | None = None) -> NotebookNo
             if unsolved is None:
                 raise ValueError(f"{path.name}: {{{{solution}}}} without an exercise before it")
             text, unsolved = text.replace("{{solution}}", folded(unsolved)), None
-        text = text.replace("{{measured}}", measured_line(measured))
-        make = nbformat.v4.new_markdown_cell
+        metadata = {key: cell.metadata[key] for key in METADATA if key in cell.metadata}
         if cell.cell_type == "code":
             make = nbformat.v4.new_code_cell
-        metadata = {key: cell.metadata[key] for key in METADATA if key in cell.metadata}
-        cells.append(make(text, metadata=metadata, id=f"{path.stem}-{index:03d}"))
+            if text.startswith(IGNORED):
+                text = text.removeprefix(IGNORED)
+                metadata["tags"] = [*metadata.get("tags", []), "nbval-ignore-output"]
+            metadata = rendering.folded(metadata, before)
+        else:
+            make = nbformat.v4.new_markdown_cell
+            text = text.replace("{{measured}}", measured_line(measured))
+            text = rendering.rendered(text, path.stem)
+        before = text if cell.cell_type == "markdown" else ""
+        cells.append(make(text, metadata=metadata, id=f"{name}-{index:03d}"))
     if unsolved is not None:
         raise ValueError(f"{path.name}: the last exercise has no {{{{solution}}}} after it")
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -225,7 +248,7 @@ def execute(notebook: NotebookNode, folder: Path, name: str) -> tuple[float, int
             on_cell_start=lambda cell, cell_index: bar.update(cell_index - bar.n),
         )
         start = time.perf_counter()
-        client.execute()
+        client.execute(env=os.environ | {"BOOK_STILL": "1"})
         seconds = time.perf_counter() - start
     return seconds, int(output_text(notebook.cells.pop().outputs[0]))
 
@@ -239,12 +262,14 @@ def build(source: Path) -> str:
     """
     cores = usable_cores()
     measured = {"seconds": 0.0, "peak_mib": 0, "reading_minutes": 0, "cores": cores}
+    measured["exercise_minutes"] = 0
     ran = notebook_from_source(source, measured)
     measured["seconds"], measured["peak_mib"] = execute(ran, source.resolve().parent, source.stem)
     if found := faults(ran):
         raise ValueError("\n".join(found))
     measured["seconds"] = round(measured["seconds"], 1)
     measured["reading_minutes"] = reading_minutes(ran)
+    measured["exercise_minutes"] = exercise_minutes(ran)
     about = provenance(f"python book/chapters.py chapters/{source.name}", PACKAGES)
     about["versions"] = {"python": about.pop("python")} | about["versions"]
     measured = about | measured  # cores: those that the chapter could use

@@ -28,13 +28,14 @@ README = ROOT / "README.md"
 def chapters_table() -> str:
     """A row for each chapter: number and title, what it needs to run, how long it is to read."""
     measured = json.loads((ROOT / "data" / "results" / "chapters.json").read_text())
-    rows = ["| chapter | runs in | peak memory | reading |", "|---|---|---|---|"]
+    rows = ["| chapter | runs in | peak memory | reading | exercises |", "|---" * 5 + "|"]
     for name, figures in sorted(measured.items()):
         notebook = nbformat.read(ROOT / "chapters" / f"{name}.ipynb", as_version=4)
         title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
         rows.append(
             f"| [{title}](chapters/{name}.ipynb) | {max(1, round(figures['seconds']))} s "
-            f"| {figures['peak_mib']} MiB | {figures['reading_minutes']} min |"
+            f"| {figures['peak_mib']} MiB | {figures['reading_minutes']} min "
+            f"| {figures['exercise_minutes']} min |"
         )
     return "\n".join(rows)
 

@@ -9,7 +9,7 @@
 # ---
 
 # %% [markdown]
-# # 1. Sampling between pixels
+# # {{n}}. Sampling between pixels
 #
 # You will be able to
 # - **compute** by hand the value of an image between its pixels,
@@ -20,6 +20,8 @@
 # You should know: PyTorch tensors, indexing and autograd.
 #
 # {{measured}}
+#
+# {{map}}
 
 # %% [markdown]
 # Everything in this book rests on one operation: reading a feature map at a place that is not a
@@ -42,7 +44,7 @@ plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)
 
 # %% [markdown]
-# ## 1.1 Four pixels, by hand
+# ## {{n}}.1 Four pixels, by hand
 #
 # Take the smallest map that has a between: two rows, two columns. For now pixel centres have whole
 # coordinates: x counts columns, y counts rows.
@@ -82,7 +84,7 @@ assert (weights * corners).sum() == value
 # $G$ is a tent over each pixel: 1 at its centre, 0 one pixel away.
 
 # %% [markdown]
-# ## Exercise 1.1  Four corners
+# ## Exercise {{n}}.1  Four corners
 #
 # *difficulty ●○○ · 5 minutes · 3 lines*
 #
@@ -100,7 +102,7 @@ def blend(values, fx, fy):
     # END SOLUTION
 
 
-check("1.1", blend)
+check("sampling.1", blend)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -125,7 +127,7 @@ check("1.1", blend)
 # {{solution}}
 
 # %% [markdown]
-# ## 1.2 A whole map, with a loop
+# ## {{n}}.2 A whole map, with a loop
 #
 # On a larger map the four pixels around a point start at the floor of its coordinates. What if one
 # of them does not exist? Then it counts as zero: the map is surrounded by zeros.
@@ -157,7 +159,7 @@ assert sample_by_loop(small, 4.75, 1.0) == 0.25 * 9
 # 9 nothing is left. The value fades out over one pixel. It does not jump.
 
 # %% [markdown]
-# ## 1.3 Vectorised
+# ## {{n}}.3 Vectorised
 #
 # The loop over four corners stays, the loop over points goes. Two things need care. The index of a
 # pixel that does not exist must still be a legal index, so it is clamped; and its weight must be
@@ -189,7 +191,7 @@ print(tuple(sampled.shape))
 torch.testing.assert_close(sampled, by_loop, atol=1e-5, rtol=1e-5)
 
 # %% [markdown]
-# ## 1.4 How the value changes when the point moves
+# ## {{n}}.4 How the value changes when the point moves
 #
 # Inside one cell, between four pixels $a, b$ (top) and $c, d$ (bottom), with $u, v$ the distances
 # from the top left:
@@ -235,7 +237,7 @@ right_axis.set(xlabel="x in pixels", ylabel="slope")
 plt.show()
 
 # %% [markdown]
-# *Figure 1.1. What to see: the value is continuous, with corners at the pixel centres; the slope is
+# *Figure {{n}}.1. What to see: the value is continuous, with corners at the pixel centres; the slope is
 # constant between two pixels, jumps at their centres, and is exactly zero further than one pixel
 # outside.*
 
@@ -247,11 +249,11 @@ assert torch.allclose(slopes[between], torch.tensor(3.0), atol=1e-4)  # from 2 t
 print("slope between pixels 0 and 1: 3; outside: 0")
 
 # %% [markdown]
-# ## Exercise 1.2  The slope, without autograd
+# ## Exercise {{n}}.2  The slope, without autograd
 #
 # *difficulty ●●○ · 10 minutes · 3 lines*
 #
-# Return both derivatives of the blend of exercise 1.1, from the formulas above. A CUDA kernel needs
+# Return both derivatives of the blend of exercise {{n}}.1, from the formulas above. A CUDA kernel needs
 # exactly this in its backward pass.
 
 
@@ -265,7 +267,7 @@ def blend_slope(values, fx, fy):
     # END SOLUTION
 
 
-check("1.2", blend_slope)
+check("sampling.2", blend_slope)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -290,7 +292,7 @@ check("1.2", blend_slope)
 # {{solution}}
 
 # %% [markdown]
-# ## 1.5 A point that walks to the light
+# ## {{n}}.5 A point that walks to the light
 #
 # If the coordinate has a gradient, a point can be optimised like any weight. Here is a bright spot
 # on a dark map of 20 rows and 30 columns. We start next to it and follow the gradient of the
@@ -339,18 +341,18 @@ axis.set(xlabel="x in pixels", ylabel="y in pixels")
 plt.show()
 
 # %% [markdown]
-# *Figure 1.2. What to see: circles are starts, stars are ends (the third star covers its circle). Two points feel the spot's slope and
+# *Figure {{n}}.2. What to see: circles are starts, stars are ends (the third star covers its circle). Two points feel the spot's slope and
 # climb to its centre. The third stands where the map is flat: its gradient is exactly zero, and it
 # never moves.*
 #
 # This is the *capture range* of a sample. A gradient sees one pixel around the point and nothing
 # else. It explains three choices that we shall meet: deformable attention takes **several** points,
-# starts them **spread out** as a star (chapter 5), and looks on **coarse maps** too, where one
+# starts them **spread out** as a star ({{chapter many_scales}}), and looks on **coarse maps** too, where one
 # pixel covers a lot of image. The idea of learning where to sample is older than all of them
 # {cite}`jaderberg2015stn`.
 
 # %% [markdown]
-# ## Exercise 1.3  How far does it see?
+# ## Exercise {{n}}.3  How far does it see?
 #
 # *difficulty ●●○ · 10 minutes · 4 lines*
 #
@@ -370,7 +372,7 @@ def has_gradient(full_map, pixel, factor):
     # END SOLUTION
 
 
-check("1.3", has_gradient)
+check("sampling.3", has_gradient)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -389,14 +391,14 @@ check("1.3", has_gradient)
 # <details><summary>I pass the first check but fail the second</summary>
 #
 # You divide the coordinate by the factor without the half pixels. The shift is small on one map and
-# grows with the factor; section 1.6 is about nothing else.
+# grows with the factor; section {{n}}.6 is about nothing else.
 #
 # </details>
 #
 # {{solution}}
 
 # %% [markdown]
-# ## 1.6 Four conventions for one point
+# ## {{n}}.6 Four conventions for one point
 #
 # Pixel coordinates change with the size of the map, so networks speak in normalised ones. There are
 # three ways to normalise, and all are in use.
@@ -441,7 +443,7 @@ torch.testing.assert_close(ours, torchs)
 print(tuple(torchs.shape), "all three agree")
 
 # %% [markdown]
-# ## 1.7 The bugs
+# ## {{n}}.7 The bugs
 #
 # **Half a pixel.** Somebody forgets the -0.5 or sets `align_corners=True`. Nothing crashes, and nearly
 # every sample is a little off. How far off, on a map of width 5?
@@ -509,7 +511,7 @@ for axis, picture, title in zip(
 plt.show()
 
 # %% [markdown]
-# *Figure 1.3. What to see: each panel samples the scene at its own pixel centres, so it should give
+# *Figure {{n}}.3. What to see: each panel samples the scene at its own pixel centres, so it should give
 # back the scene, whose outline is drawn in white. Left, it does. In the middle it is off by up to
 # half a pixel at the borders, which the eye hardly sees. On the right it is stretched, and runs out
 # of the map.*
@@ -520,7 +522,7 @@ print([round(error, 2) for error in errors])
 assert errors[0] < 1e-5 and 0.01 < errors[1] < 0.3 and errors[2] > 0.9
 
 # %% [markdown]
-# ## Exercise 1.4  Repair a loader
+# ## Exercise {{n}}.4  Repair a loader
 #
 # *difficulty ●●○ · 12 minutes · 3 lines*
 #
@@ -541,7 +543,7 @@ def from_align_corners(points, size):
     # END SOLUTION
 
 
-check("1.4", from_align_corners)
+check("sampling.4", from_align_corners)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -577,7 +579,7 @@ check("1.4", from_align_corners)
 # - Test on maps with H != W, at borders and outside.
 #
 # > **Differs from the paper.** The paper leaves the convention open: its $\phi_l$, which turns a
-# > normalised point into pixels of a map (chapter 5), only "re-scales".
+# > normalised point into pixels of a map ({{chapter many_scales}}), only "re-scales".
 # > **Differs from the official code.** Nothing: it calls `grid_sample` with `align_corners=False`
 # > in its PyTorch form, and its kernel subtracts 0.5 likewise. The Deformable
 # > Attention Transformer (DAT) uses `align_corners=True`.
@@ -585,5 +587,5 @@ check("1.4", from_align_corners)
 # ## Further reading
 #
 # - {cite}`jaderberg2015stn`: learning where to sample, with the same gradient.
-# - {cite}`dai2017deformable`: $G(q, p)$ in its section 2.1, and chapter 3 here.
+# - {cite}`dai2017deformable`: $G(q, p)$ in its section 2.1, and {{chapter deformable_convolution}} here.
 # - {cite}`zhu2021deformable`: section 4.1, where the samples become attention.

@@ -9,7 +9,7 @@
 # ---
 
 # %% [markdown]
-# # 2. Attention, and what it costs on images
+# # {{n}}. Attention
 #
 # You will be able to
 # - **compute** attention by hand, for one query, for many, and for several heads,
@@ -21,9 +21,11 @@
 # You should know: PyTorch tensors, `softmax`, matrix products, autograd.
 #
 # {{measured}}
+#
+# {{map}}
 
 # %% [markdown]
-# Chapter 1 read a feature map at one place that somebody named. Attention
+# {{chapter sampling}} read a feature map at one place that somebody named. Attention
 # {cite}`vaswani2017attention` reads **every** place and decides afterwards how much each one
 # counts. That is its strength. On images it is also its cost, and this chapter measures both.
 #
@@ -49,7 +51,7 @@ plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)
 
 # %% [markdown]
-# ## 2.1 One query, three keys, by hand
+# ## {{n}}.1 One query, three keys, by hand
 #
 # A **query** is a vector that asks. **Keys** are vectors that may answer; each key has a **value**,
 # which is what the query takes home. Here keys have 4 numbers and values have 2.
@@ -92,9 +94,9 @@ assert output[0] < 6.65  # the third value pulls it down by 0.9
 
 # %% [markdown]
 # Attention never picks a key. It *mixes*, and every key has its part, however small. Remember that
-# for section 2.6.
+# for section {{n}}.6.
 #
-# ## 2.2 Many queries: a loop, then matrices
+# ## {{n}}.2 Many queries: a loop, then matrices
 #
 # Now 2 queries, 5 keys, width 3, values of width 4. No two sizes are the same, so that a mistake in
 # the axes cannot hide.
@@ -159,7 +161,7 @@ axes[0].set(ylabel="weight", ylim=(0, 1))
 plt.show()
 
 # %% [markdown]
-# *Figure 2.1. What to see: the same ten keys of width 64. Undivided scores let two random keys take
+# *Figure {{n}}.1. What to see: the same ten keys of width 64. Undivided scores let two random keys take
 # five sixths of the weight (left); divided by $\sqrt{64}$ they leave the choice open (right).*
 
 # %%
@@ -172,7 +174,7 @@ print(f"largest of ten weights: {largest_undivided:.2f} undivided, {largest_divi
 assert largest_undivided > 0.85 and largest_divided < 0.45
 
 # %% [markdown]
-# ## Exercise 2.1  Keys that are not there
+# ## Exercise {{n}}.1  Keys that are not there
 #
 # *difficulty ●○○ · 8 minutes · 3 lines*
 #
@@ -196,7 +198,7 @@ def masked_attention(queries, keys, values, padding):
     # END SOLUTION
 
 
-check("2.1", masked_attention)
+check("attention.1", masked_attention)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -239,7 +241,7 @@ shorter, _ = layer(queries[None], keys[None, ~padding], keys[None, ~padding])
 assert torch.allclose(masked, shorter, atol=1e-6)
 
 # %% [markdown]
-# ## 2.3 Several heads, and the paper's Eq. 1
+# ## {{n}}.3 Several heads, and the paper's Eq. 1
 #
 # So far the vectors themselves were query, key and value. In a network each of the three is a
 # *learned projection* of the features: one matrix says what to ask for, one what to be found by,
@@ -300,7 +302,7 @@ print(tuple(by_hand.shape))
 # %% [markdown]
 # Eq. 1 has no bias vectors; the module has them unless told otherwise, and they start at zero.
 #
-# ## Exercise 2.2  Split the heads
+# ## Exercise {{n}}.2  Split the heads
 #
 # *difficulty ●○○ · 6 minutes · 2 lines*
 #
@@ -318,7 +320,7 @@ def split_heads(x, num_heads):
     # END SOLUTION
 
 
-check("2.2", split_heads)
+check("attention.2", split_heads)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -385,7 +387,7 @@ print("weights", tuple(A.shape), "= (B, M, Q, N_k)")
 # Four rungs, one result: hand, loop, matrices, module. When queries come from somewhere else than
 # the keys, this is **cross-attention**; when $z$ and $x$ are the same tokens, **self-attention**.
 #
-# ## 2.4 A feature map is a list of cells
+# ## {{n}}.4 A feature map is a list of cells
 #
 # An image network gives a map $(C, H, W)$. Attention wants a list. So the map is flattened, row
 # after row: cell $(i, j)$ becomes token $iW + j$, and there are $H \cdot W$ tokens.
@@ -456,7 +458,7 @@ for axis in axes:
 plt.show()
 
 # %% [markdown]
-# *Figure 2.2. What to see: three channels of the code (red positive, blue negative) and, on the
+# *Figure {{n}}.2. What to see: three channels of the code (red positive, blue negative) and, on the
 # right, the dot product of one cell's code with every other. It is largest at home and falls with
 # distance: with codes, near and far exist.*
 
@@ -482,7 +484,7 @@ with torch.no_grad():
 assert not torch.allclose(shuffled[0], straight[0, order], atol=0.01)
 
 # %% [markdown]
-# ## Exercise 2.3  Look one cell further
+# ## Exercise {{n}}.3  Look one cell further
 #
 # *difficulty ●●● · 20 minutes · 7 lines*
 #
@@ -511,7 +513,7 @@ def shift_matrix(delta, num_features):
     # END SOLUTION
 
 
-check("2.3", shift_matrix)
+check("attention.3", shift_matrix)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -538,7 +540,7 @@ check("2.3", shift_matrix)
 # {{solution}}
 
 # %% [markdown]
-# ## 2.5 Before training, every key gets $1/N_k$
+# ## {{n}}.5 Before training, every key gets $1/N_k$
 #
 # Take features of mean 0 and variance 1. Xavier's initialisation gives a $C \times C$ matrix
 # entries of variance $1/C$, so the numbers in $U_m z_q$ and $V_m x_k$ have mean 0 and variance 1 as
@@ -589,7 +591,7 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# *Figure 2.3. What to see: before training the entropy stays just below that of equal weights,
+# *Figure {{n}}.3. What to see: before training the entropy stays just below that of equal weights,
 # however many keys there are. Attention starts as an average over the whole map.*
 
 # %%
@@ -610,7 +612,7 @@ print("variance of the entries, times C:", round(third, 2))
 assert math.isclose(third, 0.5, rel_tol=0.02)
 
 # %% [markdown]
-# ## Exercise 2.4  What a score is told
+# ## Exercise {{n}}.4  What a score is told
 #
 # *difficulty ●●○ · 12 minutes · 3 lines*
 #
@@ -629,7 +631,7 @@ def score_gradient(scores, values, grad_output):
     # END SOLUTION
 
 
-check("2.4", score_gradient)
+check("attention.4", score_gradient)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -656,7 +658,7 @@ check("2.4", score_gradient)
 # {{solution}}
 
 # %% [markdown]
-# ## 2.6 What that does to gradients
+# ## {{n}}.6 What that does to gradients
 #
 # The chain rule gives two lines, and both begin with $A_k$:
 #
@@ -710,7 +712,7 @@ for axis, title in zip(axes, ("what reaches the right key", "what reaches the qu
 plt.show()
 
 # %% [markdown]
-# *Figure 2.4. What to see: four times the keys, a quarter of the gradient for the one that matters
+# *Figure {{n}}.4. What to see: four times the keys, a quarter of the gradient for the one that matters
 # (left, slope $-1$). The query hears it in a crowd that gets louder (right, slope $-\frac12$).*
 #
 # The right-hand picture matters more. A small gradient by itself would do no harm: AdamW
@@ -726,7 +728,7 @@ assert told[-1, 2] < 0.07 < 0.7 < told[0, 2]
 # %% [markdown]
 # The paper says it in two words: "ambiguous gradients".
 #
-# ## 2.7 A task whose answer we know
+# ## {{n}}.7 A task whose answer we know
 #
 # If that is right, one should *see* learning slow down when a map has more cells, although the task
 # stays the same. Here is a task for which we know where attention must look.
@@ -761,7 +763,7 @@ axis.set(xlim=(-0.7, columns - 0.3), ylim=(rows - 0.3, -0.7), xticks=[], yticks=
 plt.show()
 
 # %% [markdown]
-# *Figure 2.5. What to see: a map of 64 cells. The three queries must find the star, the plus and
+# *Figure {{n}}.5. What to see: a map of 64 cells. The three queries must find the star, the plus and
 # the cross (circled for us, not for them) and name their colours.*
 
 # %%
@@ -860,7 +862,7 @@ figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", 
 plt.show()
 
 # %% [markdown]
-# *Figure 2.6. What to see: median of five seeds, band from the worst to the best. More cells, later
+# *Figure {{n}}.6. What to see: median of five seeds, band from the worst to the best. More cells, later
 # learning. With 1,024 cells the queries guess (dotted: chance) for a long time, and in 400 steps most
 # seeds do not find all three marks.*
 
@@ -915,7 +917,7 @@ for row, (step, A) in zip(axes, looks.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# *Figure 2.7. What to see: the weights of three queries on one map (each panel has its own scale;
+# *Figure {{n}}.7. What to see: the weights of three queries on one map (each panel has its own scale;
 # the number is the weight in the right cell, circled). Noise becomes a point, and the point is
 # right.*
 
@@ -953,7 +955,7 @@ axis.set_title(f"weight on the right cell; {right:.0%} of the colours right")
 plt.show()
 
 # %% [markdown]
-# *Figure 2.8. What to see: for one mark in one colour the query sees nothing at all, and yet its
+# *Figure {{n}}.8. What to see: for one mark in one colour the query sees nothing at all, and yet its
 # answer is right.*
 
 # %%
@@ -963,466 +965,3 @@ assert table.min() < 0.2 and np.median(table) > 0.9
 # How can it be right? By elimination: it finds the mark in all colours but one, and so "found
 # nothing" *means* that colour. Keep this in mind when an attention map is shown as an explanation.
 
-# %% [markdown]
-# What would help? If someone told each query *roughly* where to look, so that it saw 16 of the
-# 1,024 cells and the right one among them, its problem would be that of the first curve. That is
-# the idea of deformable attention: few keys for each query, and learned places for them.
-#
-# A toy is a toy: one layer, one head, no image.
-#
-# ## 2.8 Cost, by counting
-#
-# Multiplying $(a \times b)$ by $(b \times c)$ takes $abc$ multiplications and as many additions:
-# $2abc$ floating-point operations, or FLOPs. PyTorch can count them while code runs.
-
-# %%
-from torch.utils.flop_counter import FlopCounterMode
-
-
-def count_flops(call, *inputs):
-    """FLOPs of all matrix products in call(*inputs)."""
-    with FlopCounterMode(display=False) as counter:
-        call(*inputs)
-    return counter.get_total_flops()
-
-
-left, right = torch.randn(3, 5), torch.randn(5, 7)
-assert count_flops(torch.matmul, left, right) == 2 * 3 * 5 * 7 == 210
-
-# %% [markdown]
-# Take Eq. 1 apart with 7 queries, 13 keys and $C = 256$, piece by piece.
-
-# %%
-z, x = torch.randn(1, 7, C), torch.randn(1, 13, C)
-pieces = {
-    "U z": count_flops(attention.U, z),
-    "V x": count_flops(attention.V, x),
-    "W' x": count_flops(attention.W_prime, x),
-    "W": count_flops(attention.W, z),
-}
-pieces["scores and sum"] = count_flops(attention, z, x) - sum(pieces.values())
-print(pieces)
-assert pieces["U z"] == 2 * 7 * C * C and pieces["V x"] == 2 * 13 * C * C
-
-# %% [markdown]
-# ## Exercise 2.5  The bill
-#
-# *difficulty ●●○ · 10 minutes · 3 lines*
-#
-# Write the number of FLOPs of all matrix products in Eq. 1, for any sizes. DETR's decoder, for
-# instance, has 100 queries and as many keys as the map has cells.
-
-
-# %% tags=["exercise"]
-def attention_flops(num_queries, num_keys, embed_dim, num_heads):
-    """FLOPs of multi-head attention on one image, 2 for each multiply-add. Returns an int."""
-    # BEGIN SOLUTION
-    projections = 4 * (num_queries + num_keys) * embed_dim**2  # U and W; V and W'
-    scores_and_sum = 4 * num_queries * num_keys * embed_dim  # the same for any number of heads
-    return projections + scores_and_sum
-    # END SOLUTION
-
-
-check("2.5", attention_flops)
-
-# %% [markdown]
-# <details><summary>Hint 1</summary>
-#
-# Six products. Which of the four projections act on queries, which on keys?
-#
-# </details>
-#
-# <details><summary>Hint 2</summary>
-#
-# The scores of one head cost $2 N_q N_k D$, and there are $M = C/D$ heads. The weighted sum costs
-# as much again.
-#
-# </details>
-#
-# <details><summary>I pass the first check but fail the second</summary>
-#
-# The first check has one head and as many queries as keys. Then it does not matter which tokens a
-# projection acts on, nor whether you multiplied the scores by $M$ once too often: each head has
-# only $D = C/M$ channels.
-#
-# </details>
-#
-# {{solution}}
-
-# %% [markdown]
-# The paper gives the cost as $O(N_q C^2 + N_k C^2 + N_q N_k C)$. An $O$ hides factors. Here all three
-# are 4: two products of each kind, 2 FLOPs for each multiply-add.
-
-# %%
-z, x = torch.randn(1, 11, C), torch.randn(1, 30, C)
-assert count_flops(attention, z, x) == 4 * C * (11 * C + 30 * C + 11 * 30)
-
-# %% [markdown]
-# With a fixed number of queries, as in DETR's decoder, the bill grows only linearly with the map.
-# The trouble is the encoder, where every cell asks every cell. There $N_q = N_k = N$:
-# $8NC^2 + 4N^2C$. The quadratic part overtakes the linear one at $N = 2C$, which is **512 tokens**
-# for the usual $C = 256$. Is that many? Take the image size that detectors are tested with, 800 ×
-# 1066 pixels. How many cells it has at each stride is not ours to guess; a chain of stride-2
-# convolutions tells.
-
-# %%
-halve = nn.Conv2d(1, 1, kernel_size=3, stride=2, padding=1, device="meta")
-image, shapes = torch.empty(1, 1, 800, 1066, device="meta"), {}
-for stride in (2, 4, 8, 16, 32):
-    image = halve(image)
-    shapes[stride] = tuple(image.shape[-2:])
-assert shapes[32] == (25, 34)  # 1066 / 32 = 33.3, rounded up
-assert shapes[32][0] * shapes[32][1] == 850 > 2 * C
-
-# %% [markdown]
-# At stride 32, the coarsest map of a ResNet {cite}`he2016resnet`, the quadratic part is already the
-# larger. Now the whole bill, for one self-attention layer with $C = 256$ and 8 heads. Memory is
-# that of the weights $A$, in 32-bit floats: $M$ matrices of $N \times N$ numbers.
-#
-# **Before you run**: how much memory do the weights of one layer take at stride 8? Megabytes or
-# gigabytes?
-
-# %%
-layer, bill = nn.MultiheadAttention(C, M, batch_first=True, device="meta"), {}
-print("stride  map        tokens   linear  quadratic   weights A")
-for stride in (32, 16, 8, 4):
-    height, width = shapes[stride]
-    N = height * width
-    x = torch.empty(1, N, C, device="meta")
-    total = count_flops(layer, x, x, x)
-    linear = 4 * count_flops(nn.Linear(C, C, device="meta"), x)
-    A = torch.empty(M, N, N, device="meta")
-    bill[stride] = (N, linear / 1e9, (total - linear) / 1e9, A.nbytes / 1e6)
-    _, *cost = bill[stride]
-    print(f"{stride:4}    {height:3} x {width:3} {N:8,}", end="  ")
-    print("{:5.1f} GF {:7.1f} GF {:8,.0f} MB".format(*cost))
-
-# %%
-assert bill[4][0] == 53_400
-assert math.isclose(bill[4][3] / bill[8][3], 16, rel_tol=0.01)  # half the stride: 16 times
-A = torch.zeros(M, 850, 850)  # a real one, for once
-assert A.numel() * A.element_size() / 1e6 == bill[32][3]
-
-# %% mystnb={"image": {"alt": "FLOPs of one attention layer against the number of tokens, both axes logarithmic. The linear part and the steeper quadratic part cross at 512 tokens. The four strides of an 800 by 1066 image are marked, all to the right of the crossing."}}
-tokens = np.geomspace(64, 1e5)
-figure, axis = plt.subplots()
-axis.plot(tokens, 8 * tokens * C**2 / 1e9, label="projections, $8NC^2$")
-axis.plot(tokens, 4 * tokens**2 * C / 1e9, label="scores and sum, $4N^2C$")
-axis.axvline(2 * C, color="k", ls=":", lw=1)
-axis.text(2 * C * 0.9, 3000, "$N = 2C$", ha="right")
-for stride, (count, linear, quadratic, _) in bill.items():
-    axis.plot([count, count], [linear, quadratic], "ko", ms=4)
-    axis.text(count * 1.1, linear * 0.35, f"stride {stride}")
-axis.set(xscale="log", yscale="log", xlabel="tokens $N$", ylabel="GFLOPs in one layer")
-axis.legend()
-plt.show()
-
-# %% [markdown]
-# *Figure 2.9. What to see: the quadratic part crosses the linear one at 512 tokens. All four maps of
-# this image, strides 4 to 32, lie to the right of it (dots: counted).*
-
-# %%
-for count, linear, quadratic, _ in bill.values():
-    assert math.isclose(linear, 8 * count * C**2 / 1e9, rel_tol=1e-6)
-    assert math.isclose(quadratic, 4 * count**2 * C / 1e9, rel_tol=1e-6)
-    assert quadratic > linear
-assert math.isclose(8 * 2 * C * C**2, 4 * (2 * C) ** 2 * C)  # equal at N = 2C
-
-# %% [markdown]
-# Three honest remarks.
-#
-# First, PyTorch's counter sees matrix products only. The softmax adds a handful of operations for
-# each of the $M N^2$ weights; the products spend $4D = 128$ on each.
-#
-# Second, an encoder layer also has a feed-forward network, which is linear: $4NCF$ for a hidden
-# width $F$. DETR's is 2,048 wide. Then the quadratic part wins from $N = 2C + F$ on, which is 2,560
-# tokens: between stride 32 and stride 16.
-#
-# Third, nobody has to *store* $A$. Newer kernels compute it block by block and forget it, in the
-# forward and in the backward pass; `F.scaled_dot_product_attention` uses them. The paper of 2020
-# did not have them. What does autograd keep, really? We ask it.
-
-
-# %%
-def kept_for_backward(call, *inputs):
-    """Bytes of all different tensors that autograd saves during call(*inputs)."""
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.data_ptr()] = tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call(*inputs)
-    assert result.requires_grad
-    return sum(kept.values())
-
-
-# %%
-for num_tokens in (256, 512, 1024):
-    q, k, v = (torch.randn(1, M, num_tokens, C // M, requires_grad=True) for _ in range(3))
-    dense = kept_for_backward(attend, q, k, v) / 1e6
-    fused = kept_for_backward(F.scaled_dot_product_attention, q, k, v) / 1e6
-    print(f"{num_tokens:5} tokens: {dense:3.0f} MB dense, {fused:3.0f} MB fused")
-assert dense > 4 * M * num_tokens**2 / 1e6  # A itself is in there
-assert fused < 6 * 4 * num_tokens * C / 1e6  # inputs, output and little more
-
-# %% [markdown]
-# So today memory need not be quadratic. The FLOPs still are, and so is the time:
-
-# %%
-# NBVAL_IGNORE_OUTPUT
-seconds = {}
-for num_tokens in (512, 1024, 2048):
-    q, k, v = (torch.randn(1, M, num_tokens, C // M) for _ in range(3))
-    for name, call in (("dense", attend), ("fused", F.scaled_dot_product_attention)):
-        runs = []
-        for _ in range(3):
-            start = time.perf_counter()
-            call(q, k, v)
-            runs.append(time.perf_counter() - start)
-        seconds[name, num_tokens] = min(runs)
-    dense, fused = seconds["dense", num_tokens], seconds["fused", num_tokens]
-    print(f"{num_tokens:5} tokens: {dense * 1e3:6.1f} ms dense, {fused * 1e3:6.1f} ms fused")
-
-# %%
-for name in ("dense", "fused"):  # four times the tokens: 16 times the time, give or take
-    assert seconds[name, 2048] > 5 * seconds[name, 512]
-
-# %% [markdown]
-# These are times of one processor, on a day when it may have had other work. The counts above are
-# the same everywhere.
-#
-# ## 2.9 Why small objects suffer
-#
-# DETR works at stride 32, because of that bill. How much of an object is left there? COCO calls an
-# object small below $32^2$ pixels and large above $96^2$ {cite}`lin2014coco`.
-
-# %%
-print("cells covered by an object of")
-print("stride    9 px   32 px   96 px")
-for stride in (32, 16, 8, 4):
-    print(f"{stride:6}", *(f"{(side / stride) ** 2:7.2f}" for side in (9, 32, 96)))
-assert 11 < (32**2 - 9**2) / 9**2 < 12
-
-# %% [markdown]
-# At stride 32 the largest of the small objects is **one** cell, and one of 9 pixels shares its cell
-# with nearly twelve times its own area of background.
-#
-# Here is what averaging over cells does to real ink. The image is one of the book's samples, and
-# its boxes come from the annotation file.
-
-# %%
-picture = plt.imread("../data/samples/000012.png")[..., :3]
-pixels = torch.tensor(picture).permute(2, 0, 1)  # (3, 128, 128)
-with open("../data/samples/annotations.json") as file:
-    annotations = [a for a in json.load(file)["annotations"] if a["image_id"] == 12]
-small = next(a["bbox"] for a in annotations if a["category_id"] == 9)  # left, top, width, height
-large = next(a["bbox"] for a in annotations if a["category_id"] == 1)
-assert small[2:] == [8, 12] and large[2:] == [23, 30]  # an eight and a zero
-
-# %% mystnb={"image": {"alt": "A grey photograph with coloured digits, at full resolution and averaged over cells of 4, 8, 16 and 32 pixels. Two boxes mark a zero 30 pixels high, a ring at 8 and a stain at 16, and an eight 12 pixels high, which is a smear at 8 and a tinted cell at 16."}}
-figure, axes = plt.subplots(1, 5, figsize=(9, 2.1))
-for axis, stride in zip(axes, (1, 4, 8, 16, 32), strict=True):
-    cells = F.avg_pool2d(pixels, stride)
-    axis.imshow(cells.permute(1, 2, 0), extent=(0, 128, 128, 0))
-    for left, top, w, h in (small, large):
-        axis.add_patch(plt.Rectangle((left, top), w, h, fill=False, ec="w", lw=1.2))
-    axis.set(xticks=[], yticks=[], title="pixels" if stride == 1 else f"stride {stride}")
-plt.show()
-
-# %% [markdown]
-# *Figure 2.10. What to see: a zero of 23 × 30 pixels is a ring at stride 8 and a stain at 16; an
-# eight of 8 × 12 is a smear at stride 8; at 16 its shape is gone, a tint of one cell is left.*
-
-
-# %%
-def contrast(stride, left, top, w, h):
-    """Standard deviation of the cells in a box, all channels, against that of its pixels: the mean
-    over every way in which the grid of cells can lie."""
-
-    def spread(image):
-        return image[:, top : top + h, left : left + w].std((1, 2)).mean().item()
-
-    spreads = []
-    for shift in itertools.product(range(stride), repeat=2):
-        cells = F.avg_pool2d(pixels.roll(shift, (1, 2)), stride)
-        blurred = cells.repeat_interleave(stride, 1).repeat_interleave(stride, 2)
-        spreads.append(spread(blurred.roll((-shift[0], -shift[1]), (1, 2))))
-    return np.mean(spreads) / spread(pixels)
-
-
-print("contrast left in the small and in the large one")
-for stride in (4, 8, 16):
-    print(f"stride {stride:2}:", *(f"{contrast(stride, *box):.2f}" for box in (small, large)))
-assert contrast(16, *small) < 0.3 < contrast(16, *large) < 0.5 < contrast(8, *large)
-
-# %% [markdown]
-# A network keeps more than an average, since a cell has 256 numbers and its receptive field is
-# wide. But one cell must then hold everything about the object and its background, and a box edge
-# has to be found to a small part of a cell.
-#
-# There is a second handicap, and a finer stride does not cure it. At the start an object gets the
-# share of attention that it has of the *area*:
-
-# %%
-for side in (9, 32, 96):
-    shares = [(side / stride) ** 2 / (800 * 1066 / stride**2) for stride in (32, 16, 8, 4)]
-    print(f"{side:3} px: {shares[0]:.4%} of the weight, at every stride")
-    assert np.allclose(shares, side**2 / (800 * 1066))
-
-# %% [markdown]
-# A finer map has more cells on the object, each with less weight. The sum stays. By section 2.6 so
-# does the gradient: an object of 96 pixels is heard a hundred times louder than one of 9.
-#
-# What people measured on COCO fits. These lines are quoted from the table in the official
-# repository's README (the column of strides is ours; AP, average precision, is COCO's grade, the
-# higher the better, chapter 9 computes it; Faster R-CNN is a convolutional detector, FPN the maps at
-# several strides that it reads):
-#
-# | model | stride | epochs | AP | AP of small objects | training, GPU hours |
-# |:--|--:|--:|--:|--:|--:|
-# | Faster R-CNN with FPN {cite}`lin2017fpn` | 4 to 64 | 109 | 42.0 | 26.6 | 380 |
-# | DETR | 32 | 500 | 42.0 | 20.5 | 2,000 |
-# | DETR-DC5 | 16 | 500 | 43.3 | 22.5 | 7,000 |
-# | Deformable DETR | 8 to 64 | 50 | 44.5 | 27.1 | 325 |
-#
-# Halving the stride (DC5) helps small objects and costs three and a half times the training. The
-# last line is what this book builds.
-#
-# ## 2.10 Look at fewer cells
-#
-# Both troubles, the cost and the faint gradients, come from looking *everywhere*. So let each query
-# look at less. A **window** {cite}`ramachandran2019standalone` takes the neighbourhood. **Axial**
-# attention takes the query's row and column. **Deformable** attention takes $K$ points for each
-# head, and learns where.
-#
-# ## Exercise 2.6  A window
-#
-# *difficulty ●●○ · 12 minutes · 5 lines*
-#
-# Build the mask with which `F.scaled_dot_product_attention` becomes window attention: query
-# $(i, j)$ may look at the cells that are at most `radius` rows **and** at most `radius` columns
-# away.
-
-
-# %% tags=["exercise"]
-def window_mask(H, W, radius):
-    """Returns (H * W, H * W), bool: row = query, column = key, True where the query may look."""
-    # BEGIN SOLUTION
-    token = torch.arange(H * W)
-    row, column = token // W, token % W
-    near_rows = (row[:, None] - row).abs() <= radius
-    near_columns = (column[:, None] - column).abs() <= radius
-    return near_rows & near_columns
-    # END SOLUTION
-
-
-check("2.6", window_mask)
-
-# %% [markdown]
-# <details><summary>Hint 1</summary>
-#
-# Give every token its row and its column: `token // W` and `token % W`.
-#
-# </details>
-#
-# <details><summary>Hint 2</summary>
-#
-# `row[:, None] - row` is the table of all row distances, (H * W, H * W).
-#
-# </details>
-#
-# <details><summary>I pass the first check but fail the second</summary>
-#
-# You measure distance in the flat list. There, the last cell of a row and the first cell of the
-# next are neighbours; on the map they are at opposite edges.
-#
-# </details>
-#
-# {{solution}}
-
-# %% [markdown]
-# Four ways to look, from the same cell of a 25 × 34 map, which is stride 32 of our image. For the
-# last one we take its state before training: 8 heads with $K = 4$ points each, in a star (chapter 5
-# draws where it comes from).
-
-# %%
-(height, width), i, j = shapes[32], 10, 20  # the query stands in row 10, column 20
-row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-looks_at = {
-    "dense": torch.ones(height, width, dtype=torch.bool),
-    "window 7 × 7": ((row - i).abs() <= 3) & ((column - j).abs() <= 3),
-    "axial": (row == i) | (column == j),
-    "deformable": torch.zeros(height, width, dtype=torch.bool),
-}
-for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)):
-    for k in range(1, 5):
-        looks_at["deformable"][i + k * dy, j + k * dx] = True
-keys = {name: int(seen.sum()) for name, seen in looks_at.items()}
-print(keys)
-assert keys == {"dense": 850, "window 7 × 7": 49, "axial": height + width - 1, "deformable": 8 * 4}
-
-# %% mystnb={"image": {"alt": "Four maps of 25 by 34 cells with one query marked. Dense attention looks at all cells, the window at a block of seven by seven around the query, axial attention at the query's row and column, deformable attention at 32 cells in a star of eight rays."}}
-figure, axes = plt.subplots(1, 4, figsize=(9, 2.1))
-for axis, (name, seen) in zip(axes, looks_at.items(), strict=True):
-    axis.imshow(seen, vmin=-0.3, vmax=1.1)
-    axis.plot(j, i, "x", color="C1", mew=2)
-    axis.set(xticks=[], yticks=[], title=f"{name}: {keys[name]}")
-plt.show()
-
-# %% [markdown]
-# *Figure 2.11. What to see: which cells one query (cross) looks at, and how many. The first three
-# patterns are the same for every image; the points of the last one move with what the query sees.*
-#
-# What is left of the quadratic part when the map gets finer?
-
-# %%
-print("keys per query and head, strides 32, 16, 8, 4")
-maps = [shapes[stride] for stride in (32, 16, 8, 4)]
-table = {
-    "dense": [height * width for height, width in maps],
-    "window 7 × 7": [49 for _ in maps],
-    "axial": [height + width - 1 for height, width in maps],
-    "deformable": [4 for _ in maps],
-}
-for name, counts in table.items():
-    print(f"{name:13}", *(f"{count:7,}" for count in counts))
-assert table["dense"][-1] / table["dense"][0] > 60 and len(set(table["deformable"])) == 1
-
-# %% [markdown]
-# A window is cheap, but blind beyond its border, and an object may be larger than it. A row and a
-# column reach far, but see only a thin cross. Deformable attention stays at $K$ keys whatever the
-# map, starts with weights of exactly $1/K$ instead of about $1/N_k$, and can reach any place, if it
-# learns to. How places can be learned is chapter 3; the module is chapter 4.
-#
-# ## Summary
-#
-# - Attention: scores by dot products over $\sqrt{D}$, softmax over keys, average of values; heads
-#   do it side by side, and Eq. 1 *is* `nn.MultiheadAttention` without biases.
-# - On a map the keys are the cells, a bag of them: without a place code, order means nothing.
-# - Before training each key gets about $1/N_k$. The right key's gradient falls like $1/N_k$, and
-#   its part in what the query hears like $1/\sqrt{N_k}$: more cells, later learning.
-# - Cost: $4(N_q C^2 + N_k C^2 + N_q N_k C)$ FLOPs. On images the last term rules.
-# - Small objects need fine maps, which dense attention cannot pay for, and get the fainter
-#   gradients.
-
-# %% [markdown]
-# > **Differs from the paper.** Eq. 1 has no biases, the code has. In Eq. 1 key and value are the
-# > same $x_k$; DETR and the official code add the place code to queries and keys, not to values.
-# > The paper assumes queries and keys of variance 1; Xavier's formula on PyTorch's packed matrix
-# > gives $\tfrac12$, so weights start flatter still. Its memory argument is older than fused
-# > kernels; its FLOP argument stands.
-# >
-# > **Differs from the official code.** Deformable DETR uses dense attention only among the queries
-# > in the decoder, by `nn.MultiheadAttention` with dropout 0.1. This chapter's `Attention` has
-# > none; the library's detector has it.
-#
-# ## Further reading
-#
-# - {cite}`vaswani2017attention`: attention, $\sqrt{D}$ and the sine code.
-# - {cite}`wang2018nonlocal`: dense attention on feature maps, before DETR.
-# - {cite}`carion2020detr`: attention as a detector.
-# - {cite}`zhu2021deformable`, sections 1 and 3: the argument that this chapter measures.
-# - {cite}`ramachandran2019standalone`: windows.
-# - {cite}`sun2021tspfcos`: a study of why DETR converges slowly.

@@ -16,6 +16,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+import rendering
 from nbformat import NotebookNode
 
 import chapters as tool
@@ -23,7 +24,7 @@ from deformable_detr.exercises import CHECKERS, verdicts
 
 CHAPTERS = Path(__file__).resolve().parent.parent / "chapters"
 SOURCES = sorted(CHAPTERS.glob("[0-9][0-9]_*.py"))
-CHECK_CALL = re.compile(r'^check\("(\d+\.\d+)"', re.M)
+CHECK_CALL = re.compile(r'^check\("(\w+\.\d+)"', re.M)
 DIFFICULTY = re.compile(r"^\*difficulty [●○]{3} · \d+ minutes · (\d+) lines?\*$", re.M)
 FIGURE = re.compile(r"\*Figure (\d+)\.(\d+)\. \S")
 SUMMARY = "<details><summary>"
@@ -38,6 +39,10 @@ def stored(source: Path) -> NotebookNode:
 
 def chapter_number(source: Path) -> int:
     return int(source.stem[:2])
+
+
+def chapter_name(source: Path) -> str:
+    return source.stem[3:]
 
 
 def code_of(source: Path) -> list[NotebookNode]:
@@ -131,7 +136,29 @@ def test_opens_and_closes_as_every_chapter(source):
     last = "\n".join(cell.source for cell in cells[-3:] if cell.cell_type == "markdown")
     assert "Differs from the paper" in last
     assert "Further reading" in last
-    assert "{cite" in last
+
+
+@each_chapter
+def test_numbers_links_and_citations_are_the_tools(source):
+    text = "\n".join(c.source for c in tool.read_source(source).cells if c.cell_type == "markdown")
+    assert "{{map}}" in text and "{cite}`" in text
+    number = chapter_number(source)
+    own = rf"(?:^#+ |[Ff]igures? |[Ss]ections? |[Ee]xercises? ){number}\.\d"
+    assert not re.findall(own, text, re.M), "write {{n}}.1"
+    assert not re.findall(r"\b[Cc]hapters? \d", text), "write {{chapter sampling}}"
+    assert re.findall(r"\{\{n\}\}\. ", text.splitlines()[0])
+
+
+def test_files_are_the_table_of_contents():
+    assert [source.stem for source in SOURCES] == list(rendering.files().values())
+
+
+@each_chapter
+def test_predictions_are_folded(source):
+    cells = stored(source).cells
+    for before, cell in itertools.pairwise(cells):
+        if cell.cell_type == "code" and "Before you run" in before.source.split("\n\n")[-1]:
+            assert "hide-output" in cell.metadata.tags and cell.metadata.jupyter.outputs_hidden
 
 
 @each_chapter
@@ -180,12 +207,12 @@ def test_the_book_is_within_its_limit():
 
 @each_chapter
 def test_exercises_and_checkers_belong_together(source):
-    number = chapter_number(source)
-    checkers = importlib.import_module(f"deformable_detr.exercises.ch{number:02d}")
+    name = chapter_name(source)
+    checkers = importlib.import_module(f"deformable_detr.exercises.{name}")
     asked = [exercise_number(cell.source) for cell in code_of(source) if tool.is_exercise(cell)]
-    assert asked == [f"{number}.{k}" for k in range(1, len(asked) + 1)]
+    assert asked == [f"{name}.{k}" for k in range(1, len(asked) + 1)]
     assert len(asked) >= 3
-    assert sorted(asked) == sorted(key for key in CHECKERS if key.split(".")[0] == str(number))
+    assert sorted(asked) == sorted(key for key in CHECKERS if key.split(".")[0] == name)
     assert sorted(asked) == sorted(checkers.WRONG)
     assert all(checkers.WRONG.values()), "every exercise needs a wrong answer that fails"
 
@@ -198,7 +225,8 @@ def test_exercises_come_with_help(source):
             continue
         number = exercise_number(cell.source)
         task, helps = cells[index - 1].source, cells[index + 1].source
-        assert re.search(rf"^## Exercise {re.escape(number)}\s+\S", task, re.M)
+        shown = "{{n}}." + number.split(".")[1]
+        assert re.search(rf"^## Exercise {re.escape(shown)}\s+\S", task, re.M)
         claimed = DIFFICULTY.search(task)
         assert claimed, f"exercise {number} lacks its difficulty, minutes and lines"
         lines = sum(
@@ -224,7 +252,7 @@ def test_stub_fails_and_solution_passes(source, index, in_chapters):
 @pytest.mark.parametrize(("source", "index"), exercises())
 def test_wrong_answers_fail(source, index, in_chapters):
     number = exercise_number(code_of(source)[index].source)
-    checkers = importlib.import_module(f"deformable_detr.exercises.ch{chapter_number(source):02d}")
+    checkers = importlib.import_module(f"deformable_detr.exercises.{chapter_name(source)}")
     for misconception, answer in checkers.WRONG[number]:
         answers = answer if isinstance(answer, tuple) else (answer,)
         found = verdicts(number, *answers)

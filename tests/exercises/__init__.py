@@ -1,8 +1,8 @@
 """Checkers of the book's exercises, importable in a notebook as `deformable_detr.exercises`.
 
-A chapter's checkers stand in `chNN.py`, one generator per exercise:
+A chapter's checkers stand in a module with the chapter's name, one generator per exercise:
 
-    @checks("1.1")
+    @checks("sampling.1")
     def check_blend(blend):
         yield "a corner gives back its own value"
         expect(blend(values, 0.0, 0.0), values[0, 0], hint="fx = 0 means: stay on the left")
@@ -42,7 +42,7 @@ class Verdict:
 
 
 def checks(exercise: str) -> Callable[[Checker], Checker]:
-    """Register the decorated generator as the checker of `exercise`, for example "1.1"."""
+    """Register the decorated generator as the checker of `exercise`, for example "sampling.1"."""
 
     def register(checker: Checker) -> Checker:
         if exercise in CHECKERS:
@@ -86,10 +86,10 @@ def verdicts(exercise: str, *answers: Any) -> list[Verdict]:
     The checks run from a fixed random state, and the caller's random state is left as it was.
 
     Raises:
-        KeyError: no checker has this number.
+        KeyError: no checker has this name.
         NotImplementedError: the answer is still the stub.
     """
-    importlib.import_module(f"{__name__}.ch{int(exercise.split('.')[0]):02d}")
+    importlib.import_module(f"{__name__}.{exercise.split('.')[0]}")
     found: list[Verdict] = []
     name = "it runs"
     with torch.random.fork_rng(devices=[]):

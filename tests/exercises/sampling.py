@@ -1,0 +1,131 @@
+"""Checkers of chapter 1, "Sampling between pixels"."""
+
+import torch
+import torch.nn.functional as F
+
+from deformable_detr.exercises import checks, expect
+from deformable_detr.layers.sampling import bilinear_sample, pixel_to_normalised
+
+VALUES = torch.tensor([[10.0, 20.0], [50.0, 80.0]])
+
+
+@checks("sampling.1")
+def check_blend(blend):
+    yield "each corner gives back its own value"
+    for y in (0, 1):
+        for x in (0, 1):
+            expect(blend(VALUES, float(x), float(y)), VALUES[y, x], "rows are y, columns are x")
+    yield "a quarter right and half down is 35"
+    expect(blend(VALUES, 0.25, 0.5), 35.0, "fx weighs the right column, fy the bottom row")
+    yield "any point of any four values"
+    values = torch.randn(2, 2)
+    for fx, fy in torch.rand(5, 2).tolist():
+        point = torch.tensor([[(fx + 0.5) / 2, (fy + 0.5) / 2]])
+        expect(blend(values, fx, fy), bilinear_sample(values[None], point)[0, 0])
+
+
+@checks("sampling.2")
+def check_blend_slope(blend_slope):
+    yield "on the top edge the slope along x is the difference of the top corners"
+    expect(blend_slope(VALUES, 0.0, 0.0)[0], 10.0, "right minus left")
+    yield "the slope along x is blended along y, and the other way round"
+    by_x, by_y = blend_slope(VALUES, 0.25, 0.5)
+    expect(by_x, 20.0, "differences along x are blended with fy")
+    expect(by_y, 45.0, "differences along y are blended with fx")
+    yield "it is what finite differences say"
+    values = torch.randn(2, 2).double()
+    fx, fy, step = 0.3, 0.8, 1e-4
+
+    def value(x, y):
+        return (1 - y) * ((1 - x) * values[0, 0] + x * values[0, 1]) + y * (
+            (1 - x) * values[1, 0] + x * values[1, 1]
+        )
+
+    by_x, by_y = blend_slope(values, fx, fy)
+    expect(by_x, (value(fx + step, fy) - value(fx - step, fy)) / (2 * step))
+    expect(by_y, (value(fx, fy + step) - value(fx, fy - step)) / (2 * step))
+
+
+@checks("sampling.3")
+def check_has_gradient(has_gradient):
+    spot = torch.zeros(8, 16)
+    spot[4, 12] = 1.0
+    yield "on the full map only the pixel's neighbours feel it"
+    expect(has_gradient(spot, (12.4, 4.3), 1), True, "within one pixel of the spot")
+    expect(has_gradient(spot, (9.0, 4.3), 1), False, "three pixels away")
+    yield "the coarse map carries the point to the right cell"
+    # full pixel 9.4 is 1.975 on the map of quarter size, the spot's cell is 3
+    expect(has_gradient(spot, (9.4, 4.3), 4), False, "(p + 0.5) / factor - 0.5, half pixels too")
+    expect(has_gradient(spot, (9.8, 4.3), 4), True, "(9.8 + 0.5) / 4 - 0.5 = 2.075: near cell 3")
+    yield "a coarser map sees further"
+    expect([has_gradient(spot, (5.0, 4.0), f) for f in (1, 2, 4, 8)], [False, False, False, True])
+    yield "a bright but flat map has no gradient"
+    expect(has_gradient(torch.ones(8, 16), (5.2, 4.3), 2), False, "the value is not the gradient")
+
+
+@checks("sampling.4")
+def check_from_align_corners(from_align_corners):
+    yield "the middle stays the middle"
+    expect(from_align_corners(torch.zeros(2), (3, 5)), torch.tensor([0.5, 0.5]))
+    yield "-1 and 1 are the centres of the first and last pixels"
+    ends = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    centres = pixel_to_normalised(torch.tensor([[0.0, 0.0], [4.0, 2.0]]), (3, 5))
+    expect(from_align_corners(ends, (3, 5)), centres, "half a pixel from 0 and from 1; (x, y)")
+    yield "samples agree with grid_sample(align_corners=True)"
+    feature_map, points = torch.randn(2, 4, 7), torch.rand(9, 2) * 2 - 1
+    wanted = F.grid_sample(feature_map[None], points[None, None], align_corners=True)[0, :, 0].T
+    expect(bilinear_sample(feature_map, from_align_corners(points, (4, 7))), wanted)
+
+
+def _has_value(full_map, pixel, factor):
+    place = (torch.tensor([pixel]) + 0.5) / factor - 0.5
+    coarse = F.avg_pool2d(full_map[None], factor)
+    return bool(bilinear_sample(coarse, pixel_to_normalised(place, coarse.shape[-2:])).abs().sum())
+
+
+def _coarse(full_map, pixel, factor, place):
+    """Whether the pooled map has a gradient at a place that is already in its pixels."""
+    coarse = F.avg_pool2d(full_map[None], factor)
+    height, width = coarse.shape[-2:]
+    point = pixel_to_normalised(torch.tensor([place]), (height, width)).requires_grad_()
+    (gradient,) = torch.autograd.grad(bilinear_sample(coarse, point).sum(), point)
+    return bool(gradient.abs().sum() > 0)
+
+
+WRONG = {
+    "sampling.1": [
+        ("swapped axes", lambda v, fx, fy: _blend(v.T, fx, fy)),
+        ("weights the wrong way round", lambda v, fx, fy: _blend(v, 1 - fx, 1 - fy)),
+        ("nearest pixel", lambda v, fx, fy: v[round(fy), round(fx)]),
+    ],
+    "sampling.2": [
+        ("blended with the same fraction", lambda v, fx, fy: (_slope(v, fx), _slope(v.T, fy))),
+        ("left minus right", lambda v, fx, fy: (-_slope(v, fy), -_slope(v.T, fx))),
+        ("y first", lambda v, fx, fy: (_slope(v.T, fx), _slope(v, fy))),
+    ],
+    "sampling.3": [
+        (
+            "no half pixels",
+            lambda m, p, f: _coarse(m, p, f, (p[0] / f, p[1] / f)),
+        ),
+        ("the full map always", lambda m, p, f: _coarse(m, p, 1, p)),
+        ("the value", _has_value),
+    ],
+    "sampling.4": [
+        ("align_corners ignored", lambda g, size: (g + 1) / 2),
+        ("sizes swapped", lambda g, size: _from_corners(g, size)),
+    ],
+}
+
+
+def _blend(v, fx, fy):
+    return (1 - fy) * ((1 - fx) * v[0, 0] + fx * v[0, 1]) + fy * ((1 - fx) * v[1, 0] + fx * v[1, 1])
+
+
+def _slope(v, fraction):
+    return (1 - fraction) * (v[0, 1] - v[0, 0]) + fraction * (v[1, 1] - v[1, 0])
+
+
+def _from_corners(g, size):
+    sides = torch.tensor([size[0], size[1]])
+    return ((g + 1) / 2 * (sides - 1) + 0.5) / sides

@@ -1,0 +1,196 @@
+"""Checkers of chapter 9, "Training it"."""
+
+import math
+
+import numpy as np
+import torch
+
+from deformable_detr.exercises import checks, expect
+
+
+@checks("training.1")
+def check_judge(judge):
+    yield "one detection, one object: at least the threshold is enough"
+    expect(list(judge(torch.tensor([[0.5]]), 0.5)), [True], "COCO asks for IoU >= threshold")
+    expect(list(judge(torch.tensor([[0.49]]), 0.5)), [False])
+    yield "an object counts once"
+    twice = torch.tensor([[0.9, 0.0], [0.8, 0.1]])
+    expect(list(judge(twice, 0.5)), [True, False], "the second one is a duplicate")
+    yield "the best score chooses first, not the best overlap"
+    expect(list(judge(torch.tensor([[0.6], [0.9]]), 0.5)), [True, False], "rows come best first")
+    yield "a detection that is not correct takes nothing"
+    expect(list(judge(torch.tensor([[0.3], [0.9]]), 0.5)), [False, True], "its object stays free")
+    yield "a detection may fall back on an object that is still free"
+    crowd = torch.tensor([[0.9, 0.6], [0.8, 0.7], [0.7, 0.9]])
+    expect(list(judge(crowd, 0.5)), [True, True, False], "its best is taken, the next is not")
+    yield "of several free objects it takes the one that it overlaps most"
+    expect(list(judge(torch.tensor([[0.6, 0.9], [0.7, 0.1]]), 0.5)), [True, True], "not the first")
+    yield "no object, or no detection"
+    expect(list(judge(torch.zeros(2, 0), 0.5)), [False, False])
+    expect(list(judge(torch.zeros(0, 3), 0.5)), [])
+
+
+def _average_precision(correct, objects, envelope=True, points=101, of_found=False):
+    """As pycocotools computes it; the switches make wrong answers."""
+    correct = np.asarray(correct, dtype=float)
+    hits = correct.cumsum()
+    precision = hits / np.arange(1, len(correct) + 1)
+    recall = hits / (max(correct.sum(), 1) if of_found else objects)
+    if envelope:
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+    index = np.searchsorted(recall, np.linspace(0, 1, points), side="left")
+    return float(np.append(precision, 0.0)[index].mean())
+
+
+@checks("training.2")
+def check_average_precision(average_precision):
+    yield "all found and nothing else: 1"
+    expect(float(average_precision([True, True, True], 3)), 1.0)
+    yield "two of three found: recall ends at two thirds"
+    expect(
+        float(average_precision([True, True], 3)),
+        67 / 101,
+        "recall is relative to the objects; at 0.00 to 0.66 precision is 1, beyond it is 0",
+    )
+    yield "the example of the text"
+    given = float(average_precision([True, True, False, False, True], 3))
+    expect(given, (67 + 34 * 0.6) / 101, "101 levels of recall, 0.00 to 1.00")
+    yield "precision counts as the best that is still to come"
+    given = float(average_precision([False, True, True, True], 3))
+    expect(given, 0.75, "after the first mistake, precision rises to 3/4")
+    yield "nothing found"
+    expect(float(average_precision([], 7)), 0.0)
+    yield "any list"
+    generator = torch.Generator().manual_seed(0)
+    for objects in (3, 7, 11):
+        correct = (torch.rand(15, generator=generator) < 0.5).tolist()
+        while sum(correct) > objects:
+            correct[correct.index(True)] = False
+        expect(float(average_precision(correct, objects)), _average_precision(correct, objects))
+
+
+@checks("training.3")
+def check_rate(rate):
+    def wanted(step, total, warmup):
+        rise = min(1, (step + 1) / warmup) if warmup else 1
+        return rise * (0.01 + 0.99 * (1 + math.cos(math.pi * step / total)) / 2)
+
+    yield "without warm-up: 1 at the start, 0.01 at the end, in between in the middle"
+    for step in (0, 450, 900):
+        expect(float(rate(step, 900, 0)), wanted(step, 900, 0), "0.01 + 0.99 * a half cosine")
+    yield "the first step already moves the weights"
+    expect(float(rate(0, 900, 50)), 1 / 50, "step 0 is the first of 50: 1/50, not 0")
+    yield "warm-up and cosine multiply"
+    for step in (24, 49, 50, 300):
+        expect(float(rate(step, 900, 50)), wanted(step, 900, 50), "the cosine runs from step 0")
+
+
+@checks("looking.1")
+def check_share_inside(share_inside):
+    points = torch.tensor([[0.2, 0.6], [0.7, 0.6], [0.3, 0.9]]).view(1, 1, 3, 2)
+    weights = torch.tensor([0.5, 0.3, 0.2]).view(1, 1, 3)
+    yield "one head, one level, three points"
+    hint = "sum the weights of the points inside, do not count points"
+    expect(float(share_inside(points, weights, (0.1, 0.1, 0.65, 0.65))), 0.5, hint)
+    yield "x is compared with left and right, y with top and bottom"
+    hint = "boxes are (left, top, right, bottom), points (x, y)"
+    expect(float(share_inside(points, weights, (0.1, 0.5, 0.4, 1.0))), 0.7, hint)
+    expect(float(share_inside(points, weights, (0.5, 0.1, 0.8, 0.4))), 0.0, hint)
+    yield "edges are inside"
+    corner = torch.tensor([0.25, 0.75]).view(1, 1, 1, 2)
+    for box in ((0.25, 0.5, 0.5, 1.0), (0.0, 0.5, 0.25, 0.75)):
+        expect(float(share_inside(corner, torch.ones(1, 1, 1), box)), 1.0, "at least, and at most")
+    yield "a share of the whole: heads together have the weight M"
+    locations = torch.rand(3, 2, 5, 2) * 1.4 - 0.2
+    logits = torch.randn(3, 10).softmax(-1).view(3, 2, 5)
+    box = (0.2, -0.1, 0.9, 0.7)
+    low, high = torch.tensor(box).split(2)
+    inside = ((locations >= low) & (locations <= high)).all(-1)
+    hint = "weights sum to one in each head, so to M in all"
+    expect(float(share_inside(locations, logits, box)), (logits * inside).sum().item() / 3, hint)
+    expect(float(share_inside(locations, logits, (-9, -9, 9, 9))), 1.0, hint)
+
+
+def _every_hit(overlap, threshold):
+    return [bool((row >= threshold).any()) for row in overlap]
+
+
+def _first_free(overlap, threshold):
+    taken, correct = set(), []
+    for row in overlap:
+        free = [i for i, x in enumerate(row) if x >= threshold and i not in taken]
+        taken.update(free[:1])
+        correct.append(bool(free))
+    return correct
+
+
+def _no_fallback(overlap, threshold):
+    taken, correct = set(), []
+    for row in overlap:
+        best = int(row.argmax()) if len(row) else -1
+        correct.append(best >= 0 and bool(row[best] >= threshold) and best not in taken)
+        taken |= {best} if correct[-1] else set()
+    return correct
+
+
+def _always_takes(overlap, threshold):
+    free, correct = set(range(overlap.shape[1])), []
+    for row in overlap:
+        best = max(free, key=lambda i: float(row[i]), default=-1)
+        correct.append(best >= 0 and bool(row[best] >= threshold))
+        free.discard(best)
+    return correct
+
+
+def _objects_choose(overlap, threshold):
+    correct = [False] * len(overlap)
+    for column in overlap.T if len(overlap) else ():
+        if column.max() >= threshold:
+            correct[int(column.argmax())] = True
+    return correct
+
+
+def _strictly(points, box):
+    low, high = torch.tensor(box).split(2)
+    return ((points > low) & (points < high)).all(-1)
+
+
+def _inside(locations, box, swapped=False):
+    low, high = torch.tensor(box).float().split(2)
+    places = locations.flip(-1) if swapped else locations
+    return ((places >= low) & (places <= high)).all(-1)
+
+
+WRONG = {
+    "training.1": [
+        ("duplicates count", _every_hit),
+        ("no second choice", _no_fallback),
+        ("the first free object", _first_free),
+        ("a loose detection takes its object", _always_takes),
+        ("objects choose their detections", _objects_choose),
+    ],
+    "training.2": [
+        ("recall of what was found", lambda c, n: _average_precision(c, n, of_found=True)),
+        ("no envelope", lambda c, n: _average_precision(c, n, envelope=False)),
+        ("11 points, as in PASCAL VOC", lambda c, n: _average_precision(c, n, points=11)),
+    ],
+    "training.3": [
+        ("the first step has rate zero", lambda s, n, w: min(1, s / w) if w else _cosine(s, n)),
+        ("ends at zero", lambda s, n, w: (_cosine(s, n) - 0.01) / 0.99),
+        ("the cosine starts after the warm-up", lambda s, n, w: _late(s, n, w)),
+    ],
+    "looking.1": [
+        ("points counted", lambda x, a, box: _inside(x, box).float().mean()),
+        ("heads summed", lambda x, a, box: (a * _inside(x, box)).sum()),
+        ("x and y swapped", lambda x, a, box: (a * _inside(x, box, True)).sum() / len(a)),
+        ("edges are outside", lambda x, a, box: (a * _strictly(x, box)).sum() / len(a)),
+    ],
+}
+
+
+def _cosine(step, total):
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def _late(step, total, warmup):
+    return (step + 1) / warmup if step < warmup else _cosine(step - warmup, total - warmup)
