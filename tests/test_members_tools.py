@@ -2,9 +2,11 @@
 detections, half precision, layers computed again."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from deformable_detr import postprocess
 from deformable_detr.evaluation.complexity import complexity
@@ -112,3 +114,19 @@ def test_a_label_that_is_no_class_is_refused_in_one_line(name):
     batch = dataclasses.replace(batch, targets=[target, batch.targets[1]])
     with pytest.raises(ValueError, match=r"^image 0: labels must be in \[0, 3\), got \[3\]$"):
         SetCriterion()(model(batch), batch.targets)
+
+
+@every_member
+def test_dynamically_quantised(name):
+    """Linear layers of eight bits: their weight is a method, from which nothing takes its dtype."""
+    model, batch = build(tiny(name)).eval(), make_batch(3, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would have us move to torchao
+        small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    assert any(isinstance(each, nn.quantized.dynamic.Linear) for each in small.modules())
+    tokens = model.tokens(batch)
+    with torch.no_grad():
+        whole, found = (each.encoder(tokens).features for each in (model, small))
+        output = small(batch)
+    torch.testing.assert_close(found, whole, rtol=0, atol=0.3)  # of features of variance one
+    assert output.logits.isfinite().all() and output.boxes.shape == (2, 6, 4)

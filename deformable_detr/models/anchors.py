@@ -52,7 +52,7 @@ class AnchorDecoder(RefiningDecoder):
             boxes = boxes * memory.valid_ratios[:, :1].repeat(1, 1, 2)
         boxes = torch.stack([boxes[..., i] for i in (1, 0, 2, 3)], -1)
         code = sine_embedding(boxes * 2 * math.pi, self.embed_dim // 2)  # (B, Q, 2 * C)
-        return self.place(code.to(self.place[0].weight.dtype))
+        return self.place(code.to(memory.features.dtype))
 
 
 class ScalingDecoder(AnchorDecoder):

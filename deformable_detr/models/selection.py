@@ -1,4 +1,4 @@
-"""Two stages: every token proposes a box, and the best become the queries. Chapter 10."""
+"""Two stages: every token proposes a box, and the best become the queries. Chapter refinement."""
 
 import math
 
@@ -99,7 +99,7 @@ class FirstStage(nn.Module):
         references: (B, Q, 4). chosen: (B, Q) int64, the tokens that proposed them.
         """
         waves = sine_embedding(references * 2 * math.pi, self.embed_dim // 2)  # (B, Q, 2 * C)
-        waves = waves.to(self.query.weight.dtype)
+        waves = waves.to(memory.features.dtype)  # not the weights', which may be quantised
         position, content = self.query_norm(self.query(waves)).chunk(2, dim=-1)
         return Queries(content, position, references)
 
@@ -128,7 +128,7 @@ class TokenStage(ClassStage):
     def make_queries(self, references: Tensor, chosen: Tensor, memory: Tokens) -> Queries:
         """Tokens as they leave the encoder, not projected."""
         waves = sine_embedding(references * 2 * math.pi, self.embed_dim // 2)  # (B, Q, 2 * C)
-        position = self.query_norm(self.query(waves.to(self.query.weight.dtype)))
+        position = self.query_norm(self.query(waves.to(memory.features.dtype)))
         return Queries(rows(memory.features, chosen), position, references)
 
 
