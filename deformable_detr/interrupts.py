@@ -1,5 +1,5 @@
 """Signals that end a program: a training that ends after its step, workers that leave that to the
-main process, commands that end without a traceback. Chapter 13."""
+main process, commands that end without a traceback. Chapter training_at_every_size."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""What flows between data, model and results: one object each. Chapters 8 and 10."""
+"""What flows between data, model and results: one object each.
+Chapters pixels_to_boxes and refinement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Memory and time of one training step at COCO's size, on a CPU: what chapter 13 shows.
+"""Memory and time of one training step at COCO's size, on a CPU: what chapter
+training_at_every_size shows.
 
     python experiments/memory.py            # about 10 minutes of one core; resumes
 

@@ -1,4 +1,4 @@
-"""Refinement and two stages on the digits, several seeds: what chapter 10 shows.
+"""Refinement and two stages on the digits, several seeds: what chapter refinement shows.
 
     python experiments/refinement.py        # about 9 minutes on two cores; resumes
 

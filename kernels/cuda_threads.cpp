@@ -1,5 +1,6 @@
 // ms_deform_attn.cu as a GPU runs it, slowly: every CUDA thread is a thread of the operating
-// system, with real barriers, shuffles and atomic additions. For tests and for chapters 6 and 7.
+// system, with real barriers, shuffles and atomic additions. For tests and for chapters
+// cuda_kernel and making_it_fast.
 //
 // C++20. Macros as for the GPU (deformable_detr.ops.cuda.specialise), and of its own:
 //

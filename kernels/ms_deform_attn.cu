@@ -1,5 +1,6 @@
 // Multi-scale deformable attention, forward and backward: the inner sums of Eq. 3 in
-// "Deformable DETR" (Zhu et al., 2021). Chapters 6 and 7 read this file line by line.
+// "Deformable DETR" (Zhu et al., 2021). Chapters cuda_kernel and making_it_fast read this file
+// line by line.
 //
 // The one source of every kernel. NVRTC builds it for a GPU; a C++ compiler builds the same text for
 // a CPU, either fast (cpu.cpp) or with one operating-system thread for every CUDA thread

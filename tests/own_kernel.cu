@@ -1,4 +1,4 @@
-// One thread a head, channels last: the kernel that chapter 7 starts from.
+// One thread a head, channels last: the kernel that chapter making_it_fast starts from.
 __global__ void head(const float* value, const int* shapes, const float* locations,
     const float* weights, float* output, int S, int Q, int M, int D, int L, int K) {
     int item = blockIdx.x * blockDim.x + threadIdx.x;

@@ -1,8 +1,9 @@
-"""A kernel of the reader's own through the operator's tests (chapter 7, section 7.8):
+"""A kernel of the reader's own through the operator's tests (chapter making_it_fast, section 7.8):
 
     python -m pytest tests/test_own_kernel.py --kernel my_kernel.cu
 
-The file defines `__global__ void head(...)` with chapter 7's arguments, one thread a head. Without
+The file defines `__global__ void head(...)` with chapter making_it_fast's arguments, one thread a
+head. Without
 --kernel the tests run the plain one of tests/own_kernel.cu.
 """
 

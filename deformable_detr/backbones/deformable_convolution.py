@@ -1,4 +1,5 @@
-"""Modulated deformable convolution, as a layer that finds its own offsets. Chapter 3."""
+"""Modulated deformable convolution, as a layer that finds its own offsets.
+Chapter deformable_convolution."""
 
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d

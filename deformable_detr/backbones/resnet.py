@@ -1,4 +1,4 @@
-"""ResNets as detectors have them: three maps, frozen batch norm. Chapter 8."""
+"""ResNets as detectors have them: three maps, frozen batch norm. Chapter pixels_to_boxes."""
 
 from itertools import pairwise
 

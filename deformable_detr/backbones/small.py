@@ -1,4 +1,4 @@
-"""A small backbone for small images. Chapter 8."""
+"""A small backbone for small images. Chapter pixels_to_boxes."""
 
 from itertools import pairwise
 

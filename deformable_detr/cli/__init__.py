@@ -1,4 +1,5 @@
-"""The command line: one file for each command, with its arguments and what it does. Chapter 12."""
+"""The command line: one file for each command, with its arguments and what it does.
+Chapter your_own_data."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What went wrong, as one line that a user can do something about. Chapter 12."""
+"""What went wrong, as one line that a user can do something about. Chapter your_own_data."""
 
 import sys
 

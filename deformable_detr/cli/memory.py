@@ -1,4 +1,5 @@
-"""Memory that a program keeps between steps, instead of giving it back and asking anew. Chapter 13.
+"""Memory that a program keeps between steps, instead of giving it back and asking anew. Chapter
+training_at_every_size.
 
 glibc maps each large block anew and has the system clear its pages; a model asks for the same
 blocks in every step. Kept, they cost nothing the second time.

@@ -1,4 +1,5 @@
-"""Reading annotation files in COCO format, and what other tools write for it. Chapter 12."""
+"""Reading annotation files in COCO format, and what other tools write for it.
+Chapter your_own_data."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Saying what is wrong with a data set in COCO format. Chapter 12."""
+"""Saying what is wrong with a data set in COCO format. Chapter your_own_data."""
 
 import math
 from collections import Counter, defaultdict

@@ -1,4 +1,5 @@
-"""Data in COCO format as PyTorch has it: samples, and batches of them. Chapters 9 and 12."""
+"""Data in COCO format as PyTorch has it: samples, and batches of them.
+Chapters training and your_own_data."""
 
 from collections.abc import Hashable
 from contextlib import redirect_stdout

@@ -1,4 +1,5 @@
-"""Images with more objects than a model, or COCO's metrics, can deal with. Chapter 12."""
+"""Images with more objects than a model, or COCO's metrics, can deal with.
+Chapter your_own_data."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A fault of a data set, and how many of them are said. Chapter 12."""
+"""A fault of a data set, and how many of them are said. Chapter your_own_data."""
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass

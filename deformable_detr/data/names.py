@@ -1,4 +1,5 @@
-"""Names and ids as they may be printed and ordered, wherever they came from. Chapter 12."""
+"""Names and ids as they may be printed and ordered, wherever they came from.
+Chapter your_own_data."""
 
 from collections.abc import Hashable, Iterable
 

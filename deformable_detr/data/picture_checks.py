@@ -1,4 +1,4 @@
-"""The faults of a data set's pictures: of one, and of all together. Chapter 12."""
+"""The faults of a data set's pictures: of one, and of all together. Chapter your_own_data."""
 
 from collections import Counter
 from collections.abc import Iterator

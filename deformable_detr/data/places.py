@@ -1,4 +1,5 @@
-"""Where a data set lies: its splits, their annotation files, and their pictures. Chapter 12."""
+"""Where a data set lies: its splits, their annotation files, and their pictures.
+Chapter your_own_data."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
 """How images become what a model sees, by name: what a recipe names, and a file of weights keeps.
-Chapters 9 and 12."""
+Chapters training and your_own_data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

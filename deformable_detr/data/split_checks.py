@@ -1,4 +1,4 @@
-"""The faults of a whole data folder: of each split, and between them. Chapter 12."""
+"""The faults of a whole data folder: of each split, and between them. Chapter your_own_data."""
 
 import hashlib
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Large images in pieces: where these lie, and a data set made of them. Chapter 12."""
+"""Large images in pieces: where these lie, and a data set made of them. Chapter your_own_data."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath

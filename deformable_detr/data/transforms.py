@@ -1,4 +1,5 @@
-"""Image transforms with boxes, by torchvision.transforms.v2. Chapters 9 and 12."""
+"""Image transforms with boxes, by torchvision.transforms.v2.
+Chapters training and your_own_data."""
 
 import torch
 from torch import Tensor

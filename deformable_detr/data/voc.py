@@ -1,4 +1,4 @@
-"""Pascal VOC's annotations, one XML file for each picture, as COCO's. Chapter 12."""
+"""Pascal VOC's annotations, one XML file for each picture, as COCO's. Chapter your_own_data."""
 
 import math
 import shutil

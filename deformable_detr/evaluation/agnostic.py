@@ -1,4 +1,5 @@
-"""Evaluation without classes: how well are objects found, whatever they are called? Chapter 12."""
+"""Evaluation without classes: how well are objects found, whatever they are called? Chapter
+your_own_data."""
 
 import copy
 from contextlib import redirect_stdout

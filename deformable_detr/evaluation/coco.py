@@ -1,4 +1,4 @@
-"""COCO metrics by pycocotools. Chapter 9."""
+"""COCO metrics by pycocotools. Chapter training."""
 
 import dataclasses
 import math

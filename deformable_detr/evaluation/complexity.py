@@ -1,6 +1,6 @@
 """What a detector costs: parameters, multiply-adds, seconds and memory (Table 1, Appendix A.1).
 
-Chapter 8 reads it.
+Chapter pixels_to_boxes reads it.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Detections on a whole data set, as COCO results. Chapter 9."""
+"""Detections on a whole data set, as COCO results. Chapter training."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """The kind of each error of a detector, as in "TIDE" (Bolya et al., 2020), and what it costs.
 
-Chapter 12.
+Chapter your_own_data.
 """
 
 from collections import Counter

@@ -1,6 +1,6 @@
 """What a detector gets wrong: metrics, curves, confusions, kinds of errors, the worst images.
 
-Chapter 12 reads one.
+Chapter your_own_data reads one.
 """
 
 import dataclasses

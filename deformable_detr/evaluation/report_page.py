@@ -1,4 +1,5 @@
-"""A report as one HTML page: no scripts, no other files, for light and dark screens. Chapter 12."""
+"""A report as one HTML page: no scripts, no other files, for light and dark screens.
+Chapter your_own_data."""
 
 import base64
 from collections.abc import Iterable

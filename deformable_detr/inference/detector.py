@@ -1,4 +1,5 @@
-"""A model, and what belongs to it: its classes, its threshold, how it sees images. Chapter 12."""
+"""A model, and what belongs to it: its classes, its threshold, how it sees images.
+Chapter your_own_data."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""From the model's output to detections in pixels. Chapter 8."""
+"""From the model's output to detections in pixels. Chapter pixels_to_boxes."""
 
 import torch
 from torchvision.ops import box_convert

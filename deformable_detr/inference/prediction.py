@@ -1,4 +1,5 @@
-"""What was found in one image, as people ask for it: names, COCO results, pictures. Chapter 12."""
+"""What was found in one image, as people ask for it: names, COCO results, pictures.
+Chapter your_own_data."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

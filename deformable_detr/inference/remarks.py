@@ -1,4 +1,4 @@
-"""What is worth a line about pictures, said once for all of them. Chapter 12."""
+"""What is worth a line about pictures, said once for all of them. Chapter your_own_data."""
 
 from deformable_detr.data.names import printable
 from deformable_detr.inference.detector import Detector

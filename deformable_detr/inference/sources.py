@@ -1,6 +1,6 @@
 """What people give to be looked at: files, folders, arrays, tensors, bytes, and lists of these.
 
-Chapter 12.
+Chapter your_own_data.
 """
 
 from collections.abc import Iterable, Iterator

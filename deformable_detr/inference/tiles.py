@@ -1,4 +1,5 @@
-"""Large images tile by tile: small objects keep their size, and memory is bounded. Chapter 12."""
+"""Large images tile by tile: small objects keep their size, and memory is bounded.
+Chapter your_own_data."""
 
 from collections.abc import Callable
 

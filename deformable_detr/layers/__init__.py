@@ -1,2 +1,3 @@
-"""Layers: bilinear sampling (chapter 1), position encodings (chapter 2), deformable attention on
-one scale (chapter 4) and many (chapter 5), and what stands around them."""
+"""Layers: bilinear sampling (chapter sampling), position encodings (chapter attention), deformable
+attention on one scale (chapter deformable_attention) and many (chapter many_scales), and what
+stands around them."""

@@ -1,4 +1,5 @@
-"""Deformable attention as modules: one scale (Eq. 2, chapter 4) and many (Eq. 3, chapter 5)."""
+"""Deformable attention as modules: one scale (Eq. 2, chapter deformable_attention) and many (Eq.
+3, chapter many_scales)."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Dense attention, in which every query looks at every key. Chapter 2 builds it."""
+"""Dense attention, in which every query looks at every key. Chapter attention builds it."""
 
 import torch
 from torch import Tensor, nn

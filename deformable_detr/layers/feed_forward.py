@@ -1,4 +1,4 @@
-"""The feed-forward half of a transformer's layer. Chapter 8 builds it in."""
+"""The feed-forward half of a transformer's layer. Chapter pixels_to_boxes builds it in."""
 
 import torch
 from torch import Tensor, nn

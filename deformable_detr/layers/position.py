@@ -1,4 +1,5 @@
-"""Position encodings of feature maps and of boxes. Chapter 2 shows why attention needs them."""
+"""Position encodings of feature maps and of boxes.
+Chapter attention shows why attention needs them."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Bilinear sampling by hand: the one primitive under everything else. Chapter 1 derives it."""
+"""Bilinear sampling by hand: the one primitive under everything else.
+Chapter sampling derives it."""
 
 from torch import Tensor
 

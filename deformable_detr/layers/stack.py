@@ -1,4 +1,5 @@
-"""Layers one after another, which training may compute twice rather than keep. Chapter 13."""
+"""Layers one after another, which training may compute twice rather than keep.
+Chapter training_at_every_size."""
 
 import torch
 from torch import Tensor, nn

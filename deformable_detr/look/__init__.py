@@ -1,4 +1,4 @@
-"""What a detector looks at, data first and figures second. Chapter 9.
+"""What a detector looks at, data first and figures second. Chapter looking.
 
 sampling: where deformable attention sampled, in any model. attention: the weights of dense
 attention. gradients: which pixels move a detection. figures: all three, drawn over the image.

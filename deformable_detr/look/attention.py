@@ -1,4 +1,4 @@
-"""Where dense attention looked: every query's weight for every key, by module. Chapter 9."""
+"""Where dense attention looked: every query's weight for every key, by module. Chapter looking."""
 
 import inspect
 from collections.abc import Callable, Iterator

@@ -1,4 +1,5 @@
-"""What a detector looked at, drawn: samples, attention and gradients over the image. Chapter 9."""
+"""What a detector looked at, drawn: samples, attention and gradients over the image.
+Chapter looking."""
 
 import numpy as np
 import torch

@@ -1,4 +1,5 @@
-"""A font that has the letters of a caption, if there is one on the machine. Chapter 12."""
+"""A font that has the letters of a caption, if there is one on the machine.
+Chapter your_own_data."""
 
 import warnings
 from functools import cache

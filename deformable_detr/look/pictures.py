@@ -1,4 +1,5 @@
-"""Pictures with boxes: what a detector finds, and what is in a data set. Chapters 9 and 12."""
+"""Pictures with boxes: what a detector finds, and what is in a data set.
+Chapters looking and your_own_data."""
 
 import random
 import textwrap

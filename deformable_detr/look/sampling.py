@@ -1,4 +1,5 @@
-"""Where attention looked: what every module that samples used, recorded by name. Chapter 9."""
+"""Where attention looked: what every module that samples used, recorded by name.
+Chapter looking."""
 
 import inspect
 import sys

@@ -1,5 +1,5 @@
 """What a detector is trained by: how class logits are scored, matching, and the losses of matched
-pairs. Chapter 8."""
+pairs. Chapter matching_and_loss."""
 
 from deformable_detr.losses.criterion import SetCriterion
 from deformable_detr.losses.matcher import HungarianMatcher

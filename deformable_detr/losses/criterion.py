@@ -1,4 +1,5 @@
-"""The training loss: class, L1 and GIoU on matched pairs, of every set. Chapter 8."""
+"""The training loss: class, L1 and GIoU on matched pairs, of every set.
+Chapter matching_and_loss."""
 
 import dataclasses
 

@@ -1,4 +1,5 @@
-"""One-to-one assignment of predictions to objects (Kuhn, 1955; DETR, section 3.1). Chapter 8."""
+"""One-to-one assignment of predictions to objects (Kuhn, 1955; DETR, section 3.1).
+Chapter matching_and_loss."""
 
 import torch
 from scipy.optimize import linear_sum_assignment

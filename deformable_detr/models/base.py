@@ -1,6 +1,7 @@
 """What all detectors here have in common: from a batch of images to sets of predictions.
 
-Chapter 8. A member of the family replaces parts. It is a small file, never a copy of `forward`.
+Chapter pixels_to_boxes. A member of the family replaces parts. It is a small file, never a copy of
+`forward`.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""The decoder: object queries ask each other and the memory, and find boxes. Chapters 8 and 10."""
+"""The decoder: object queries ask each other and the memory, and find boxes.
+Chapters pixels_to_boxes and refinement."""
 
 import dataclasses
 from collections.abc import Sequence

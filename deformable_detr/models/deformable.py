@@ -1,4 +1,5 @@
-"""What detectors with deformable attention share: several levels, layers that sample. Chapter 8."""
+"""What detectors with deformable attention share: several levels, layers that sample.
+Chapter pixels_to_boxes."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Deformable DETR (Zhu et al., 2021) and its variants. Chapters 8 and 10."""
+"""Deformable DETR (Zhu et al., 2021) and its variants. Chapters pixels_to_boxes and refinement."""
 
 from dataclasses import dataclass
 

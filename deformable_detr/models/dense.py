@@ -1,5 +1,5 @@
 """What detectors with dense attention share: one map, layers in which every query looks at every
-token, learned queries. Chapter 8."""
+token, learned queries. Chapter pixels_to_boxes."""
 
 from dataclasses import dataclass
 

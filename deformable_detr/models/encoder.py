@@ -1,4 +1,4 @@
-"""The encoder: layers in which tokens ask other tokens. Chapter 8 builds it."""
+"""The encoder: layers in which tokens ask other tokens. Chapter pixels_to_boxes builds it."""
 
 import dataclasses
 

@@ -1,4 +1,5 @@
-"""Tokens of an image that know nothing of its padding. Chapter 8 has those of the official code."""
+"""Tokens of an image that know nothing of its padding.
+Chapter pixels_to_boxes has those of the official code."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What becomes of a query: logits of its class, and a box. Chapter 8."""
+"""What becomes of a query: logits of its class, and a box. Chapter pixels_to_boxes."""
 
 import torch
 from torch import Tensor, nn

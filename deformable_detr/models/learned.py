@@ -1,4 +1,5 @@
-"""Learned queries, each with a content, a position and a point that it starts from. Chapter 8."""
+"""Learned queries, each with a content, a position and a point that it starts from.
+Chapter pixels_to_boxes."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,5 @@
-"""From a backbone's maps to one sequence of tokens with positions. Chapter 8 builds it."""
+"""From a backbone's maps to one sequence of tokens with positions.
+Chapter pixels_to_boxes builds it."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Detectors in two stages: queries are made of the encoder's best proposals. Chapter 10."""
+"""Detectors in two stages: queries are made of the encoder's best proposals. Chapter refinement."""
 
 from dataclasses import dataclass
 

@@ -3,7 +3,7 @@
 From the bottom: sizes, checks and transforms of its arguments; reference, two forms in plain
 PyTorch; build and cache, then cpu and cuda, the kernel; registration, the kernel as PyTorch knows
 it; dispatch, which of them runs; operator. threads runs the GPU's kernel on a CPU, to be looked at.
-Chapter 5 derives the operator, chapters 6 and 7 build its kernel.
+Chapter many_scales derives the operator, chapters cuda_kernel and making_it_fast build its kernel.
 """
 
 import deformable_detr.ops.onnx  # noqa: F401, a translation to be registered

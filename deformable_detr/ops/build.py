@@ -1,6 +1,7 @@
 """Building kernels/ms_deform_attn.cu with the C++ compiler that is on the machine, at first use.
 
-About a second for each library, kept in `cache_folder()`. Chapters 6 and 7 build it in the open.
+About a second for each library, kept in `cache_folder()`. Chapters cuda_kernel and making_it_fast
+build it in the open.
 """
 
 import hashlib

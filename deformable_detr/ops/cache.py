@@ -1,6 +1,7 @@
 """Where built kernels are kept: a folder of the user's own, which nobody else can write to.
 
-$DEFORMABLE_DETR_CACHE, or deformable_detr in $XDG_CACHE_HOME or ~/.cache. Chapter 7 fills it.
+$DEFORMABLE_DETR_CACHE, or deformable_detr in $XDG_CACHE_HOME or ~/.cache. Chapter making_it_fast
+fills it.
 """
 
 import atexit

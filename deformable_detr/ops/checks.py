@@ -1,4 +1,5 @@
-"""What the operator's arguments must be, said in one line where they are not. Chapter 5."""
+"""What the operator's arguments must be, said in one line where they are not.
+Chapter many_scales."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """The kernel for the CPU: kernels/ms_deform_attn.cu as a C++ compiler builds it, called by ctypes.
 
-One library for each (dtype, D, L * K). Chapter 7 makes it fast.
+One library for each (dtype, D, L * K). Chapter making_it_fast makes it fast.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
 """The kernel for NVIDIA GPUs: kernels/ms_deform_attn.cu, which NVRTC builds through CuPy.
 
-Chapter 6 writes it, chapter 7 makes it fast.
+Chapter cuda_kernel writes it, chapter making_it_fast makes it fast.
 """
 
 from functools import cache

@@ -1,7 +1,7 @@
 """Which backend runs the operator: the one that is asked for, or else the best that works here.
 
 Asked for by the call's argument, by `use_backend` around it, or by the environment variable
-DEFORMABLE_DETR_BACKEND, in this order. Chapter 7 compares the backends.
+DEFORMABLE_DETR_BACKEND, in this order. Chapter making_it_fast compares the backends.
 """
 
 import os

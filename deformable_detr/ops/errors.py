@@ -1,4 +1,4 @@
-"""What is raised where a backend cannot run. Chapter 7 compares the backends."""
+"""What is raised where a backend cannot run. Chapter making_it_fast compares the backends."""
 
 
 class BackendError(RuntimeError):

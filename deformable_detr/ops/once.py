@@ -1,6 +1,6 @@
 """Results that one thread computes while others wait: builds, folders, what works here.
 
-Chapter 7 builds kernels with it.
+Chapter making_it_fast builds kernels with it.
 """
 
 import functools

@@ -1,4 +1,5 @@
-"""The operator: multi-scale deformable attention without its projections. Chapter 5 derives it."""
+"""The operator: multi-scale deformable attention without its projections.
+Chapter many_scales derives it."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """Multi-scale deformable attention in plain PyTorch, in two forms: any device, any dtype.
 
-Chapter 5 writes both: with grid_sample, and from the four pixels of chapter 1.
+Chapter many_scales writes both: with grid_sample, and from the four pixels of chapter sampling.
 """
 
 import torch
@@ -57,7 +57,8 @@ def ms_deform_attn_gather(
 
 
 def sample_levels(value: Tensor, spatial_shapes: Shapes, locations: Tensor) -> Tensor:
-    """Bilinear samples of every level, before anything weights or sums them; chapter 1's sampling
+    """Bilinear samples of every level, before anything weights or sums them; chapter sampling's
+    sampling
     at all points at once.
 
     value: (B, S, M, D), the L maps one after another; spatial_shapes: their sizes (H, W).

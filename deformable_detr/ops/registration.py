@@ -1,5 +1,5 @@
 """The kernel as PyTorch knows it: a registered operator, with a fake form for torch.compile and
-derivatives for autograd. Chapters 6 and 7 build what it calls."""
+derivatives for autograd. Chapters cuda_kernel and making_it_fast build what it calls."""
 
 import sys
 from collections.abc import Sequence

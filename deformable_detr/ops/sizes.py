@@ -2,7 +2,7 @@
 ONNX exporter looks at a program, a size is a symbol (SymInt), or a 0-d tensor where it was traced
 or is read from a tensor. What is computed from them here stays so, and holds at other sizes.
 
-Chapter 5 lays the levels one after another.
+Chapter many_scales lays the levels one after another.
 """
 
 import operator

@@ -1,7 +1,8 @@
 """The GPU's kernel on a CPU, slowly: every CUDA thread is a thread of the operating system.
 
 kernels/cuda_threads.cpp supplies CUDA's words, and the macros are those of a GPU: several lanes to
-a head, shuffles, shared memory, atomic additions. For tests and for chapters 6 and 7, which trace
+a head, shuffles, shared memory, atomic additions. For tests and for chapters cuda_kernel and
+making_it_fast, which trace
 this build and watch a race in it; `deformable_detr.ops.dispatch` never picks it.
 """
 

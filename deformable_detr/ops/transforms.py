@@ -1,5 +1,5 @@
 """torch.func's transforms and forward-mode derivatives, which plain operations have and the kernels
-have not. Chapter 5 says what the operator does then."""
+have not. Chapter many_scales says what the operator does then."""
 
 from typing import NoReturn
 

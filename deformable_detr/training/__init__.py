@@ -1,4 +1,5 @@
-"""Training: settings and recipes, the loop, a run that resumes, a self-test before it. Chapters 9
+"""Training: settings and recipes, the loop, a run that resumes, a self-test before it. Chapters
+training
 and 13.
 
 `loop` is to be read from top to bottom; `setup` makes what it works on.

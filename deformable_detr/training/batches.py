@@ -1,4 +1,5 @@
-"""Which images make up each step, and how they look in it: by seed and step alone. Chapter 13."""
+"""Which images make up each step, and how they look in it: by seed and step alone.
+Chapter training_at_every_size."""
 
 from collections.abc import Iterator
 from itertools import islice

@@ -1,4 +1,5 @@
-"""A run's figures for TensorBoard: `tensorboard --logdir FOLDER` shows them. Chapter 13.
+"""A run's figures for TensorBoard: `tensorboard --logdir FOLDER` shows them. Chapter
+training_at_every_size.
 
 torch's SummaryWriter writes in a thread of its own, which on a full disk, or after Ctrl-C, prints a
 traceback beside ours; a few figures for each step need none.

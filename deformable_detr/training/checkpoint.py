@@ -1,4 +1,4 @@
-"""Which run a checkpoint is of, and reading one of any age. Chapter 13.
+"""Which run a checkpoint is of, and reading one of any age. Chapter training_at_every_size.
 
 A checkpoint is what `Training.state_dict` gives, the random states of every process, and the
 run's identity: what must be the same in a run and its resumption.

@@ -1,4 +1,4 @@
-"""How to train: every setting of the loop, with the paper's as defaults. Chapter 13."""
+"""How to train: every setting of the loop, with the paper's as defaults. Chapter recipe."""
 
 import math
 from dataclasses import dataclass

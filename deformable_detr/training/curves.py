@@ -1,4 +1,5 @@
-"""A picture of a run: losses by epoch and, where there are evaluations, AP. Chapter 13."""
+"""A picture of a run: losses by epoch and, where there are evaluations, AP.
+Chapter training_at_every_size."""
 
 import json
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""What a self-test found, line by line, and its verdict. Chapter 12."""
+"""What a self-test found, line by line, and its verdict. Chapter your_own_data."""
 
 from collections import Counter
 from dataclasses import dataclass, field

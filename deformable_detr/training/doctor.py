@@ -1,4 +1,4 @@
-"""A self-test before a long training: data, transform and model together. Chapter 12."""
+"""A self-test before a long training: data, transform and model together. Chapter your_own_data."""
 
 import math
 import random

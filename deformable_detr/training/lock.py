@@ -1,4 +1,5 @@
-"""One training in a folder at a time: a lock that ends with its process. Chapter 13."""
+"""One training in a folder at a time: a lock that ends with its process.
+Chapter training_at_every_size."""
 
 import errno
 import os

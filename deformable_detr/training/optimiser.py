@@ -1,4 +1,5 @@
-"""What a recipe asks of the optimiser: rates, frozen parts, averaged weights. Chapters 9, 13."""
+"""What a recipe asks of the optimiser: rates, frozen parts, averaged weights.
+Chapters training, recipe."""
 
 import math
 

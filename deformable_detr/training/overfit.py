@@ -1,4 +1,4 @@
-"""Learning one batch by heart: what a sound model can do within minutes. Chapter 12."""
+"""Learning one batch by heart: what a sound model can do within minutes. Chapter your_own_data."""
 
 import copy
 import time

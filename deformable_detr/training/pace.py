@@ -1,4 +1,4 @@
-"""How long a training takes, its evaluations counted in. Chapter 13."""
+"""How long a training takes, its evaluations counted in. Chapter training_at_every_size."""
 
 import time
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
 """Whether a transform takes boxes to where it takes their pixels, to a fraction of a pixel.
-Chapter 12.
+Chapter your_own_data.
 
 A map of coordinates goes through the transform beside the image, and is resized as images are:
 between pixels it is interpolated, as they are. What it says of each pixel of the transformed image

@@ -1,4 +1,5 @@
-"""Mixed precision: the model in half, its output, losses and weights in float32. Chapter 13."""
+"""Mixed precision: the model in half, its output, losses and weights in float32.
+Chapter training_at_every_size."""
 
 import torch
 

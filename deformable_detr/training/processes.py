@@ -1,4 +1,5 @@
-"""One training in several processes, on Accelerate: what they share. Chapter 13."""
+"""One training in several processes, on Accelerate: what they share.
+Chapter training_at_every_size."""
 
 import dataclasses
 import os

@@ -1,4 +1,5 @@
-"""Random numbers that go on where they were: in a resumed run, in a repeated pass. Chapter 13."""
+"""Random numbers that go on where they were: in a resumed run, in a repeated pass.
+Chapter training_at_every_size."""
 
 import torch
 from torch import Tensor

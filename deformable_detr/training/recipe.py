@@ -1,5 +1,5 @@
 """Reading a recipe: how to train which model, from which weights, on images prepared in which way.
-Chapter 13."""
+Chapter recipe."""
 
 import dataclasses
 import tomllib

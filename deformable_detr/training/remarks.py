@@ -1,5 +1,5 @@
 """What a person should hear of a training: before its first step, at evaluations, at its end.
-Chapter 13."""
+Chapter training_at_every_size."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """A run's folder: the checkpoint to resume from, the log, and a picture of it; its progress bar.
-Chapter 13."""
+Chapter training_at_every_size."""
 
 import json
 import math

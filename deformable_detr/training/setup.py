@@ -1,4 +1,5 @@
-"""All that a training consists of, from which the loop in `loop` makes steps. Chapter 13."""
+"""All that a training consists of, from which the loop in `loop` makes steps.
+Chapter training_at_every_size."""
 
 import math
 from collections.abc import Iterator

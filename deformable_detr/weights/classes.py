@@ -1,4 +1,5 @@
-"""Classes are found by their names: a model for other classes keeps what it knows. Chapter 11.
+"""Classes are found by their names: a model for other classes keeps what it knows. Chapter
+published_weights.
 
 A class head has one row of numbers for each class. The same ten names in another order are the same
 rows in another order; ten other names have nothing to keep.

@@ -1,6 +1,6 @@
 """DAT's weights as its authors published them (v1): their names, ours, and the way between them.
 
-Chapter 11 reads such tables; what the model is, the chapter on DAT says.
+Chapter published_weights reads such tables; what the model is, the chapter on DAT says.
 """
 
 import re

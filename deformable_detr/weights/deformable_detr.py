@@ -1,4 +1,5 @@
-"""Deformable DETR's names in the official code and in transformers. Chapter 11 reads them as a map
+"""Deformable DETR's names in the official code and in transformers. Chapter published_weights
+reads them as a map
 of the model."""
 
 import re

@@ -1,4 +1,4 @@
-"""DETR's names in the official code and in transformers. Chapter 11."""
+"""DETR's names in the official code and in transformers. Chapter published_weights."""
 
 from collections.abc import Iterator
 

@@ -1,6 +1,6 @@
 """What the formats of others have to know of one model: a base, of which each model has a member.
 
-Chapter 11.
+Chapter published_weights.
 """
 
 from collections.abc import Iterator

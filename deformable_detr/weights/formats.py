@@ -1,4 +1,5 @@
-"""The two formats in which others publish: the official one and Hugging Face's. Chapter 11.
+"""The two formats in which others publish: the official one and Hugging Face's. Chapter
+published_weights.
 
 Which model a file is of is seen from what is in it. What a model is called there stands in a file
 of its own, and reaches this one through FOREIGN.

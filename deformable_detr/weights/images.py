@@ -1,4 +1,5 @@
-"""How images are prepared, in Hugging Face's folders: preprocessor_config.json. Chapter 11.
+"""How images are prepared, in Hugging Face's folders: preprocessor_config.json. Chapter
+published_weights.
 
 Ours resize to a short side, keep proportions, and normalise by ImageNet's colours, as the published
 detectors do. What is prepared otherwise there cannot be done here, and is said.

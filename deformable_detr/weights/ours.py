@@ -1,6 +1,6 @@
 """A trained detector as one safetensors file: weights, configuration and category names.
 
-Also a run's checkpoint, as far as it holds a model. Chapter 11.
+Also a run's checkpoint, as far as it holds a model. Chapter published_weights.
 """
 
 import dataclasses

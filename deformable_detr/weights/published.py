@@ -2,7 +2,7 @@
 
 The names of tensors are mapped strictly: one that is missing, left over or of another shape is an
 error that names it. Files are read with safetensors or torch's weights_only loader, so nothing in
-them can run. Chapter 11 teaches it.
+them can run. Chapter published_weights teaches it.
 """
 
 import dataclasses

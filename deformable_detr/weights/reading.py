@@ -1,4 +1,4 @@
-"""Reading files of tensors that may be damaged or hostile. Chapter 11, section 6.
+"""Reading files of tensors that may be damaged or hostile. Chapter published_weights, section 6.
 
 Nothing in a file is executed, and nothing is unfolded to more than the file can hold.
 """

@@ -1,4 +1,5 @@
-"""Names of tensors and options, ours and others', translated in both directions. Chapter 11.
+"""Names of tensors and options, ours and others', translated in both directions. Chapter
+published_weights.
 
 A model's table stands in a small file of its own; here is what applies it, strictly: a tensor that
 is missing, left over or of another shape is an error that names it.

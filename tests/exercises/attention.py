@@ -1,4 +1,4 @@
-"""Checkers of chapter 2, "Attention, and what it costs on images"."""
+"""Checkers of chapter attention, "Attention, and what it costs on images"."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Builds the kernels that chapters 6 and 7 ask for, for their checkers."""
+"""Builds the kernels that chapters cuda_kernel and making_it_fast ask for, for their checkers."""
 
 import ctypes
 import re

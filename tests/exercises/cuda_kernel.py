@@ -1,4 +1,4 @@
-"""Checkers of chapter 6, "A CUDA kernel you can step through"."""
+"""Checkers of chapter cuda_kernel, "A CUDA kernel you can step through"."""
 
 import numpy as np
 import torch

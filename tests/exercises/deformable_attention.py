@@ -1,4 +1,4 @@
-"""Checkers of chapter 4, "Deformable attention on one scale"."""
+"""Checkers of chapter deformable_attention, "Deformable attention on one scale"."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Checkers of chapter 3, "Deformable convolution"."""
+"""Checkers of chapter deformable_convolution, "Deformable convolution"."""
 
 import torch
 from torchvision.ops import deform_conv2d

@@ -1,4 +1,4 @@
-"""Checkers of chapter 7, "Making it fast"."""
+"""Checkers of chapter making_it_fast, "Making it fast"."""
 
 import math
 

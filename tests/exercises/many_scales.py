@@ -1,4 +1,4 @@
-"""Checkers of chapter 5, "Many scales at once"."""
+"""Checkers of chapter many_scales, "Many scales at once"."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Checkers of chapter 8, "The detector"."""
+"""Checkers of chapter pixels_to_boxes, "The detector"."""
 
 import math
 

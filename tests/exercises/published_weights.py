@@ -1,4 +1,4 @@
-"""Checkers of chapter 11, "Published weights"."""
+"""Checkers of chapter published_weights, "Published weights"."""
 
 import torch
 

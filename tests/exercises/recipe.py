@@ -1,4 +1,4 @@
-"""Checkers of chapter 13, "Training at every size"."""
+"""Checkers of chapter recipe, "Training at every size"."""
 
 import copy
 import math

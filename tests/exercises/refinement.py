@@ -1,4 +1,4 @@
-"""Checkers of chapter 10, "Refinement and two stages"."""
+"""Checkers of chapter refinement, "Refinement and two stages"."""
 
 import torch
 from torchvision.ops import box_iou

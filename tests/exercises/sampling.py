@@ -1,4 +1,4 @@
-"""Checkers of chapter 1, "Sampling between pixels"."""
+"""Checkers of chapter sampling, "Sampling between pixels"."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Checkers of chapter 9, "Training it"."""
+"""Checkers of chapter training, "Training it"."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Checkers of chapter 12, "Your own data"."""
+"""Checkers of chapter your_own_data, "Your own data"."""
 
 import numpy as np
 

@@ -1,5 +1,5 @@
 """Recipes: how to train which model, as small files with a reason beside each value; `recipe` reads
-them. Chapter 13."""
+them. Chapter recipe."""
 
 import tomllib
 from pathlib import Path
