@@ -185,7 +185,7 @@ def test_nothing_above_the_models_asks_which_one_it_has():
 
 def test_chapters_are_named_as_they_are():
     chapters = {path.stem[3:] for path in (LIBRARY.parent / "chapters").glob("[0-9]*.py")}
-    named = re.compile(r"\b[Cc]hapters? (\w+)(?:(?:,| and| to)\s+(\w+))?")
+    named = re.compile(r"\bChapter (\w+)|\bChapters (\w+)(?:,| and| to) (\w+)")
     for name, path in FILES.items():
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         for match in named.finditer(text.replace("\n", " ")):
