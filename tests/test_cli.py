@@ -69,7 +69,10 @@ def test_train_then_evaluate_then_predict(coco, tmp_path, capsys):
     options = ["--model", model, "--threshold", "0", "--pictures", str(tmp_path / "found")]
     images = [str(coco / "train" / "100.png"), str(coco / "train" / "101.png")]
     assert main(["predict", *images, *options, "--json", str(results)]) == 0
-    assert "18 found" in capsys.readouterr().out
+    first, second, _, both = capsys.readouterr().out.splitlines()  # no line for each of 36 boxes
+    assert first.startswith(f"{images[0]}: 18 found: 6 ") and "best score 0." in first
+    assert second.startswith(f"{images[1]}: 18 found: 6 ") and second.endswith("101.png")
+    assert sorted(both.split(": ")[2].split(", ")) == ["12 blue", "12 green", "12 red"]
     for name in ("100.png", "101.png"):
         with Image.open(tmp_path / "found" / name) as picture:
             assert picture.size >= (64, 48)
@@ -128,7 +131,7 @@ def test_predict_leaves_what_it_found_before_ctrl_c(coco, model_file, tmp_path, 
         seen.append(found)
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return []
+        return ""
 
     monkeypatch.setattr(cli.predict, "describe", describe)
     assert main(["predict", str(coco / "val"), *options]) == 130

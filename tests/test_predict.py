@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deformable_detr import Batch, DeformableDETR, Detections
+from deformable_detr import Batch, DeformableDETR, Detections, Output
 from deformable_detr.data.coco import CocoDataset
 from deformable_detr.data.transforms import TO_TENSOR
 from deformable_detr.evaluation.coco import predict_dataset
@@ -128,6 +128,29 @@ def test_threshold_and_top_k(finder):
         predict(finder, picture(), threshold=1.5)
     with pytest.raises(ValueError, match="the model has 3 classes, got 1 categories"):
         predict(finder.model, picture(), categories=CATEGORIES[:1])
+
+
+class Wide(DeformableDETR):
+    """Each box is three times as wide as the image."""
+
+    def forward(self, batch):
+        boxes = torch.tensor([0.5, 0.5, 3.0, 0.5]).repeat(len(batch), 6, 1)
+        return Output(torch.zeros(len(batch), 6, 3), boxes)
+
+
+@pytest.mark.parametrize("tiles", [None, 40])
+def test_boxes_end_where_the_image_does(tiles):
+    detector = Detector(Wide(TINY), CATEGORIES, transforms="digits")
+    (found,) = predict(detector, picture(), tiles=tiles)
+    assert len(found) and found.boxes[:, 0].min() == 0 and found.boxes[:, 2].max() == 64
+    assert found.to_coco(1)[0]["bbox"][2] <= 64
+
+
+def test_where_nothing_is_found_the_best_score_is_known(finder):
+    for tiles in (None, 40):
+        (found,) = predict(finder, picture(), threshold=0.9, tiles=tiles)
+        assert len(found) == 0
+        assert found.highest == pytest.approx(torch.tensor(2.0).sigmoid().item())
 
 
 def test_suppression_on_request(finder):

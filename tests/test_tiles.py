@@ -121,3 +121,6 @@ def test_on_the_command_line(tmp_path, capsys):
     assert main(["predict", str(tmp_path / "a.png"), *arguments, "--tiles", "100"]) == 0
     count = int(capsys.readouterr().out.split(" found")[0].split()[-1])
     assert count > 18  # which is as much as one look gives
+    again = [*arguments, "--tiles", "100", "--top-k", "5"]
+    assert main(["predict", str(tmp_path / "a.png"), *again]) == 0
+    assert ": 5 found: " in capsys.readouterr().out  # of the image, not of each tile

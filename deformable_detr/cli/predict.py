@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,9 @@ from deformable_detr.cli.arguments import (
     add_command,
     add_device,
     add_model,
-    add_top_k,
 )
 from deformable_detr.cli.views import add_views, choose_views
+from deformable_detr.data.crowding import TOP_K
 
 if TYPE_CHECKING:
     from deformable_detr.inference.prediction import Prediction
@@ -57,7 +58,12 @@ def add(commands: argparse.Action) -> None:
         "is named after, if all are, or else its name",
     )
     add_batch_size(command)
-    add_top_k(command)
+    command.add_argument(
+        "--top-k",
+        type=int,
+        metavar="N",
+        help=f"detections of an image (default: {TOP_K}, or with --tiles {TOP_K} of each tile)",
+    )
     command.add_argument(
         "--nms",
         type=float,
@@ -70,7 +76,8 @@ def add(commands: argparse.Action) -> None:
         type=int,
         metavar="SIDE",
         help="look at large images in pieces of SIDE x SIDE pixels, which overlap by a quarter: "
-        "small objects keep their size, and memory is bounded",
+        "small objects keep their size, and memory is bounded. Of an object that several tiles "
+        "show one box stays, with --nms or without",
     )
     add_views(command)
     add_device(command)
@@ -92,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     targets = picture_files(paths, pictures) if pictures else {}
     refuse_targets(args.json)
     detector = load_detector(args.model)
-    results, seen, passed_over = [], 0, []
+    results, names, seen, passed_over = [], [], 0, []
 
     def pass_over(line: str) -> None:
         passed_over.append(line)
@@ -117,12 +124,14 @@ def run(args: argparse.Namespace) -> int:
             skip_named=True,
         ):
             results += found.to_coco()
+            names += found.names
             seen += 1
-            for line in describe(found, targets.get(found.path)):
-                tqdm.write(line)
+            tqdm.write(describe(found, targets.get(found.path)))
     finally:
         if args.json and (seen or passed_over):  # what was there stays where nothing was done
             write_results(results, args.json)
+    if seen > 1:
+        print(f"{seen} images: {counts_of(names)}")
     return 1 if passed_over else 0
 
 
@@ -135,20 +144,28 @@ def write_results(results: list[dict], path: Path) -> None:
     print(f"{len(results)} detections: {path}")
 
 
-def describe(found: "Prediction", saved: Path | None) -> Iterator[str]:
-    """Lines on one image; its picture is saved, if there is a path for it."""
+def describe(found: "Prediction", saved: Path | None) -> str:
+    """One line on an image: how many objects of which class, and how sure they are. Its picture is
+    saved, if there is a path for it."""
     from deformable_detr.data.names import printable
 
     if saved:
         saved.parent.mkdir(parents=True, exist_ok=True)
         found.draw().save(saved)
     picture = f", picture in {printable(saved)}" if saved else ""
-    yield f"{printable(found.path)}: {len(found)} found{picture}"
-    for name, score, box in zip(
-        found.names, found.scores.tolist(), found.boxes.tolist(), strict=True
-    ):
-        corners = "  ".join(f"{axis} {x:6.1f}" for axis, x in zip("xyxy", box, strict=True))
-        yield f"  {printable(name):12} {score:.2f}  {corners}"
+    scores = f"best score {found.highest:.2f}"
+    if not len(found):
+        scores = f"the best score, {found.highest:.3f}, is below the threshold"
+    return f"{printable(found.path)}: {counts_of(found.names)}; {scores}{picture}"
+
+
+def counts_of(names: Iterable[str]) -> str:
+    """How many objects were found, and how many of each class, the most frequent first."""
+    from deformable_detr.data.names import printable
+
+    counts = Counter(names)
+    of_class = ", ".join(f"{count} {printable(name)}" for name, count in counts.most_common())
+    return f"{counts.total()} found{': ' * bool(counts)}{of_class}"
 
 
 def picture_files(paths: list[Path], folder: Path) -> dict[Path, Path]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from deformable_detr.data.names import printable
 
 QUERIES = 300  # of Deformable DETR, where the model is not known
-TOP_K = 100  # detections of an image that evaluation keeps, where nothing else is said
+TOP_K = 100  # detections of an image that are kept, where nothing else is said
 COCO_DETECTIONS = 100  # of a class in an image, that COCO's metrics count
 
 

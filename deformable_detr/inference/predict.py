@@ -3,6 +3,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from deformable_detr.data.crowding import TOP_K
 from deformable_detr.data.preparation import preparation_of
 from deformable_detr.data.transforms import SMALLEST_SIDE
 from deformable_detr.evaluation_mode import evaluating
@@ -37,7 +39,7 @@ def predict(
     threshold: float | None = None,
     batch_size: int = 8,
     device: torch.device | str | None = None,
-    top_k: int = 100,
+    top_k: int | None = None,
     transform: Callable[[Image.Image], Tensor] | None = None,
     views: list[View] | None = None,
     merge: str = "fusion",
@@ -53,12 +55,13 @@ def predict(
     the model by their names; of a bare model, whose classes have no names, all of them. threshold:
     least score, in [0, 1]; None is the detector's own, or 0.5. batch_size: images at once, at most;
     only those of one size, so that what is found does not depend on it. device: to which the model
-    is moved first; by default it stays. top_k: detections of an image, or of a tile, at most.
-    transform: from a PIL image to a (3, h, w) tensor, where it should not be the detector's. views:
-    for test-time augmentation, from `make_views`; merge: how they are merged, a name in
-    `views.MERGES`. nms: overlap (IoU, in [0, 1]) from which of two boxes of a class only the better
-    one stays; None, the default, keeps all, as the paper does: queries learn not to repeat others.
-    tiles: look at each image in pieces with sides of so many pixels; see `tiles.detect_tiles`.
+    is moved first; by default it stays. top_k: detections of an image at most, by default TOP_K, or
+    with tiles so many of each. transform: from a PIL image to a (3, h, w) tensor, where it should
+    not be the detector's. views: for test-time augmentation, from `make_views`; merge: how they are
+    merged, a name in `views.MERGES`. nms: overlap (IoU, in [0, 1]) from which of two boxes of a
+    class only the better one stays; None, the default, keeps all, as the paper does: queries learn
+    not to repeat others. tiles: look at each image in pieces with sides of so many pixels; see
+    `tiles.detect_tiles`.
     Raises FileNotFoundError and ValueError, in one line, on a file that is not there or no image.
     In a folder, such files are passed over, and one warning at the end names them; another says
     where only a file's first frame was looked at, or an image was shrunk much.
@@ -94,7 +97,7 @@ def predict_each(
     threshold: float | None = None,
     batch_size: int = 8,
     device: torch.device | str | None = None,
-    top_k: int = 100,
+    top_k: int | None = None,
     views: list[View] | None = None,
     merge: str = "fusion",
     nms: float | None = None,
@@ -118,23 +121,17 @@ def predict_each(
     if device is not None:
         detector.model.to(device)
     remarks = Remarks(detector, tiles)
-
-    def look(images: list[Image.Image]) -> list[Detections]:
-        return detect(detector.model, images, views, merge, top_k, threshold, nms)
+    look = Look(detector, views, merge, top_k, threshold, nms, tiles, batch_size)
 
     def look_at(places: list[int]) -> list[Prediction | None]:
         """Those of some sources, of one size; None for what cannot be read."""
         images = [_read(sources[i], remarks, on_skip, skip_named) for i in places]
         readable = [image for image in images if image is not None]
-        if tiles:
-            whole = detector.resizes  # then it has no more pixels than any other image
-            found = iter([detect_tiles(look, i, tiles, batch_size, whole) for i in readable])
-        else:
-            found = iter(look(readable))
+        found = iter(look(readable))
         return [
             None
             if image is None
-            else Prediction.of(next(found), detector.categories, image, sources[i].path, ids[i])
+            else Prediction.of(*next(found), detector.categories, image, sources[i].path, ids[i])
             for i, image in zip(places, images, strict=True)
         ]
 
@@ -148,13 +145,50 @@ def predict_each(
         on_note(line)
 
 
+@dataclass
+class Look:
+    """One way to look at pictures, whole or in tiles: the options of `predict`."""
+
+    detector: Detector
+    views: list[View]
+    merge: str
+    top_k: int | None
+    threshold: float
+    nms: float | None
+    tiles: int | None
+    batch_size: int
+
+    def __call__(self, images: list[Image.Image]) -> list[tuple[Detections, float]]:
+        """What is found in each, and the best score of all, also below the threshold."""
+        return list(map(self._in_tiles, images)) if self.tiles else self._whole(images)
+
+    def _whole(self, images: list[Image.Image]) -> list[tuple[Detections, float]]:
+        top_k, nms = self.top_k or TOP_K, self.nms
+        found = detect(self.detector.model, images, self.views, self.merge, top_k, nms=nms)
+        highest = [max(each.scores.tolist(), default=0.0) for each in found]
+        found = [each[each.scores >= self.threshold] for each in found]
+        return list(zip(found, highest, strict=True))
+
+    def _in_tiles(self, image: Image.Image) -> tuple[Detections, float]:
+        highest = [0.0]
+
+        def look(tiles: list[Image.Image]) -> list[Detections]:
+            found, best = zip(*self._whole(tiles), strict=True)
+            highest.extend(best)
+            return list(found)
+
+        whole = self.detector.resizes  # then it has no more pixels than any other image
+        found = detect_tiles(look, image, self.tiles, self.batch_size, whole)
+        return found[: self.top_k], max(highest)
+
+
 @torch.no_grad()
 def detect(
     model: BaseDetector,
     images: list[Image.Image],
     views: list[View],
     merge: str = "fusion",
-    top_k: int = 100,
+    top_k: int = TOP_K,
     threshold: float = 0.0,
     nms: float | None = None,
 ) -> list[Detections]:
@@ -191,14 +225,14 @@ def _detect_in(
 
 
 def _check(
-    threshold: float, nms: float | None, batch_size: int, top_k: int, tiles: int | None
+    threshold: float, nms: float | None, batch_size: int, top_k: int | None, tiles: int | None
 ) -> None:
     """ValueError where one of these is out of range."""
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in [0, 1], got {threshold}")
     if nms is not None and not 0 <= nms <= 1:
         raise ValueError(f"nms must be in [0, 1], or None for all boxes, got {nms}")
-    if min(batch_size, top_k) < 1:
+    if min(batch_size, 1 if top_k is None else top_k) < 1:
         raise ValueError(f"batch_size and top_k must be at least 1, got {batch_size}, {top_k}")
     if tiles is not None and tiles < SMALLEST_SIDE:
         raise ValueError(f"tiles must have {SMALLEST_SIDE} pixels or more, got {tiles}")

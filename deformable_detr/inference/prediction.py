@@ -19,11 +19,13 @@ from deformable_detr.structures import Detections
 class Prediction:
     """What was found in one image, best first.
 
-    boxes: (N, 4) xyxy in pixels of the image as it is shown, that is, turned as its EXIF says.
+    boxes: (N, 4) xyxy in pixels of the image as it is shown, that is, turned as its EXIF says, and
+    cut at its border, as evaluation by the official code does not.
     scores: (N,) in [0, 1]. labels: (N,) int64, positions among the model's classes. queries: (N,)
     int64, the index of the query that found each, as `look` asks for it. names and category_ids: N
     each, of those classes in the data that the model was trained on. size: the image's (H, W).
     path: its file, if it came from one. image_id: what this file is called in COCO results.
+    highest: the best score of all, also below the threshold, from which on detections are kept.
     """
 
     boxes: Tensor
@@ -35,12 +37,14 @@ class Prediction:
     size: tuple[int, int]
     path: Path | None = None
     image_id: int | str | None = None
+    highest: float = 0.0
     picture: Image.Image | None = field(default=None, repr=False)  # where there is no file
 
     @classmethod
     def of(
         cls,
         found: Detections,
+        highest: float,
         categories: list[dict],
         image: Image.Image,
         path: Path | None = None,
@@ -49,7 +53,7 @@ class Prediction:
         """Detections in an image with the names of their classes; all else as above."""
         classes = [categories[label] for label in found.labels.tolist()]
         return cls(
-            found.boxes,
+            clip_boxes_to_image(found.boxes, (image.height, image.width)),
             found.scores,
             found.labels,
             found.queries,
@@ -58,6 +62,7 @@ class Prediction:
             (image.height, image.width),
             path,
             image_id,
+            highest,
             None if path else image,
         )
 
@@ -80,8 +85,7 @@ class Prediction:
         return as_results(self._detections(), image_id, self.category_ids)
 
     def to_supervision(self) -> object:
-        """The same as supervision.Detections, boxes cut at the image's border, the names in
-        data["class_name"].
+        """The same as supervision.Detections, the names in data["class_name"].
 
         ImportError, in one line, where that package is not installed.
         """
@@ -92,7 +96,7 @@ class Prediction:
                 "to_supervision needs the package supervision: pip install supervision"
             ) from None
         return supervision.Detections(
-            xyxy=clip_boxes_to_image(self.boxes, self.size).numpy(),
+            xyxy=self.boxes.numpy(),
             confidence=self.scores.numpy(),
             class_id=self.labels.numpy(),
             data={"class_name": np.array(self.names, dtype=str)},
