@@ -174,6 +174,14 @@ def _backward_flops(value: tuple, spatial_shapes: object, *others: tuple, **_: o
     return 2 * _forward_flops(value, spatial_shapes, *others[:2])
 
 
+@register_flop_formula(torch.ops.deformable_detr.sampled_products)
+def _products_flops(
+    query: tuple, keys: tuple, spatial_shapes: object, places: tuple, **_: object
+) -> int:
+    """As many as the sum over the same samples has."""
+    return _forward_flops(keys, spatial_shapes, places, places[:-1])
+
+
 def _grid_sample_flops(*_: object, out_shape: tuple, **__: object) -> int:
     """The same operator in plain PyTorch: grid_sample, and the weight for each of its samples."""
     return 2 * PER_SAMPLE * math.prod(out_shape)

@@ -66,14 +66,9 @@ class MSDeformAttn(nn.Module):
         """Uniform weights, and offsets that point away from the reference: head m looks in
         direction 2*pi*m/M, its point k at a distance of k pixels (Appendix A.4)."""
         nn.init.zeros_(self.sampling_offsets.weight)
-        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
-        direction = torch.stack([angle.cos(), angle.sin()], -1)  # (M, 2) as (x, y)
-        direction = direction / direction.abs().amax(-1, keepdim=True)  # onto a square
-        distance = torch.arange(1, self.num_points + 1)
-        star = direction[:, None, None] * distance[:, None]  # (M, 1, K, 2)
-        star = star.expand(-1, self.num_levels, -1, -1)
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(star.flatten())
+            offsets = star(self.num_heads, self.num_levels, self.num_points)
+            self.sampling_offsets.bias.copy_(offsets.flatten())
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
         for projection in (self.value_proj, self.output_proj):
@@ -204,6 +199,16 @@ class MSDeformAttn(nn.Module):
                 "query and reference_points must be float64 both or neither, got "
                 f"{query.dtype} and {reference_points.dtype}"
             )
+
+
+def star(num_heads: int, num_levels: int, num_points: int) -> Tensor:
+    """The offsets (M, L, K, 2) that attention starts from, in pixels; see `MSDeformAttn`."""
+    angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
+    direction = torch.stack([angle.cos(), angle.sin()], -1)  # (M, 2) as (x, y)
+    direction = direction / direction.abs().amax(-1, keepdim=True)  # onto a square
+    distance = torch.arange(1, num_points + 1)
+    offsets = direction[:, None, None] * distance[:, None]  # (M, 1, K, 2)
+    return offsets.expand(-1, num_levels, -1, -1)
 
 
 class DeformAttn(MSDeformAttn):

@@ -13,6 +13,8 @@ from deformable_detr.models.dino import DINO, DINOConfig
 from deformable_detr.models.dn_detr import DNDETR, DNDETRConfig
 from deformable_detr.models.efficient_detr import EfficientDETR, EfficientDETRConfig
 from deformable_detr.models.group_detr import GroupDETR, GroupDETRConfig
+from deformable_detr.models.lite_detr import LiteDETR, LiteDETRConfig
+from deformable_detr.models.lite_dino import LiteDINO, LiteDINOConfig
 from deformable_detr.models.sparse_detr import SparseDETR, SparseDETRConfig
 
 __all__ = [
@@ -32,6 +34,10 @@ __all__ = [
     "EfficientDETRConfig",
     "GroupDETR",
     "GroupDETRConfig",
+    "LiteDETR",
+    "LiteDETRConfig",
+    "LiteDINO",
+    "LiteDINOConfig",
     "SparseDETR",
     "SparseDETRConfig",
     "build_model",
@@ -46,6 +52,8 @@ MODELS = {
     "dense_group_detr": (DenseGroupDETRConfig, DenseGroupDETR),
     "efficient_detr": (EfficientDETRConfig, EfficientDETR),
     "sparse_detr": (SparseDETRConfig, SparseDETR),
+    "lite_detr": (LiteDETRConfig, LiteDETR),
+    "lite_dino": (LiteDINOConfig, LiteDINO),
 }
 DEFAULT = "deformable_detr"
 

@@ -133,7 +133,7 @@ class DeformableDetector(BaseDetector):
             head.reset_last_layer()
         self.reset_queries()
         for module in self.modules():
-            if isinstance(module, MSDeformAttn):
+            if hasattr(module, "sampling_offsets"):  # whatever samples starts from its star
                 module.reset_parameters()
         self.neck.reset_parameters()
 
