@@ -1,6 +1,8 @@
 """Checkers of chapter deformable_convolution, "Deformable convolution"."""
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torchvision.ops import deform_conv2d
 
 from deformable_detr.exercises import checks, expect
@@ -41,6 +43,25 @@ def check_sample_in_groups(sample_in_groups):
 
 
 @checks("deformable_convolution.3")
+def check_deformable_layer(layer):
+    x = torch.randn(2, 4, 5, 7)
+    yield "it starts as the ordinary convolution of its weight"
+    module = layer(4, 6)
+    expect(tuple(module.weight.shape), (6, 4, 3, 3), "outputs, inputs, 3, 3")
+    expect(module(x), F.conv2d(x, module.weight, padding=1), "zeros, weight and bias; 2 * sigmoid")
+    yield "with any offsets and modulations it is torchvision's operation"
+    with torch.no_grad():
+        for parameter in module.offset.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    offset, score = module.offset(x).split([18, 9], 1)
+    wanted = deform_conv2d(x, offset, module.weight, padding=1, mask=2 * score.sigmoid())
+    expect(module(x), wanted, "18 channels of offsets, then 9 scores", atol=1e-4)
+    yield "the gradient reaches the offsets"
+    module(x).square().sum().backward()
+    expect(bool(module.offset.weight.grad[:18].abs().sum() > 0), True)
+
+
+@checks("deformable_convolution.4")
 def check_offset_gradient(offset_gradient):
     ramp = torch.arange(5.0, -1, -1).expand(1, 4, 6).contiguous()
     yield "on a ramp that falls to the right, a darker target lies to the right"
@@ -60,6 +81,26 @@ def check_offset_gradient(offset_gradient):
     for dx in (0.3, 1.6):
         wanted = (error(dx + 1e-5) - error(dx - 1e-5)) / 2e-5
         expect(offset_gradient(picture, target, dx), wanted, "mean, and x only", atol=1e-3)
+
+
+class _Layer(nn.Module):
+    """The layer, with a mistake: in its start, in the modulation or in the order of channels."""
+
+    def __init__(self, inputs, outputs, start=0.0, factor=2, scores_first=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3))
+        self.offset = nn.Conv2d(inputs, 27, 3, padding=1)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.constant_(self.offset.bias, start)
+        self.factor, self.scores_first = factor, scores_first
+
+    def forward(self, x):
+        parts = self.offset(x)
+        offset, score = parts.split([18, 9], 1)
+        if self.scores_first:
+            score, offset = parts.split([9, 18], 1)
+        mask = self.factor * score.sigmoid() if self.factor else score * 0 + 1
+        return deform_conv2d(x, offset.contiguous(), self.weight, padding=1, mask=mask)
 
 
 def _gradient(picture, target, dx, axis=1, reduce=torch.mean, sign=1):
@@ -90,6 +131,12 @@ WRONG = {
         ),
     ],
     "deformable_convolution.3": [
+        ("the sigmoid alone", lambda i, o: _Layer(i, o, factor=1)),
+        ("no modulation", lambda i, o: _Layer(i, o, factor=0)),
+        ("scores before offsets", lambda i, o: _Layer(i, o, scores_first=True)),
+        ("a start that is not zero", lambda i, o: _Layer(i, o, start=0.5)),
+    ],
+    "deformable_convolution.4": [
         ("y moved instead of x", lambda a, b, dx: _gradient(a, b, dx, axis=0)),
         ("the sum instead of the mean", lambda a, b, dx: _gradient(a, b, dx, reduce=torch.sum)),
         ("the wrong sign", lambda a, b, dx: _gradient(a, b, dx, sign=-1)),
