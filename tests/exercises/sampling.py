@@ -1,7 +1,10 @@
 """Checkers of chapter sampling, "Sampling between pixels"."""
 
+import math
+
 import torch
 import torch.nn.functional as F
+from torchvision.ops import roi_align
 
 from deformable_detr.exercises import checks, expect
 from deformable_detr.layers.sampling import bilinear_sample, pixel_to_normalised
@@ -77,6 +80,32 @@ def check_from_align_corners(from_align_corners):
     expect(bilinear_sample(feature_map, from_align_corners(points, (4, 7))), wanted)
 
 
+@checks("sampling.5")
+def check_cut_out(cut_out):
+    picture = torch.randn(2, 4, 7)
+    middle = (3.0, 1.5)  # of a picture of 4 rows and 7 columns
+    yield "the whole picture comes back unchanged"
+    hint = "the middle of 7 columns is at x = 3; size is (w, h), shape is (rows, columns)"
+    expect(cut_out(picture, middle, (7, 4), 0.0, (4, 7)), picture, hint)
+    yield "a part comes back enlarged"
+    y, x = torch.meshgrid(torch.arange(3) + 0.5, torch.arange(5) + 0.5, indexing="ij")
+    corner = torch.stack([x * 2 / 5, y * 1 / 3], -1) + torch.tensor([2.0, 1.0])
+    wanted = bilinear_sample(picture, corner / torch.tensor([7.0, 4.0])).permute(2, 0, 1)
+    hint = "5 points in 2 pixels lie 0.4 apart, the first 0.2 from the edge of the box"
+    expect(cut_out(picture, (2.5, 1.0), (2, 1), 0.0, (3, 5)), wanted, hint)
+    yield "a quarter of a turn clockwise is torch.rot90, whose turn is the other way"
+    hint = "y points down: (u, v) goes to (u cos - v sin, u sin + v cos)"
+    turned = cut_out(picture, middle, (4, 7), math.pi / 2, (7, 4))
+    expect(turned, picture.rot90(1, (1, 2)), hint)
+    yield "an upright box, also one that leaves the picture, is torchvision's RoIAlign"
+    picture = F.pad(torch.randn(2, 5, 8), (3, 3, 3, 3))  # zeros: RoIAlign repeats the border
+    box = torch.tensor([[1.3, 2.1, 12.4, 9.0]])  # left, top, right, bottom, from edge to edge
+    wanted = roi_align(picture[None], [box], (6, 9), sampling_ratio=1, aligned=True)[0]
+    centre, size = (1.3 + 12.4) / 2 - 0.5, 12.4 - 1.3
+    given = cut_out(picture, (centre, (2.1 + 9.0) / 2 - 0.5), (size, 9.0 - 2.1), 0.0, (6, 9))
+    expect(given, wanted, "each pixel of the result is read once, at its centre")
+
+
 def _has_value(full_map, pixel, factor):
     place = (torch.tensor([pixel]) + 0.5) / factor - 0.5
     coarse = F.avg_pool2d(full_map[None], factor)
@@ -90,6 +119,40 @@ def _coarse(full_map, pixel, factor, place):
     point = pixel_to_normalised(torch.tensor([place]), (height, width)).requires_grad_()
     (gradient,) = torch.autograd.grad(bilinear_sample(coarse, point).sum(), point)
     return bool(gradient.abs().sum() > 0)
+
+
+def _blend(v, fx, fy):
+    return (1 - fy) * ((1 - fx) * v[0, 0] + fx * v[0, 1]) + fy * ((1 - fx) * v[1, 0] + fx * v[1, 1])
+
+
+def _slope(v, fraction):
+    return (1 - fraction) * (v[0, 1] - v[0, 0]) + fraction * (v[1, 1] - v[1, 0])
+
+
+def _from_corners(g, size):
+    sides = torch.tensor([size[0], size[1]])
+    return ((g + 1) / 2 * (sides - 1) + 0.5) / sides
+
+
+def _evenly(count):
+    return (torch.arange(count) + 0.5) / count - 0.5
+
+
+def _on_edges(count):
+    return torch.linspace(-0.5, 0.5, count)
+
+
+def _cut_out(picture, centre, size, angle, shape, spread=_evenly):
+    v, u = torch.meshgrid(spread(shape[0]) * size[1], spread(shape[1]) * size[0], indexing="ij")
+    x = centre[0] + u * math.cos(angle) - v * math.sin(angle)
+    y = centre[1] + u * math.sin(angle) + v * math.cos(angle)
+    points = pixel_to_normalised(torch.stack([x, y], -1), picture.shape[1:])
+    return bilinear_sample(picture, points).permute(2, 0, 1)
+
+
+def _between_centres(picture, centre, size, angle, shape):
+    sides = [side - 1 for side in size]
+    return _cut_out(picture, centre, sides, angle, shape, spread=_on_edges)
 
 
 WRONG = {
@@ -115,17 +178,12 @@ WRONG = {
         ("align_corners ignored", lambda g, size: (g + 1) / 2),
         ("sizes swapped", lambda g, size: _from_corners(g, size)),
     ],
+    "sampling.5": [
+        ("points on the edges", lambda *box: _cut_out(*box, spread=_on_edges)),
+        ("from centre to centre", _between_centres),
+        ("turned the other way", lambda p, c, s, a, shape: _cut_out(p, c, s, -a, shape)),
+        ("size as (h, w)", lambda p, c, s, a, shape: _cut_out(p, c, s[::-1], a, shape)),
+        ("half a pixel off", lambda p, c, *box: _cut_out(p, (c[0] + 0.5, c[1] + 0.5), *box)),
+        ("the angle forgotten", lambda p, c, s, a, shape: _cut_out(p, c, s, 0.0, shape)),
+    ],
 }
-
-
-def _blend(v, fx, fy):
-    return (1 - fy) * ((1 - fx) * v[0, 0] + fx * v[0, 1]) + fy * ((1 - fx) * v[1, 0] + fx * v[1, 1])
-
-
-def _slope(v, fraction):
-    return (1 - fraction) * (v[0, 1] - v[0, 0]) + fraction * (v[1, 1] - v[1, 0])
-
-
-def _from_corners(g, size):
-    sides = torch.tensor([size[0], size[1]])
-    return ((g + 1) / 2 * (sides - 1) + 0.5) / sides
