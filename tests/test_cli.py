@@ -208,7 +208,7 @@ def test_published_weights_see_the_classes_that_the_data_has(coco, tmp_path, cap
     run = tmp_path / "run"
     arguments = ["train", str(coco), "--output", str(run), "--init", str(path), *TRAIN]
     assert main(arguments) == 0
-    assert "classes kept: red, green, blue\n" in capsys.readouterr().err  # found by their names
+    assert "classes kept: red, green, blue\n" in capsys.readouterr().out  # found by their names
     model, categories = load_model(run / "last.safetensors")
     assert [category["id"] for category in categories] == [3, 7, 20]
     assert model.config == dataclasses.replace(TINY, num_classes=3)
@@ -519,4 +519,4 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(coco, tmp_path, capsys):
     assert 3 <= step < 1200
     arguments[-1] = "399"  # the checkpoint is found, and refused as of another recipe
     assert main(arguments) == 2
-    assert "recipe epochs was 400, is 399" in capsys.readouterr().err
+    assert "of this run with 400 epochs" in capsys.readouterr().err

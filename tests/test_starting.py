@@ -1,7 +1,11 @@
 """What a training starts from: recipes of any editor, image sizes, weights and what they saw."""
 
+import dataclasses
+
+import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from deformable_detr import DeformableDETR
 from deformable_detr.cli import main
@@ -9,7 +13,7 @@ from deformable_detr.cli.starting import prepared_alike
 from deformable_detr.inference.detector import read_card
 from deformable_detr.training.recipe import load_recipe
 from deformable_detr.training.recipes import FOLDER, NAMES
-from deformable_detr.weights.ours import save_model
+from deformable_detr.weights.ours import load_model, save_model
 from tests.conftest import TINY
 
 CATEGORIES = [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}, {"id": 20, "name": "blue"}]
@@ -31,12 +35,15 @@ def test_every_recipe_takes_a_short_side(name):
     assert recipe.train_transform()(picture).shape[0] == 3
 
 
-def test_a_short_side_travels_with_the_weights_of_a_recipe_that_has_none(coco, tmp_path):
+def test_a_short_side_travels_with_the_weights_of_a_recipe_that_has_none(coco, tmp_path, capsys):
     run = tmp_path / "run"
     options = ["--recipe", "digits", *TRAIN[2:], "--short-side", "64"]
     assert main(["train", str(coco), "--output", str(run), *options]) == 0
     card = read_card(run / "best.safetensors")
     assert (card["transforms"], card["short_side"]) == ("digits-resized", 64)
+    assert main(["train", str(coco), "--output", str(run), *options[:-2]]) == 2
+    error = capsys.readouterr().err  # and none of a short side of 800, which nothing ever had
+    assert "data transforms was 'digits-resized', is 'digits'. Give" in error
 
 
 @pytest.mark.parametrize(
@@ -44,9 +51,14 @@ def test_a_short_side_travels_with_the_weights_of_a_recipe_that_has_none(coco, t
     [
         ({}, True, 240, ""),  # nothing is known of published weights
         ({"transforms": "coco", "short_side": 240}, True, 240, ""),
-        ({"transforms": "coco", "short_side": 480}, True, 480, "480 pixels, as they are here too"),
-        ({"transforms": "coco", "short_side": 480}, False, 240, "of 480 pixels, not of 240"),
-        ({"transforms": "digits", "short_side": 800}, True, 240, "prepared as 'digits', and here"),
+        ({"transforms": "coco", "short_side": 480}, True, 480, "of 480 pixels, which is kept"),
+        ({"transforms": "coco", "short_side": 480}, False, 240, "480 pixels, and goes on at 240"),
+        (
+            {"transforms": "digits", "short_side": 800},
+            True,
+            240,
+            "'digits', and goes on with 'coco'",
+        ),
         ({"transforms": "coco", "short_side": "480"}, True, 240, ""),
         ({"transforms": ["coco"]}, True, 240, ""),
     ],
@@ -64,5 +76,66 @@ def test_train_says_and_keeps_the_size_that_weights_have_seen(coco, tmp_path, ca
     save_model(DeformableDETR(TINY), weights, CATEGORIES, card)
     arguments = ["train", str(coco), "--output", str(run), "--init", str(weights), *TRAIN]
     assert main(arguments) == 0
-    assert f"{weights}: they have seen images of a short side of 64" in capsys.readouterr().err
+    told = capsys.readouterr()
+    line = f"{weights}: trained at a short side of 64 pixels, which is kept; the recipe would have "
+    assert f"{line}240 (--short-side)" in told.out
+    assert (told.out + told.err).count("classes kept: red, green, blue") == 1
     assert read_card(run / "last.safetensors")["short_side"] == 64
+    assert main([*arguments, "--epochs", "2"]) == 0
+    told = capsys.readouterr()
+    assert "continued from step" in told.out and "kept" not in told.out + told.err
+
+
+def test_nothing_is_said_of_weights_where_nothing_is_trained(coco, tmp_path, capsys):
+    weights = tmp_path / "weights.safetensors"
+    save_model(DeformableDETR(TINY), weights, [*CATEGORIES[:2], {"id": 4, "name": "b"}])
+    options = ["--output", str(tmp_path / "run"), "--init", str(weights), *TRAIN[:-1], "50"]
+    assert main(["train", str(coco), *options]) == 2
+    told = capsys.readouterr()
+    assert told.err.splitlines() == ["error: 6 training images are less than a batch of 50"]
+    assert told.out == ""
+
+
+def test_options_that_change_no_tensor_go_with_any_weights(coco, tmp_path, capsys):
+    weights, run = tmp_path / "weights.safetensors", tmp_path / "run"
+    save_model(DeformableDETR(TINY), weights, CATEGORIES)
+    arguments = ["train", str(coco), "--output", str(run), "--init", str(weights), *TRAIN, "--set"]
+    assert main([*arguments, "model.exact_padding=true", "model.dropout=0.25"]) == 0
+    config = load_model(run / "last.safetensors")[0].config
+    assert config == dataclasses.replace(TINY, exact_padding=True, dropout=0.25)
+    assert main([*arguments, "model.exact_padding=true", "model.ffn_dim=64", "--fresh"]) == 2
+    assert "decides the model: leave out model.ffn_dim\n" in capsys.readouterr().err
+
+
+def test_a_recipe_whose_weights_do_not_come_says_what_to_do(coco, tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    arguments = ["train", str(coco), "--output", str(tmp_path / "run"), "--recipe", "small-data"]
+    assert main([*arguments, "--batch-size", "2"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.endswith("(--init FOLDER). Without weights and network: --recipe photos")
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize("spoil", ["missing", "text", "nan", "other"])
+def test_weights_of_a_backbone_are_read_with_care(coco, tmp_path, capsys, spoil):
+    path = tmp_path / "backbone.safetensors"
+    state = DeformableDETR(TINY).backbone.state_dict()
+    name = next(name for name, x in state.items() if x.is_floating_point())
+    if spoil == "text":
+        path.write_text("no weights")
+    elif spoil != "missing":
+        state[name if spoil == "nan" else "else"] = state[name] * torch.nan
+        save_file(state, path)
+    arguments = ["train", str(coco), "--output", str(tmp_path / "run"), *TRAIN]
+    assert main([*arguments, "--backbone-weights", str(path)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    expected = {
+        "missing": f"no model at {path}",
+        "text": f"{path} is not a readable safetensors file",
+        "nan": f"{path}: tensor {name} has a number that is NaN or infinite",
+        "other": f"{path}: tensor else has a number that is NaN",
+    }
+    assert error.startswith(f"error: {expected[spoil]}")

@@ -478,8 +478,10 @@ def test_it_learns(coco, tmp_path):
 def test_another_run_is_not_continued(coco, tmp_path):
     run(coco, tmp_path / "run", dataclasses.replace(RECIPE, epochs=2))
     fewer = dataclasses.replace(RECIPE, epochs=1)
-    with pytest.raises(ValueError, match=r"another run: recipe epochs was 2, is 1\. Give"):
+    with pytest.raises(ValueError, match=r"is of this run with 2 epochs, .* not for fewer, got 1"):
         run(coco, tmp_path / "run", fewer)
+    with pytest.raises(ValueError, match=r"another run: recipe epochs was 2, is 1; recipe lr was"):
+        run(coco, tmp_path / "run", dataclasses.replace(fewer, lr=0.5))
     run(coco, tmp_path / "run", resume=False)
     for path in (coco / "annotations").iterdir():
         path.write_text(path.read_text().replace('"red"', '"rot"'))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,7 +26,7 @@ from deformable_detr.interrupts import CatchInterrupt, Interrupted
 from deformable_detr.training import remarks, setup
 from deformable_detr.training.board import Board
 from deformable_detr.training.config import TrainConfig
-from deformable_detr.training.curves import draw_curves, read_log
+from deformable_detr.training.curves import draw_ap, draw_curves, read_log
 from deformable_detr.training.doctor import doctor
 from deformable_detr.training.lock import locked
 from deformable_detr.training.loop import train
@@ -297,6 +298,19 @@ def test_more_objects_than_queries_are_said_at_the_start(coco, tmp_path):
     assert text.startswith("val: ") and "more than the 6 queries of the model" in text
 
 
+def test_a_figure_is_the_same_on_the_terminal_and_in_the_picture(
+    coco, tmp_path, monkeypatch, capsys
+):
+    """0.00951 is 0.010; 0.0095, as which it was written down, was drawn as 0.009."""
+    scripted(monkeypatch, [0.00951] * 2)
+    watched(coco, tmp_path / "run", dataclasses.replace(CONSTANT, epochs=1, evaluate_every=1))
+    assert "AP 0.010" in "".join(said(capsys))
+    (record,) = read_log(tmp_path / "run" / "log.jsonl")[1]
+    axes = Figure().subplots()
+    draw_ap(axes, [record], 3)
+    assert "best AP 0.010, epoch 1" in axes.get_legend_handles_labels()[1]
+
+
 # Continuing for more epochs
 
 
@@ -319,7 +333,7 @@ def test_more_epochs_continue_as_if_they_had_been_asked_for_at_once(coco, tmp_pa
     ],
 )
 def test_what_becomes_of_the_schedule_is_said(coco, tmp_path, capsys, changes, expected):
-    recipe = dataclasses.replace(CONSTANT, **changes)
+    recipe = dataclasses.replace(CONSTANT, warmup_steps=4, **changes)
     run(coco, tmp_path / "run", recipe)
     rates = []
     watched(
@@ -329,6 +343,7 @@ def test_what_becomes_of_the_schedule_is_said(coco, tmp_path, capsys, changes, e
         on_step=lambda step, losses: rates.append(step),
     )
     lines = said(capsys)
+    assert not any("warm-up" in line for line in lines)  # which was said at the beginning
     assert rates == list(range(7, 13)) and lines[0] == "continued from step 6 of 12"
     assert lines[1].startswith("continued to 4 epochs, after 2: ") and expected in lines[1]
 

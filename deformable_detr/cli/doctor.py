@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = chosen_recipe(args)
     dataset = CocoDataset(*find_split(args.data, args.split))
-    model, recipe = new_model(args, recipe, dataset)
+    model, recipe, notes = new_model(args, recipe, dataset)
+    print(*notes, sep="\n", end="\n" * bool(notes))
     dataset.transform = recipe.train_transform()
     val_images = 0
     if has_split(args.data, "val"):

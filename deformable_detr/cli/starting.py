@@ -2,19 +2,21 @@
 published weights."""
 
 import argparse
-import sys
+import dataclasses
 from pathlib import Path
 
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from deformable_detr.data.coco import CocoDataset
 from deformable_detr.data.preparation import PREPARATIONS
-from deformable_detr.models import BaseDetector, build_model
-from deformable_detr.options import parse_settings
+from deformable_detr.models import BaseDetector, build_model, model_name
+from deformable_detr.options import checked, parse_settings, types_of
 from deformable_detr.training.recipe import TABLES, Recipe, load_recipe
-from deformable_detr.weights.published import load_pretrained
+from deformable_detr.weights.classes import with_classes
+from deformable_detr.weights.published import Pretrained, load_pretrained
+from deformable_detr.weights.reading import as_weights, read_safetensors
+
+SAME_TENSORS = ("exact_padding", "dropout")  # options of models that have all the same tensors
 
 
 def chosen_recipe(args: argparse.Namespace) -> Recipe:
@@ -24,28 +26,48 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def new_model(
-    args: argparse.Namespace, recipe: Recipe, dataset: CocoDataset, quiet: bool = False
-) -> tuple[BaseDetector, Recipe]:
+    args: argparse.Namespace, recipe: Recipe, dataset: CocoDataset
+) -> tuple[BaseDetector, Recipe, list[str]]:
     """The weights that --init or the recipe name, with what they know of the data's classes; or
     else a new model of the recipe. Beside it the recipe, with images in the size that the weights
-    have seen, if --short-side asks for no other."""
+    have seen, if --short-side asks for no other, and what is to be said of all that."""
     weights = args.init or recipe.weights
     if weights in (None, "none"):
         config = recipe.model_config(len(dataset.categories))
-        return with_backbone(config, args.backbone_weights), recipe
+        return with_backbone(config, args.backbone_weights), recipe, []
     given = parse_settings(args.set, TABLES)["model"]
     queries = given.pop("num_queries", None)
+    same = {name: given.pop(name) for name in SAME_TENSORS if name in given}
     names = [f"model.{name}" for name in given]
     names += ["--backbone-weights"] * bool(args.backbone_weights)
     if names:
         raise ValueError(f"{weights} decides the model: leave out {', '.join(names)}")
-    loaded = load_pretrained(weights, num_queries=queries, categories=dataset.categories)
+    loaded = load_weights(weights, recipe)
+    model = with_options(loaded.model, same) if same else loaded.model
+    model, report = with_classes(model, loaded.categories, dataset.categories, queries)
     recipe, said = prepared_alike(recipe, loaded.card, args.short_side is None)
-    lines = [f"{weights}: kept {len(loaded.report.kept)} tensors", loaded.report.classes()]
-    lines += [f"{weights}: {text}" for text in said]
-    if not quiet:
-        print("\n".join(filter(None, lines)), file=sys.stderr)
-    return loaded.model, recipe
+    lines = [f"{weights}: kept {len(report.kept)} tensors", *report.classes().splitlines()]
+    return model, recipe, [*lines, *(f"{weights}: {text}" for text in said)]
+
+
+def load_weights(name: str, recipe: Recipe) -> Pretrained:
+    """Published weights; where those that a recipe names did not come, what to do instead."""
+    try:
+        return load_pretrained(name)
+    except FileNotFoundError as error:
+        if name != recipe.weights:
+            raise
+        raise FileNotFoundError(
+            f"{error} (--init FOLDER). Without weights and network: --recipe photos"
+        ) from None
+
+
+def with_options(model: BaseDetector, options: dict[str, object]) -> BaseDetector:
+    """The same tensors in a model with other options of SAME_TENSORS."""
+    options = checked(options, types_of(type(model.config)), f"model {model_name(model.config)}")
+    other = build_model(dataclasses.replace(model.config, **options))
+    other.load_state_dict(model.state_dict())
+    return other
 
 
 def prepared_alike(recipe: Recipe, card: dict, may_change: bool) -> tuple[Recipe, list[str]]:
@@ -56,14 +78,14 @@ def prepared_alike(recipe: Recipe, card: dict, may_change: bool) -> tuple[Recipe
         return recipe, []
     theirs, ours = PREPARATIONS[name], PREPARATIONS[recipe.transforms]
     if theirs.resizes != ours.resizes or theirs.mirrors != ours.mirrors:
-        text = f"they have seen images prepared as {name!r}, and here come {recipe.transforms!r}"
+        text = f"trained on images prepared as {name!r}, and goes on with {recipe.transforms!r}"
         return recipe, [text]
     if not ours.resizes or short == recipe.short_side or type(short) is not int:
         return recipe, []
     if may_change:
-        text = f"they have seen images of a short side of {short} pixels, as they are here too"
-        return recipe.at_short_side(short), [f"{text}, not {recipe.short_side} (--short-side)"]
-    text = f"they have seen images of a short side of {short} pixels, not of {recipe.short_side}"
+        text = f"trained at a short side of {short} pixels, which is kept; the recipe would have "
+        return recipe.at_short_side(short), [f"{text}{recipe.short_side} (--short-side)"]
+    text = f"trained at a short side of {short} pixels, and goes on at {recipe.short_side}"
     return recipe, [text]
 
 
@@ -86,9 +108,12 @@ def with_backbone(config: object, weights: str | None) -> BaseDetector:
 
 def load_backbone(model: BaseDetector, path: Path) -> None:
     """Strictly, from a safetensors file; deformable convolutions may keep their first offsets."""
+    state, _ = read_safetensors(path)
+    known = model.backbone.state_dict()
+    state = {name: as_weights(x, known.get(name, x), name, path) for name, x in state.items()}
     try:
-        missing, unexpected = model.backbone.load_state_dict(load_file(path), strict=False)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        missing, unexpected = model.backbone.load_state_dict(state, strict=False)
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not fit the backbone: {reason}") from None
     missing = [name for name in missing if ".conv2.offset." not in name]

@@ -65,13 +65,13 @@ def run(args: argparse.Namespace) -> int:
     refuse_faults(args.data, splits, accelerator)
     datasets = {split: CocoDataset(*place) for split, place in splits.items()}
     torch.manual_seed(recipe.train.seed)
-    model, recipe = new_model(args, recipe, datasets["train"], quiet=not main)
+    model, recipe, notes = new_model(args, recipe, datasets["train"])
     datasets["train"].transform = recipe.train_transform()
     if val_set := datasets.get("val"):
         val_set.transform = recipe.eval_transform()
     card = {"transforms": recipe.transforms, "short_side": recipe.short_side}
-    resume = not args.fresh
-    metrics = train(model, datasets["train"], val_set, args.output, recipe.train, resume, card=card)
+    options = {"resume": not args.fresh, "card": card, "notes": notes}
+    metrics = train(model, datasets["train"], val_set, args.output, recipe.train, **options)
     if main and metrics:
         print(f"\n{args.output / 'last.safetensors'}:\n{metrics}")
     return 0

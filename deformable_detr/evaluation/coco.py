@@ -39,8 +39,8 @@ class Metrics:
     area_thresholds: tuple[int, int]
 
     def to_dict(self) -> dict:
-        """For a JSON file: rounded to four digits, None where undefined."""
-        return rounded(dataclasses.asdict(self))
+        """For a JSON file: None where undefined."""
+        return without_nan(dataclasses.asdict(self))
 
     def rows(self) -> dict[str, float]:
         """Every figure under the name by which people know it."""
@@ -63,15 +63,14 @@ class Metrics:
         return "\n".join([f"{self.images} images", *lines])
 
 
-def rounded(value: object) -> object:
-    """The same JSON with floats rounded to four digits, and None for NaN."""
+def without_nan(value: object) -> object:
+    """The same with None for NaN, as JSON has it. Nothing is rounded: who shows three digits of
+    four shows others than a terminal, which had all."""
     if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return None if math.isnan(value) else round(value, 4)
-    return value
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def evaluate(

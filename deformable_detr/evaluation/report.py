@@ -20,7 +20,7 @@ from deformable_detr.evaluation.coco import (
     check_classes,
     coco_evaluation,
     metrics_of,
-    rounded,
+    without_nan,
 )
 from deformable_detr.evaluation.detections import predict_dataset
 from deformable_detr.evaluation.mistakes import (
@@ -130,7 +130,7 @@ class Report:
     about: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
-        """For a JSON file: rounded to four digits, None where undefined."""
+        """For a JSON file: None where undefined."""
         rates = {"precision": self.errors.precision, "recall": self.errors.recall}
         content = {
             "about": self.about,
@@ -142,7 +142,7 @@ class Report:
             "curves": [dataclasses.asdict(c) | {"ap50": c.ap50} for c in self.curves],
             "worst": [dataclasses.asdict(image) for image in self.worst],
         }
-        return rounded(content)
+        return without_nan(content)
 
     def table(self) -> str:
         """As text for a terminal."""

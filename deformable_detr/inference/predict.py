@@ -1,5 +1,5 @@
-"""Detect objects in files, folders, arrays and pictures, with the names of what they are. Chapter
-12."""
+"""Detect objects in files, folders, arrays and pictures, with the names of what they are.
+Chapter your_own_data."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator

@@ -7,14 +7,13 @@ run's identity: what must be the same in a run and its resumption.
 import dataclasses
 from pathlib import Path
 
-import torch
-
 from deformable_detr.data.coco import CocoDataset
 from deformable_detr.files import first_line
 from deformable_detr.models import DEFAULT, MODELS, BaseDetector, model_name
 from deformable_detr.training.config import TrainConfig
 from deformable_detr.training.optimiser import GROUPS, group_of
 from deformable_detr.weights.ours import upgrade_name
+from deformable_detr.weights.reading import read_pickle, tensors_of
 
 MAY_CHANGE = {  # between a run and its resumption
     "num_workers",
@@ -57,14 +56,22 @@ def read_checkpoint(path: Path, identity: dict, model: BaseDetector) -> dict:
     Raises ValueError where the file is no checkpoint, or of another run: then it says what differs.
     """
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_pickle(path)
+        tensors_of(saved["model"], path)
         before = completed(saved["identity"], identity)
     except Exception as error:
         raise ValueError(
             f"{path} is no checkpoint of ours ({first_line(error)}): "
             "delete it, or start anew without resuming (--fresh)"
         ) from None
-    if changed := differences(before, identity):
+    changed = differences(before, identity)
+    if len(changed) == 1 and changed[0].startswith(EPOCHS):
+        raise ValueError(
+            f"{path} is of this run with {before[EPOCHS]} epochs, at step {saved['step']}: it is "
+            f"continued for more epochs, not for fewer, got {identity[EPOCHS]}. Its weights so far "
+            "are in last.safetensors; --fresh starts anew"
+        )
+    if changed:
         raise ValueError(
             f"{path} is of another run: {'; '.join(changed)}. Give another folder, "
             "start anew (--fresh), or train on from last.safetensors (--init)"
@@ -90,6 +97,8 @@ def differences(before: dict, now: dict) -> list[str]:
         changed.remove(EPOCHS)
     if "model" in changed:
         changed = [key for key in changed if not key.startswith("model ")]
+    if "data transforms" in changed:  # of which not all have a short side
+        changed = [key for key in changed if key != "data short_side"]
     return [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed]
 
 

@@ -7,7 +7,7 @@ person should know, `faults` what is not finite.
 """
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -42,6 +42,7 @@ def train(
     on_step: OnStep | None = None,
     progress: bool = True,
     card: dict | None = None,
+    notes: Sequence[str] = (),
 ) -> Metrics | None:
     """Train a detector; returns the last validation metrics of this call, if there are any.
 
@@ -54,12 +55,12 @@ def train(
     left there is removed.
     on_step is called with the step and its losses. progress: whether to show a bar, what a person
     should know, and curves.png. card: what else is stored with the weights, such as how images are
-    prepared; see `load_detector`.
+    prepared; see `load_detector`. notes: lines to say where the run begins.
     Raises ValueError where a checkpoint is of another run or another training has the folder,
     NonFiniteLossError with the image ids and the module that came first, and Interrupted after
     Ctrl-C, SIGTERM or SIGHUP, when the step is saved.
     """
-    training = Training(model, train_set, val_set, output_dir, config, progress, card)
+    training = Training(model, train_set, val_set, output_dir, config, progress, card, notes)
     with training.run.held():
         if resume:
             training.resume()

@@ -25,7 +25,9 @@ def at_the_start(training: Training) -> Iterator[str]:
         yield continued(training)
     if training.step == total:
         yield f"all {config.epochs} epochs are done: --epochs N continues to a larger number"
+    if training.step:  # the rest was said when the run began
         return
+    yield from training.notes
     warm_up = f"the warm-up has {config.warmup_steps} steps (--warmup-steps)"
     if config.warmup_steps > total:
         yield f"{warm_up}, the training only {total}: it never reaches its learning rate"

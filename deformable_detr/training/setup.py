@@ -2,7 +2,7 @@
 Chapter training_at_every_size."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ class Training:
     val_set, -1 before the first evaluation; best_epoch: after which that was. stale: evaluations
     since the best one. metrics, threshold: of the last one, the threshold with the best F1.
     epochs_before: what the recipe said in an earlier part of the run. hinted: whether it was said
-    that nothing is learned. run: the folder.
+    that nothing is learned. notes: lines to say before the first step. run: the folder.
     Raises ValueError where data and model, train_set and val_set, or recipe and `accelerate launch`
     do not go together.
     """
@@ -60,10 +60,12 @@ class Training:
         config: TrainConfig,
         progress: bool = True,
         card: dict | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.accelerator = make_accelerator()
         self.config = config = as_launched(config)
         self.train_set, self.val_set, self.card = train_set, val_set, card or {}
+        self.notes = notes
         self.device, processes = self.accelerator.device, self.accelerator.num_processes
         self.steps_per_epoch = count_steps(len(train_set), config, processes)
         self.total_steps = config.epochs * self.steps_per_epoch
