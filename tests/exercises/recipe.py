@@ -1,4 +1,4 @@
-"""Checkers of chapter recipe, "Training at every size"."""
+"""Checkers of chapter recipe, "The recipe"."""
 
 import copy
 import math
@@ -6,73 +6,63 @@ import math
 import torch
 from torch import nn
 
+from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig
 from deformable_detr.exercises import checks, expect
-from deformable_detr.training.optimiser import averaged
+from deformable_detr.losses.criterion import SetCriterion
+from deformable_detr.structures import Target
+from deformable_detr.training.config import TrainConfig
+from deformable_detr.training.optimiser import averaged, parameter_groups
+
+
+def _detector():
+    """A detector of a few thousand parameters beside its backbone, its first layers frozen."""
+    torch.manual_seed(0)
+    config = DeformableDETRConfig(
+        num_classes=3,
+        num_queries=20,
+        backbone="small",
+        num_levels=3,
+        embed_dim=32,
+        num_heads=2,
+        encoder_layers=1,
+        decoder_layers=1,
+        ffn_dim=16,
+        dropout=0.0,
+    )
+    return DeformableDETR(config)
+
+
+EXPECTED = 2 * 0.25 * 0.99**2 * math.log(100)
+
+
+class _Sampling(nn.Module):
+    """A backbone that samples: its offsets are the backbone's."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.ModuleDict({"sampling_offsets": nn.Linear(3, 2)})
+        self.sampling_offsets = nn.Linear(2, 5)
+        self.head = nn.Linear(4, 1)
 
 
 @checks("recipe.1")
-def check_shares(shares):
-    yield "batches with boxes"
-    expect(torch.as_tensor(shares([1, 3])), torch.tensor([0.25, 0.75]), "each counts by its boxes")
-    expect(torch.as_tensor(shares([7])), torch.tensor([1.0]))
-    yield "a batch without boxes"
-    expect(
-        torch.as_tensor(shares([0, 3, 1])),
-        torch.tensor([0.25, 0.75, 0.25]),
-        "its loss was divided by 1, and must be divided by 4",
-    )
-    yield "a step without boxes"
-    expect(
-        torch.as_tensor(shares([0, 0])), torch.tensor([1.0, 1.0]), "divided by 1, and that is right"
-    )
-
-
-@checks("recipe.2")
-def check_factor_of_batch(factor_of_batch):
-    def wanted(number, batches, accumulate, warmup):
-        step, steps = number // accumulate, batches // accumulate
-        return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-    yield "without accumulation"
-    for number in (0, 3, 9, 50, 99):
-        hint = "step s has the warm-up (s + 1) / warmup and the cosine of s / S"
-        expect(factor_of_batch(number, 100, 1, 5), wanted(number, 100, 1, 5), hint)
-    yield "four batches a step"
-    for number in (0, 1, 3, 4, 18, 57, 99):
-        expect(
-            factor_of_batch(number, 100, 4, 5),
-            wanted(number, 100, 4, 5),
-            f"batch {number} belongs to step {number // 4} of 25",
-        )
-    yield "batches that make no whole step"
-    expect(factor_of_batch(50, 103, 4, 1), wanted(50, 103, 4, 1), "103 batches are 25 steps")
-
-
-def _after_half_step(half_step, clip_norm, size=1.0):
-    """A weight from 0 whose gradient is size * (3, 4), after a step of length 1 in its direction,
-    and the scale, 1024 before."""
-    weight = nn.Parameter(torch.zeros(2))
-    weight.grad = torch.tensor([70.0, -9.0])  # of the step before
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
-    loss = (weight * torch.tensor([3.0, 4.0])).sum() * size
-    half_step(scaler, optimizer, [weight], loss, clip_norm)
-    return weight, scaler.get_scale()
-
-
-@checks("training_at_every_size.1")
-def check_half_step(half_step):
-    slope = torch.tensor([3.0, 4.0])
-    yield "a step with the true gradient, clipped"
-    weight, _ = _after_half_step(half_step, 100.0)
-    expect(-weight, slope, "neither the scale nor an old gradient may reach the weights")
-    weight, scale = _after_half_step(half_step, 0.5)
-    expect(-weight, slope / 10, "unscale before you clip")
-    expect(scale, 2048.0, "update the scale at the end")
-    yield "a gradient that overflows"
-    weight, scale = _after_half_step(half_step, 0.5, size=1e38)
-    expect(weight, torch.zeros(2), "the scaler leaves such a step out")
-    expect(scale, 512.0, "and tries a smaller scale")
+def check_group_sizes(group_sizes):
+    model = _detector()
+    yield "a detector, all of it trainable"
+    groups = parameter_groups(model, TrainConfig())
+    wanted = [sum(p.numel() for p in group["params"]) for group in groups]
+    given = group_sizes(model)
+    for kind, number in zip(("rest", "backbone", "sampling"), wanted, strict=True):
+        expect(given[kind], number, kind)
+    yield "frozen parameters do not count"
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(False)
+    expect(group_sizes(model)["backbone"], 0, "the backbone is frozen")
+    yield "what samples in the backbone is the backbone's"
+    given = group_sizes(_Sampling())
+    expect(given["backbone"], 8, "ask for the backbone first")
+    expect(given["sampling"], 15)
+    expect(given["rest"], 5)
 
 
 def _network():
@@ -102,7 +92,7 @@ def _averages(update_average, decay, rounds):
     return own, library.module
 
 
-@checks("training_at_every_size.2")
+@checks("recipe.2")
 def check_update_average(update_average):
     yield "parameters, late"
     own, library = _averages(update_average, 0.15, 6)  # always below (1 + n) / (10 + n)
@@ -117,38 +107,42 @@ def check_update_average(update_average):
         expect(own.state_dict()[name], tensor, f"{name}: keep min(d, (1 + n) / (10 + n))")
 
 
-@checks("training_at_every_size.3")
-def check_plan(plan):
-    yield "powers of two"
-    expect(plan(16, 2), (2, 1))
-    expect(plan(1, 2), (2, 16))
-    expect(plan(8, 64), (4, 1), "no more than the step needs")
-    yield "numbers that do not divide"
-    expect(plan(1, 3), (2, 16), "3 images a batch do not make 32")
-    expect(plan(3, 4, total=24), (4, 2))
-    expect(plan(3, 4), None, "3 GPUs cannot share 32 images")
-    expect(plan(5, 7, total=30), (6, 1))
+def _batch():
+    """Two images with three objects."""
+    images = [torch.randn(3, 64, 96), torch.randn(3, 64, 64)]
+    boxes = [torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.7, 0.5, 0.3, 0.2]]), torch.tensor([[0.5] * 4])]
+    targets = [Target(i, torch.arange(len(b)), b, (64, 96)) for i, b in enumerate(boxes)]
+    return Batch.from_images(images, targets)
 
 
-def _half(clip_first=False, unscale=True, safe=True, update=True, clean=True):
-    def half_step(scaler, optimizer, parameters, loss, clip_norm):
-        if clean:
-            optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        if clip_first:
-            nn.utils.clip_grad_norm_(parameters, clip_norm)
-        if unscale:
-            scaler.unscale_(optimizer)
-        if not clip_first:
-            nn.utils.clip_grad_norm_(parameters, clip_norm)
-        if safe:
-            scaler.step(optimizer)
-        else:
-            optimizer.step()
-        if update:
-            scaler.update()
-
-    return half_step
+@checks("recipe.3")
+def check_before_training(before_training):
+    model, batch, criterion = _detector(), _batch(), SetCriterion()
+    model.zero_grad()
+    sum(criterion(model.train()(batch), batch.targets).values()).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    yield "a sound model"
+    given = before_training(model, criterion, batch)
+    expect(given["class_loss"], 1.0, "divide by the expected loss, 2.26", rtol=0.1)
+    expect(given["gradient_norm"], norm.item(), "of all parameters together", rtol=1e-3)
+    expect(given["silent"], [])
+    yield "a second time: old gradients do not count"
+    given = before_training(model, criterion, batch)
+    expect(given["gradient_norm"], norm.item(), "old gradients away first", rtol=1e-3)
+    yield "a layer that nobody calls, and one that is frozen"
+    model = _detector()
+    model.spare = nn.Linear(2, 3)
+    model.neck.level_embed.requires_grad_(False)
+    given = before_training(model, criterion, batch)
+    expect(sorted(given["silent"]), ["spare.bias", "spare.weight"], "trainable, and no gradient")
+    yield "a lost prior, and a model that was left in evaluation mode"
+    model.eval()
+    with torch.no_grad():
+        for head in model.class_heads:
+            head.bias.zero_()
+    given = before_training(model, criterion, batch)
+    expect(given["class_loss"] > 2, True, "every score starts at one half")
+    expect(model.training, True, "training mode")
 
 
 def _average(buffers=True, warm=True, swapped=False):
@@ -171,44 +165,53 @@ def _copied_buffers(average, model, decay, updates):
         mean.copy_(new)
 
 
-def _cosine(step, steps, warmup):
-    return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def _groups(frozen=False, backbone_first=True):
+    def group_sizes(model):
+        sizes = {"rest": 0, "backbone": 0, "sampling": 0}
+        for name, parameter in model.named_parameters():
+            slow = "sampling_offsets" in name or "reference_points" in name
+            inside = name.startswith("backbone.")
+            kinds = [(inside, "backbone"), (slow, "sampling")]
+            kinds = kinds if backbone_first else kinds[::-1]
+            kind = next((kind for found, kind in kinds if found), "rest")
+            sizes[kind] += parameter.numel() if frozen or parameter.requires_grad else 0
+        return sizes
+
+    return group_sizes
+
+
+def _before(old=False, frozen=False, mode=True, expected=EXPECTED):
+    def before_training(model, criterion, batch):
+        if mode:
+            model.train()
+        if not old:
+            model.zero_grad()
+        losses = criterion(model(batch), batch.targets)
+        sum(losses.values()).backward()
+        found = model.named_parameters()
+        silent = [n for n, p in found if p.grad is None and (frozen or p.requires_grad)]
+        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
+        share = losses["loss_class"].item() / expected
+        return {"class_loss": share, "gradient_norm": norm, "silent": silent}
+
+    return before_training
 
 
 WRONG = {
     "recipe.1": [
-        ("a mean of means", lambda boxes: [1 / len(boxes)] * len(boxes)),
-        ("nothing from batches without boxes", lambda b: [n / max(sum(b), 1) for n in b]),
-        (
-            "factors that sum to 1",
-            lambda b: [max(n, 1) / sum(max(m, 1) for m in b) for n in b],
-        ),
+        ("frozen parameters count", _groups(frozen=True)),
+        ("sampling before backbone", _groups(backbone_first=False)),
     ],
     "recipe.2": [
-        ("a step for each batch", lambda n, batches, a, w: _cosine(n, batches, w)),
-        ("the end counted in batches", lambda n, batches, a, w: _cosine(n // a, batches, w)),
-        ("a rate that changes within a step", lambda n, b, a, w: _cosine(n / a, b // a, w)),
-        ("a part of a step at the end", lambda n, b, a, w: _cosine(n // a, b / a, w)),
-    ],
-    "training_at_every_size.1": [
-        ("clip before unscale", _half(clip_first=True)),
-        ("the scaler unscales, after clipping", _half(unscale=False)),
-        ("the optimiser's own step", _half(safe=False)),
-        ("never updated", _half(update=False)),
-        ("old gradients stay", _half(clean=False)),
-    ],
-    "training_at_every_size.2": [
         ("parameters only", _average(buffers=False)),
         ("buffers copied", _copied_buffers),
         ("no short memory at first", _average(warm=False)),
         ("old and new swapped", _average(swapped=True)),
     ],
-    "training_at_every_size.3": [
-        ("rounded up", lambda g, f, total=32: (f, -(-total // (g * f)))),
-        ("rounded down", lambda g, f, total=32: (f, max(1, total // (g * f)))),
-        (
-            "always one image a batch",
-            lambda g, f, total=32: (1, total // g) if total % g == 0 else None,
-        ),
+    "recipe.3": [
+        ("old gradients count", _before(old=True)),
+        ("frozen parameters are listed", _before(frozen=True)),
+        ("left in evaluation mode", _before(mode=False)),
+        ("the loss without its weight", _before(expected=EXPECTED / 2)),
     ],
 }
