@@ -12,26 +12,28 @@
 # # {{n}}. A CUDA kernel you can step through
 #
 # You will be able to
-# - **write** a CUDA kernel for deformable attention, one thread a number, and run it without a GPU,
+# - **write** a CUDA kernel for deformable attention, one thread per number, and run it without a GPU,
 # - **stop** inside one thread and read its variables,
-# - **trace** which thread reads which address, and count what that costs a GPU,
-# - **read** the library's kernel: lanes, shared memory, shuffles, barriers, atomic additions,
-# - **say** what changes on a real GPU.
+# - **predict** how much memory a request of 32 threads fetches, and check it against a trace,
+# - **split** the work into two phases, with shared memory, a barrier, a shuffle and atomic additions,
+# - **read** the library's kernel, which is yours with a few additions.
 #
-# You should know: multi-scale deformable attention ({{chapter many_scales}}). C helps; what is needed is explained.
+# You should know: multi-scale deformable attention ({{chapter many_scales}}). C helps; what is needed
+# is explained.
 #
 # {{measured}}
 #
 # {{map}}
 
 # %% [markdown]
-# Every detector of this family spends much of its time in one operation: fetch a few rows of
-# numbers from computed places, and sum them by weight. PyTorch can do it with `grid_sample`, and
-# writes hundreds of megabytes on the way. A kernel of our own writes only the result. This chapter
-# writes one, the next makes it fast.
+# Deformable attention fetches a few rows of numbers from computed places and sums them by weight.
+# PyTorch can do it with `grid_sample`, but it first writes every sample to memory: in one layer of the
+# paper's encoder that is 17,821 queries, 8 heads, 16 points and 32 channels of 4 bytes, or 292 MB. A
+# kernel of our own adds the samples up as it reads them, so it writes only the result.
 #
-# No GPU is needed, because **CUDA C++ is C++** with a handful of words added. Supply those words, and
-# the compiler of your laptop builds the same text.
+# This chapter writes such a kernel in CUDA, the language of NVIDIA's GPUs; the next one makes it fast.
+# You need no GPU for it, because **CUDA C++ is C++** with a handful of words added. Once we supply
+# those words, your laptop's own compiler builds the same text.
 
 # %%
 import ctypes
@@ -44,6 +46,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython.display import Markdown, display
+from schematics import cuda_kernel as schematics
+from schematics import running_example, slider
 
 from deformable_detr import ms_deform_attn
 from deformable_detr.exercises import check
@@ -56,10 +61,21 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## {{n}}.1 A grid of threads
 #
-# A kernel is a function that many threads run, each with its own number. Threads come in **blocks**,
-# blocks in a **grid**. A thread finds its place from variables that nobody passes to it: `blockIdx`, its
-# block's number; `threadIdx`, its own number in the block; `blockDim`, how many threads a block has. (A
-# fourth, `gridDim`, counts the blocks.) That is nearly all there is to the language:
+# A **kernel** is a function that many threads run at the same time. All of them run the same text; they
+# differ only in their number, from which each works out which part of the job is its own. Threads are
+# grouped twice: some threads make a **block**, and all blocks make the **grid**.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three drawings from left to right. A grid of blocks; one of its blocks, enlarged, has four rows of 32 threads each, its warps; one of these warps, enlarged, has 32 numbered lanes, and eight of them, 16 to 23, are filled green."}}
+schematics.grid_block_warp_lane()
+
+# %% [markdown]
+# *Figure {{n}}.1. A grid has blocks, a block has threads. The hardware runs a block's threads 32 at a
+# time: such a group is a **warp**, and a thread's place in it is its **lane**. (The green lanes will
+# share one attention head later on.)*
+#
+# A thread finds its place in variables that nobody passes to it. `blockIdx` is the number of its block,
+# `threadIdx` its number within the block, and `blockDim` how many threads a block has. The word
+# `__global__` marks a kernel. Here is one that does nothing but note where each thread stands:
 
 # %%
 KERNEL = r"""
@@ -72,60 +88,60 @@ __global__ void where_am_i(int* block, int* thread, int n) {
 """
 
 # %% [markdown]
-# The words that a C++ compiler lacks: `__global__`, and the four variables. The rest of this text
-# is for later: `WATCH` and `READ` write down what a thread does, as a debugger would show it.
+# A C++ compiler does not know the word `__global__` and the three variables, so we define them. The
+# `.x` is there because CUDA can number blocks and threads along more than one axis.
 
 # %%
 WORDS = r"""
 #include <cmath>
 #define __global__
-struct Dim { int x, y, z; };
-static Dim threadIdx, blockIdx, blockDim, gridDim;
-
-extern "C" { int watched = -1, notes = 0, reads = 0;
-             const char* names[4096]; double values[4096]; long long trace[1 << 16][2]; }
-static int me() { return blockIdx.x * blockDim.x + threadIdx.x; }
-#define WATCH(x) if (me() == watched && notes < 4096) { names[notes] = #x; values[notes++] = x; }
-template <typename T> const T& read(const T& x) {
-    if (reads < 1 << 16) { trace[reads][0] = me(); trace[reads++][1] = (long long)&x; }
-    return x;
-}
-#define READ(x) read(x)
+struct Place { int x; };
+static Place threadIdx, blockIdx, blockDim;
 """
 
 # %% [markdown]
-# And a grid? Two loops. A GPU runs the threads side by side and in no order that you can rely on;
-# a kernel that is right must not care, so one after the other will do.
+# What remains is the grid, and two loops do for it. A GPU runs threads side by side, in no order that
+# one can rely on. A correct kernel therefore must not care about the order, so running one thread after
+# another is allowed, too.
+
+# %%
+LOOPS = r"""
+extern "C" void launch(int blocks, int threads, PARAMETERS) {
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+        for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) CALL;
+}
+"""
+
+# %% [markdown]
+# `build` puts the pieces together: our words, the kernel, and the loops that call it. It compiles them
+# into a library and returns a function that runs the kernel.
 
 
 # %%
-def build(kernel):
-    """The text of a kernel, compiled: run(blocks, threads, *arguments), and the library."""
+def as_c(x):
+    """A tensor becomes its address, a number stays one."""
+    return ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int(x)
+
+
+def build(kernel, words=WORDS, grid=LOOPS):
+    """The kernel as run(blocks, threads, *its own arguments), and the library it stands in."""
     name, parameters = re.search(r"__global__ void (\w+)\((.*?)\)", kernel, re.S).groups()
     arguments = ", ".join(p.split()[-1].lstrip("*") for p in parameters.split(","))
-    launch = f"""extern "C" void launch(int blocks, int threads, {parameters}) {{
-        gridDim.x = blocks, blockDim.x = threads;
-        for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
-            for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) {name}({arguments});
-    }}"""
+    launch = grid.replace("PARAMETERS", parameters).replace("CALL", f"{name}({arguments})")
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
-        source.write_text(WORDS + kernel + launch)
-        flags = ["-std=c++17", "-O1", "-shared", "-fPIC"]
+        source.write_text(words + kernel + launch)
+        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
         command = [*compiler(), *flags, str(source), "-o", str(library)]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(library))
     return lambda *given: loaded.launch(*map(as_c, given)), loaded
 
 
-def as_c(x):
-    """A tensor becomes its address, a number stays one."""
-    return ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int(x)
-
-
 # %% [markdown]
-# Before you run: ten numbers, blocks of four threads. How many blocks does it take, and what do the
-# last two threads of the last one do?
+# Before you run: we have ten numbers and blocks of four threads. How many blocks does that take, and
+# what do the last two threads of the last block do?
 
 # %%
 run, _ = build(KERNEL)
@@ -137,16 +153,17 @@ assert block.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
 assert thread.tolist() == [0, 1, 2, 3] * 2 + [0, 1]
 
 # %% [markdown]
-# Three blocks make twelve threads. Two find `i >= n` and return: the **tail guard**. Without it they
-# would write behind the array's end.
+# It takes three blocks, which have twelve threads. Two of them find `i >= n` and return. This line is
+# called the **tail guard**; without it they would write behind the end of the arrays.
 
 # %% [markdown]
 # ## Exercise {{n}}.1  A kernel of your own
 #
 # *difficulty ●○○ · 10 minutes · 7 lines*
 #
-# Return the text of a kernel that multiplies each row of `x`, (rows, D), by its weight, one thread a
-# number. Call it `weighted_rows`; more threads than numbers may come.
+# Return the text of a kernel called `weighted_rows` that multiplies each row of `x`, (rows, D), by that
+# row's weight and writes the result to `y`. Use one thread per number. Blocks may have any size, and
+# more threads than numbers may come; those must write nothing.
 
 
 # %% tags=["exercise"]
@@ -168,19 +185,19 @@ check("cuda_kernel.1", weighted_rows)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# There are `rows * D` threads with work. Number `i` of `x`, row after row, lies in row `i / D`.
+# There are `rows * D` threads with work. Number `i` of `x`, counted row after row, lies in row `i / D`.
 #
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# The kernel of section {{n}}.1 with another last line. Integer division rounds down.
+# It is the kernel of section {{n}}.1 with another last line. Integer division rounds down.
 #
 # </details>
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# The first one launches exactly `rows * D` threads, the second launches more: the tail guard.
+# The first check launches exactly `rows * D` threads, the second launches more: the tail guard.
 #
 # </details>
 #
@@ -189,8 +206,9 @@ check("cuda_kernel.1", weighted_rows)
 # %% [markdown]
 # ## {{n}}.2 One output by hand
 #
-# One query, one head, one level of 2 by 3 pixels with two channels, one point. Channel 0 of a pixel
-# is 10 times its row plus its column, channel 1 is its negative.
+# Before writing the kernel we need one result that we can trust. Take one query, one head, one point,
+# and one level of 2 by 3 pixels with two channels. Channel 0 of a pixel is 10 times its row plus its
+# column, and channel 1 is the negative of that.
 
 # %%
 height, width = 2, 3
@@ -199,11 +217,12 @@ value = torch.tensor(
 )
 value = value.reshape(1, height * width, 1, 2)  # (B, S, M, D)
 location = torch.tensor([0.6, 0.4]).reshape(1, 1, 1, 1, 1, 2)  # (B, Q, M, L, K, 2)
-weight = torch.tensor(0.5).reshape(1, 1, 1, 1, 1)
+weight = torch.tensor(0.5).reshape(1, 1, 1, 1, 1)  # (B, Q, M, L, K)
 
 # %% [markdown]
-# Before you run, with a pencil: x = 0.6 · 3 − 0.5 = 1.3 and y = 0.4 · 2 − 0.5 = 0.3. The map is
-# linear, so the sample is 10 · 0.3 + 1.3 = 4.3, and half of it is the answer.
+# Before you run, with a pencil: in pixels the point is at x = 0.6 · 3 − 0.5 = 1.3 and
+# y = 0.4 · 2 − 0.5 = 0.3. The map is linear, so the sample is 10 · 0.3 + 1.3 = 4.3. What is the output,
+# with a weight of 0.5?
 
 # %%
 output = ms_deform_attn(value, [(height, width)], location, weight)
@@ -211,11 +230,12 @@ print([round(x, 3) for x in output.flatten().tolist()])
 assert torch.allclose(output.flatten(), torch.tensor([2.15, -2.15]))
 
 # %% [markdown]
-# ## {{n}}.3 One thread, one number
+# ## {{n}}.3 One thread per number
 #
-# The official kernel of {cite}`zhu2021deformable` gives each of the B · Q · M · D output numbers a
-# thread. Here is that idea, written plainly. A thread finds out who it is, then walks through levels
-# and points. Reads of arrays go through `READ`, which on a GPU would be nothing.
+# The output has B · Q · M · D numbers. The first kernel, like the official one of
+# {cite}`zhu2021deformable`, gives each of them a thread. The thread takes its number `i` apart into
+# channel `d`, head `m` and image `b`; `item` counts images, queries and heads together. Then it walks
+# over all levels and points, and over the four pixels around each point.
 
 # %%
 NAIVE = r"""
@@ -225,19 +245,19 @@ __global__ void naive(const float* value, const int* shapes, const float* locati
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= B * Q * M * D) return;
     int d = i % D;
-    int m = i / D % M;
-    int b = i / D / M / Q;
-    int item = i / D;
+    int item = i / D;  // (b * Q + q) * M + m
+    int m = item % M;
+    int b = item / M / Q;
     float sum = 0;
     int start = 0;
     for (int l = 0; l < L; l++) {
-        int H = READ(shapes[2 * l]);
-        int W = READ(shapes[2 * l + 1]);
+        int H = shapes[2 * l];
+        int W = shapes[2 * l + 1];
         for (int k = 0; k < K; k++) {
             int p = (item * L + l) * K + k;
-            float x = READ(locations[2 * p]) * W - 0.5f;
-            float y = READ(locations[2 * p + 1]) * H - 0.5f;
-            float attention = READ(weights[p]);
+            float x = locations[2 * p] * W - 0.5f;
+            float y = locations[2 * p + 1] * H - 0.5f;
+            float attention = weights[p];
             if (!(x > -1 && x < W && y > -1 && y < H)) continue;
             int left = floorf(x);
             int top = floorf(y);
@@ -247,8 +267,7 @@ __global__ void naive(const float* value, const int* shapes, const float* locati
                 if (u < 0 || u >= W || v < 0 || v >= H) continue;
                 float bilinear = (1 - fabsf(x - u)) * (1 - fabsf(y - v));
                 int token = b * S + start + v * W + u;
-                float number = READ(value[(token * M + m) * D + d]);
-                sum += attention * bilinear * number;
+                sum += attention * bilinear * value[(token * M + m) * D + d];
             }
         }
         start += H * W;
@@ -258,13 +277,13 @@ __global__ void naive(const float* value, const int* shapes, const float* locati
 """
 
 # %% [markdown]
-# `!(x > -1 && ...)` looks clumsy. It is written so that a coordinate that is not a number, for which
-# every comparison is false, is skipped too.
+# One line looks clumsy: `!(x > -1 && ...)`. It is written that way because every comparison with a
+# coordinate that is not a number is false. So such a point is skipped, as a point outside is.
 
 
 # %%
 def run_naive(kernel, value, shapes, locations, weights, threads=32):
-    """The arguments of ms_deform_attn, and threads in a block; returns (B, Q, M * D)."""
+    """The arguments of ms_deform_attn, and threads per block; returns (B, Q, M * D)."""
     B, S, M, D = value.shape
     _, Q, _, L, K, _ = locations.shape
     output = torch.zeros(B, Q, M * D)
@@ -277,9 +296,11 @@ def run_naive(kernel, value, shapes, locations, weights, threads=32):
 naive, library = build(NAIVE)
 by_thread = run_naive(naive, value, [(height, width)], location, weight)
 print([round(x, 3) for x in by_thread.flatten().tolist()])
+assert torch.allclose(by_thread, output)
 
 # %% [markdown]
-# The same on sizes that are all different, with some points outside, against the library:
+# The kernel agrees with the pencil. Does it agree with the library when all sizes differ, some points
+# lie outside, and blocks have 1, 32 or 50 threads?
 
 # %%
 shapes, B, Q, M, D, K = [(5, 7), (3, 4), (1, 2)], 2, 5, 7, 6, 4
@@ -288,139 +309,419 @@ value = torch.randn(B, S, M, D)
 locations = torch.rand(B, Q, M, L, K, 2) * 1.4 - 0.2
 weights = torch.rand(B, Q, M, L * K).softmax(-1).view(B, Q, M, L, K)
 expected = ms_deform_attn(value, shapes, locations, weights)
-for number in (1, 32, 50):  # threads in a block: the result must not care
+for number in (1, 32, 50):
     result = run_naive(naive, value, shapes, locations, weights, number)
     torch.testing.assert_close(result, expected)
-print(B * Q * M * D, "threads, equal")
+print(B * Q * M * D, "numbers, equal for blocks of 1, 32 and 50 threads")
+
+# %% [markdown]
+# What samples any map at any place can also turn a picture. The book's seven is a map with three
+# channels. Every pixel of a new picture becomes a query with one point, on a grid that is turned and
+# magnified around the digit, and each of the 23,040 numbers gets a thread:
+
+# %%
+picture = torch.from_numpy(running_example() / 255).float()  # (128, 128, 3)
+rows, columns = torch.meshgrid(torch.arange(96) - 48, torch.arange(80) - 40, indexing="ij")
+turned = torch.stack([0.9 * columns - 0.4 * rows, 0.4 * columns + 0.9 * rows], -1) / 1.5
+places = ((torch.tensor([64.0, 96.0]) + turned) / 128).reshape(1, -1, 1, 1, 1, 2)
+ones = torch.ones(places.shape[:-1])
+drawn = run_naive(naive, picture.reshape(1, -1, 1, 3), [(128, 128)], places, ones)
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left, the photograph of wood with a green seven, and on it an orange frame, turned. Right, what lies in the frame, upright and enlarged: the seven leans to the left."}}
+_, (before, after) = plt.subplots(1, 2, figsize=(6, 3))
+before.imshow(picture)
+edge = places.reshape(96, 80, 2)[[0, 0, -1, -1, 0], [0, -1, -1, 0, 0]] * 128
+before.plot(*edge.T, color="C4")
+after.imshow(drawn.reshape(96, 80, 3).clip(0, 1))
+for axis, title in ((before, "value: 128 x 128, 3 channels"), (after, "output: 96 x 80 queries")):
+    axis.set(title=title, xticks=[], yticks=[])
+plt.show()
+
+# %% [markdown]
+# *Figure {{n}}.2. The naive kernel at work on the running example: one point per query, at the places in
+# the orange frame.*
 
 # %% [markdown]
 # ## {{n}}.4 Stop inside a thread
 #
-# `cuda-gdb` stops one thread of thousands and shows its variables. On the CPU any debugger can:
-# build with `-g -O0` and set a breakpoint. Here we let the kernel itself say what a debugger would,
-# by putting `WATCH(x)` behind every line that defines an `x`.
-
+# NVIDIA's debugger, `cuda-gdb`, stops one thread of thousands and shows its variables. We can do the
+# same with one more word. `WATCH(x)` notes the name and the value of `x`, but only in the thread that is
+# being watched:
 
 # %%
+NOTEBOOK = r"""
+extern "C" { int watched = -1, notes = 0; const char* names[4096]; double values[4096]; }
+static int me() { return blockIdx.x * blockDim.x + threadIdx.x; }
+#define WATCH(x) if (me() == watched && notes < 4096) { names[notes] = #x; values[notes++] = x; }
+"""
+
+
 def watch(kernel):
-    """The kernel with a WATCH behind each definition that stands on a line of its own."""
-    return re.sub(r"^( +(?:int|float) (\w+) = [^;]+;)$", r"\1 WATCH(\2)", kernel, flags=re.M)
+    """The kernel with a WATCH behind every definition that has a line of its own."""
+    line = r"^( +(?:int|float) (\w+) = [^;]+;)"
+    return re.sub(line, r"\1 WATCH(\2)", kernel, flags=re.M)
 
 
 print(next(line.strip() for line in watch(NAIVE).splitlines() if "attention =" in line))
 
 # %% [markdown]
-# Thread 303 of our 420. Before you run: which image, query, head and channel is that? Count from the
-# back: D = 6, M = 7, Q = 5.
+# Our last comparison had 420 threads. Before you run: which image, query, head and channel belong to
+# thread 303? Count from the back, with D = 6, M = 7 and Q = 5.
 
 # %%
-watched, library = build(watch(NAIVE))
+watched, library = build(watch(NAIVE), WORDS + NOTEBOOK)
 ctypes.c_int.in_dll(library, "watched").value = 303
 run_naive(watched, value, shapes, locations, weights)
 notes = ctypes.c_int.in_dll(library, "notes").value
 names = (ctypes.c_char_p * 4096).in_dll(library, "names")[:notes]
 values = (ctypes.c_double * 4096).in_dll(library, "values")[:notes]
 steps = [(name.decode(), value) for name, value in zip(names, values, strict=True)]
-for name, number in steps[:22]:
+for name, number in steps[:20]:
     print(f"{name:>9} = {number:g}" if number == int(number) else f"{name:>9} = {number:.3f}")
+assert steps[1:5] == [("d", 3), ("item", 50), ("m", 1), ("b", 1)]
 
 # %% [markdown]
-# Channel 3 of head 1, and it belongs to item 50, which is query 2 of image 1: `item` counts
-# (b · Q + q) · M + m. Then comes the first point, at x = −1.009: more than a pixel outside, so it is
-# skipped. The second, p = 601, counts, and its corners follow. A watch is a test as well:
+# It is channel 3 of head 1, and item 50 is query 2 of image 1. Then comes the first point. Its x of −1.009
+# is more than a pixel outside, so it is skipped. The second point, p = 601, counts, and its corners
+# follow. A watched thread can be tested, too: all its attention weights must add up to 1.
 
 # %%
-first = dict(reversed(steps))  # the first value that each name had
-assert (first["d"], first["m"], first["b"]) == (303 % 6, 303 // 6 % 7, 303 // 6 // 7 // 5)
-assert first["item"] == 50
-assert sum(n for name, n in steps if name == "attention") > 0.999  # all L * K points were visited
+visited = sum(number for name, number in steps if name == "attention")
+print(f"the attention weights that thread 303 has met add up to {visited:.5f}")
+assert abs(visited - 1) < 1e-5
 
 # %% [markdown]
 # ## {{n}}.5 Who reads which address
 #
-# A GPU runs 32 threads together, a **warp**. When they read, their 32 addresses go out as one
-# request, and memory answers in **sectors** of 32 bytes. Threads that read neighbours share sectors;
-# threads that read far apart need one each. So what matters is who reads what *at the same time*.
-#
-# Our loop ran the threads one by one, but the n-th read of each of them is the same line of code,
-# which a warp would run together.
+# The naive kernel is right. To see what it costs, we have to look at memory as the hardware does. A GPU
+# runs the 32 lanes of a warp together. When they reach a line that reads memory, their 32 addresses go
+# out as one **request**. Memory does not answer with single numbers but with **sectors** of 32 bytes,
+# eight floats. So lanes that read neighbouring numbers share a sector, while lanes that read far apart
+# need one each.
 
-
-# %%
-def requests(library, warp=0):
-    """The reads of a warp, (requests, 32) addresses; all of its threads must read in one order."""
-    count = ctypes.c_int.in_dll(library, "reads").value
-    trace = np.ctypeslib.as_array((ctypes.c_longlong * (2 << 16)).in_dll(library, "trace"))
-    thread, address = trace[: 2 * count].reshape(-1, 2).T
-    own = [address[thread == 32 * warp + t] for t in range(32)]
-    shortest = min(map(len, own))
-    return np.stack([a[:shortest] for a in own], 1)
-
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Strips of memory in frames of eight cells. Above, channels last: four neighbouring frames are filled completely. Below, channels first: of each frame that is fetched, only a single cell is filled; six of 32 such frames are drawn."}}
+schematics.two_layouts()
 
 # %% [markdown]
-# A head of 32 channels, as in the paper's detector: a warp is one head, a thread a channel, and all do
-# the same. All points lie inside, so that each has four corners to read.
-
-# %%
-shapes, B, Q, M, D, K = [(6, 8), (3, 4)], 1, 2, 4, 32, 2
-S, L = sum(h * w for h, w in shapes), len(shapes)
-value = torch.randn(B, S, M, D)
-locations = torch.rand(B, Q, M, L, K, 2) * 0.6 + 0.2
-weights = torch.rand(B, Q, M, L * K).softmax(-1).view(B, Q, M, L, K)
-naive, library = build(NAIVE)
-result = run_naive(naive, value, shapes, locations, weights)
-torch.testing.assert_close(result, ms_deform_attn(value, shapes, locations, weights))
-addresses = requests(library)
-inside = (addresses >= value.data_ptr()) & (addresses < value.data_ptr() + 4 * value.numel())
-of_value, of_others = addresses[inside.all(1)], addresses[~inside.any(1)]
-print(len(of_value), "requests for value,", len(of_others), "for everything else")
-assert len(of_value) == L * K * 4 and len(of_others) == 2 * L + 3 * L * K
-
-# %% mystnb={"image": {"alt": "Two panels of dots, thread number across, address up. Left: for value, each request is a rising line of 32 neighbouring addresses. Right: for locations, weights and shapes each request is a flat line, all threads read one address."}}
-figure, axes = plt.subplots(1, 2, sharey=True)
-for axis, part, title in zip(axes, (of_value, of_others), ("value", "all else"), strict=True):
-    for n, row in enumerate(part[:6]):  # each request drawn above the one before
-        axis.plot(40 * n + (row - row.min()) // 4, ".", markersize=4)
-    axis.set(xlabel="thread of the warp", yticks=range(0, 240, 40), title=title)
-axes[0].set(yticklabels=[f"request {n}" for n in range(6)])
-plt.show()
-
-# %% [markdown]
-# *Figure {{n}}.1. Six requests each of one warp, from the trace; height within a request is the address.
-# Left: 32 threads read 32 neighbouring floats, one row of a head. Right: they all read the same number,
-# and compute the same from it.*
+# *Figure {{n}}.3. One request of a warp whose lanes read the 32 channels of one pixel, for two layouts of
+# `value`. The numbers asked for are the same; what memory has to fetch is not.*
 #
-# The left picture is good, and no accident: value is laid out (B, S, M, D), channels last. What if it
-# were (B, M, D, S), as `grid_sample` wants it?
+# A small simulator counts the sectors. It needs the 32 addresses, and how many bytes each lane reads:
 
 
 # %%
 def sectors(addresses, size=4):
-    """How many 32-byte sectors one request of `size` bytes a thread touches."""
+    """How many sectors of 32 bytes one request fetches; addresses: of each lane, in bytes."""
     first, last = addresses // 32, (addresses + size - 1) // 32
     return len(np.unique(np.concatenate([first, last])))
 
 
-origin = -(-value.data_ptr() // 128) * 128  # a row of 128 bytes begins here
-token, channel = 11, np.arange(32)
-channels_last = origin + 4 * (token * M * D + channel)
-channels_first = origin + 4 * (channel * S + token)
-print("channels last ", sectors(channels_last), "sectors")
-print("channels first", sectors(channels_first), "sectors")
-assert (sectors(channels_last), sectors(channels_first)) == (4, 32)
+# %% [markdown]
+# Now predict. In the paper's detector a head has 32 channels, so one warp of the naive kernel is one
+# head, and each lane a channel. `grid_sample` wants the other layout, (B, M, D, S). The index of a number is
+# the same text in C and in Python, so `eval` can work it out for 32 lanes at once.
+#
+# Before you run: how many sectors will one request fetch from each layout?
+
+# %%
+shapes, B, Q, M, D, K = [(6, 8), (3, 4)], 1, 2, 4, 32, 8
+S, L = sum(h * w for h, w in shapes), len(shapes)
+token, lane = 11, np.arange(32)
+LAYOUTS = {
+    "channels last": "(token * M + m) * D + d",
+    "channels first": "(m * D + d) * S + token",
+}
+predicted = {
+    name: sectors(4 * eval(index, {"token": token, "m": 0, "d": lane, "M": M, "D": D, "S": S}))
+    for name, index in LAYOUTS.items()
+}
+print(predicted)
+assert predicted == {"channels last": 4, "channels first": 32}
 
 # %% [markdown]
-# Eight times the traffic for the same 128 bytes. {{chapter making_it_fast}} times both. It is the right half of figure {{n}}.1
-# that shows a waste: 32 threads each compute the same x, y, corners and weights, 31 times too often.
+# Move the slider to see what lies between the two. With a stride of 1, lanes read neighbours; from a
+# stride of 8 on, no two lanes share a sector.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "64 sectors of eight cells each in a grid. With a stride of 3, every third cell of the first 12 sectors is filled, and 33 per cent of the bytes fetched are used."}}
+# NBVAL_IGNORE_OUTPUT
+slider(schematics.stride_and_sectors, stride=(1, 16, 3))
+
+# %% [markdown]
+# *Figure {{n}}.4. One request of 32 lanes, lane t reading number t · stride. Orange: the numbers read.
+# Green frames: the sectors that memory fetches for them.*
+#
+# A prediction is worth something once it is compared with what happens. So we let the kernel write down
+# every address it reads. `READ(x)` gives `x` and notes who wanted it, and a search for square brackets
+# puts it around every read:
+
+# %%
+TRACE = r"""
+extern "C" { int reads = 0; long long trace[1 << 16][2]; }
+static int me() { return blockIdx.x * blockDim.x + threadIdx.x; }
+template <typename T> const T& READ(const T& x) {
+    trace[reads][0] = me();
+    trace[reads++][1] = (long long)&x;
+    return x;
+}
+"""
+
+
+def noted(kernel):
+    """The kernel with a READ around every number that it takes from an array."""
+    return re.sub(r"\b((?:value|shapes|locations|weights)\[[^\]]+\])", r"READ(\1)", kernel)
+
+
+# %% [markdown]
+# Our loops run the threads one by one. But the n-th read of each of them comes from the same line of
+# code, which a warp would run together. So the n-th reads of 32 threads make one request, provided that
+# all threads take the same path; here they do, because all points lie inside.
+
+
+# %%
+def requests(library):
+    """The reads of warp 0 as (requests, 32) addresses; all its threads must read in one order."""
+    count = ctypes.c_int.in_dll(library, "reads").value
+    trace = np.ctypeslib.as_array((ctypes.c_longlong * (2 << 16)).in_dll(library, "trace"))
+    thread, address = trace[: 2 * count].reshape(-1, 2).T
+    return np.stack([address[thread == t] for t in range(32)], 1)
+
+
+value = torch.randn(B, S, M, D)
+locations = torch.rand(B, Q, M, L, K, 2) * 0.6 + 0.2
+weights = torch.rand(B, Q, M, L * K).softmax(-1).view(B, Q, M, L, K)
+expected = ms_deform_attn(value, shapes, locations, weights)
+values = {"channels last": value, "channels first": value.permute(0, 2, 3, 1).reshape_as(value)}
+
+# %%
+reads = {}  # by layout: the requests that go to value
+for name, index in LAYOUTS.items():
+    kernel, library = build(noted(NAIVE.replace(LAYOUTS["channels last"], index)), WORDS + TRACE)
+    array = values[name]
+    torch.testing.assert_close(run_naive(kernel, array, shapes, locations, weights), expected)
+    addresses = requests(library)
+    begin, end = array.data_ptr(), array.data_ptr() + array.nbytes
+    to_value = ((addresses >= begin) & (addresses < end)).all(1)
+    reads[name], others = addresses[to_value], addresses[~to_value]
+    mean = np.mean([sectors(request) for request in reads[name]])
+    print(f"{name:>14}: {to_value.sum()} requests to value, {mean:.0f} sectors each")
+    assert mean == predicted[name]
+
+# %% [markdown]
+# The simulator was right: the second layout fetches eight times as many sectors, 1024 bytes for each 128
+# that are used. This is why the library keeps `value` as (B, S, M, D), channels last.
+# {{chapter making_it_fast}} predicts and times the two layouts on your own processor.
+#
+# What about the other reads, those of shapes, locations and weights?
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, lane of the warp across, address up, six requests in each. Left, requests to value: six rising lines, each of 32 neighbouring addresses. Right, requests to all other arrays: six flat lines, because all lanes read one address."}}
+_, axes = plt.subplots(1, 2, sharey=True, figsize=(7, 3))
+pairs = (reads["channels last"], "requests to value"), (others, "requests to all else")
+for axis, (part, title) in zip(axes, pairs, strict=True):
+    for n, row in enumerate(part[:6]):  # each request drawn above the one before
+        axis.plot(40 * n + (row - row.min()) // 4, ".", markersize=4)
+    axis.set(xlabel="lane of the warp", yticks=range(0, 240, 40), title=title)
+axes[0].set(yticklabels=[f"request {n}" for n in range(6)])
+plt.show()
+assert all(len(set(row)) == 1 for row in others)
+
+# %% [markdown]
+# *Figure {{n}}.5. Six requests of each kind, from the trace; within a request, height is the address.
+# Left: 32 lanes read 32 neighbouring numbers. Right: they all read the same number.*
+#
+# The right panel costs few sectors, but it shows a waste of another kind. All 32 lanes read the same
+# location and then compute the same x, the same y, the same corners and weights: 31 times too often.
+
+# %% [markdown]
+# ## {{n}}.6 Two phases
+#
+# The waste ends if lanes share their results. The threads that work on one head together are called the
+# head's lanes from here on; we take eight. They work in two phases. First each lane takes some of the
+# **points**, finds their corners and weights, and puts them where the others can read them. Then each
+# lane takes some of the **channels**, and runs over all points.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left, phase 1: sixteen points in two rows of eight under lanes 0 to 7. Middle: a box, shared memory, which holds 16 times 4 offsets and weights, on a vertical red line, the barrier. Right, phase 2: rows of 32 channels under the same lanes 0 to 7, four channels for each."}}
+schematics.two_phases()
+
+# %% [markdown]
+# *Figure {{n}}.6. Eight lanes of one head. What a lane is responsible for changes between the phases:
+# first points, then channels.*
+#
+# Two new words are needed. `__shared__` declares an array that all threads of a block see; on a GPU it
+# lies in a small, fast memory of its own. `__syncwarp()` is a **barrier**: a thread that comes to it
+# waits until all threads of its warp are there. Without it a lane could read a corner that another lane has
+# not written yet. (`__device__` is no more than a mark for functions that kernels call.)
+#
+# Threads that wait for each other can no longer run one after another. So from here on every CUDA thread
+# becomes a thread of the operating system, and the barrier is a real one:
+
+# %%
+TEAM_WORDS = r"""
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#include <thread>
+#include <vector>
+#define __global__
+#define __device__ static
+#define __shared__ static
+struct Place { int x; };
+static Place blockIdx, blockDim;
+static thread_local Place threadIdx;
+static std::barrier<>* meeting;
+static void __syncwarp() { meeting->arrive_and_wait(); }
+"""
+
+TEAM = r"""
+extern "C" void launch(int blocks, int threads, PARAMETERS) {
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
+        std::barrier<> all(threads);
+        meeting = &all;
+        std::vector<std::thread> team;
+        for (int t = 0; t < threads; t++) team.emplace_back([=] { threadIdx.x = t; CALL; });
+        for (std::thread& one : team) one.join();
+    }
+}
+"""
+
+# %% [markdown]
+# A GPU kernel is compiled for the sizes it will meet, because the compiler makes better code from
+# constants. They are written in capitals: `D` channels per head, `POINTS` (= L · K) points, `LANES` lanes
+# per head, and `VECTOR` channels that a lane loads at once. Four floats are 16 bytes, the most that one
+# instruction can load on most GPUs.
+
+# %%
+SIZES = f"""
+constexpr int D = {D}, POINTS = {L * K}, LANES = 8, VECTOR = 4;
+"""
+
+# %% [markdown]
+# **Phase 1.** A `Corners` holds, for corner c of point p, where its first channel lies and its weight:
+# bilinear times attention. Lane 3 of 8 takes points 3, 11, and so on. A corner outside the map gets weight
+# zero and the offset 0, which exists, so that phase 2 need not ask any questions.
+# For brevity the caller passes each *point's* level: `levels` has the rows H, W and start.
+
+# %%
+PHASE_1 = r"""
+struct Corners {
+    int offset[4][POINTS];
+    float weight[4][POINTS];
+};
+
+__device__ void find_corners(const int* levels, const float* locations, const float* weights,
+                             int stride, int lane, Corners& corners) {
+    for (int p = lane; p < POINTS; p += LANES) {
+        int H = levels[p], W = levels[POINTS + p], start = levels[2 * POINTS + p];
+        float x = locations[2 * p] * W - 0.5f, y = locations[2 * p + 1] * H - 0.5f;
+        bool inside = x > -1 && x < W && y > -1 && y < H;
+        int left = inside ? floorf(x) : 0, top = inside ? floorf(y) : 0;
+        for (int c = 0; c < 4; c++) {
+            int u = left + c % 2, v = top + c / 2;
+            bool exists = inside && u >= 0 && u < W && v >= 0 && v < H;
+            float bilinear = (1 - fabsf(x - u)) * (1 - fabsf(y - v));
+            corners.offset[c][p] = exists ? (start + v * W + u) * stride : 0;
+            corners.weight[c][p] = exists ? weights[p] * bilinear : 0;
+        }
+    }
+}
+"""
+
+# %% [markdown]
+# **Phase 2** is only loads, multiplications and additions. The `VECTOR` sums stay in registers, the
+# processor's fastest memory, until the last point.
+
+# %%
+PHASE_2 = r"""
+__device__ void sum_channels(const float* value, const Corners& corners, int lane, float* output) {
+    int first = lane * VECTOR;
+    float sum[VECTOR] = {};
+    for (int p = 0; p < POINTS; p++)
+        for (int c = 0; c < 4; c++) {
+            const float* row = value + corners.offset[c][p] + first;
+            for (int i = 0; i < VECTOR; i++) sum[i] += corners.weight[c][p] * row[i];
+        }
+    for (int i = 0; i < VECTOR; i++) output[first + i] = sum[i];
+}
+"""
+
+# %% [markdown]
+# **The kernel** gives each head a block of eight threads. It works out where the head's numbers begin,
+# and puts the barrier between the phases.
+
+# %%
+FORWARD = r"""
+__global__ void forward(const float* value, const int* levels, const float* locations,
+                        const float* weights, float* output, int S, int Q, int M) {
+    __shared__ Corners corners;
+    int item = blockIdx.x, lane = threadIdx.x;  // item = (b * Q + q) * M + m
+    int b = item / M / Q, m = item % M;
+    const float* own = value + (b * S * M + m) * D;  // this head's channels of token 0
+    find_corners(levels, locations + item * POINTS * 2, weights + item * POINTS, M * D, lane, corners);
+    __syncwarp();
+    sum_channels(own, corners, lane, output + item * D);
+}
+"""
+
+# %%
+levels = torch.tensor([(h, w, s) for (h, w), s in zip(shapes, (0, 48), strict=True)])
+levels = levels.repeat_interleave(K, 0).t().int().contiguous()  # (3, POINTS)
+TWO_PHASES = SIZES + PHASE_1 + PHASE_2 + FORWARD
+
+
+def run_forward(kernel):
+    """The kernel on our value, locations and weights; returns (B, Q, M * D)."""
+    output = torch.zeros(B, Q, M * D)
+    kernel(B * Q * M, 8, value, levels, locations, weights, output, S, Q, M)
+    return output
+
+
+two_phases, _ = build(TWO_PHASES, TEAM_WORDS, TEAM)
+torch.testing.assert_close(run_forward(two_phases), expected)
+print(B * Q * M, "heads with 8 lanes each: equal to the library")
+
+# %% [markdown]
+# Is the barrier really needed? Take it away, and run the lanes in order, 0 to 7, as some GPU might on
+# some day. Lane 0 then sums before lanes 1 to 7 have found their points.
+#
+# Before you run: is there a lane whose channels still come out right?
+
+# %%
+WITHOUT = WORDS + "#define __device__ static\n#define __shared__ static\n#define __syncwarp()\n"
+careless, _ = build(TWO_PHASES, WITHOUT, LOOPS)
+wrong = (run_forward(careless) - expected).abs().view(Q * M, 8, 4).amax((0, 2)) > 1e-5
+for lane, bad in enumerate(wrong.tolist()):
+    print(f"lane {lane}:", "wrong" if bad else "right")
+assert wrong.tolist() == [True] * 7 + [False]
+
+# %% [markdown]
+# Only the last lane is right, because all others had finished before it started. On a GPU such a mistake
+# is nastier: the lanes usually run together, so the kernel may be right on every day but one.
+#
+# How does the two-phase kernel read memory? A head now has 8 lanes, so a warp of 32 lanes works on four
+# heads at once. Each lane reads 16 bytes. Before you run, predict: how many sectors does one request fetch,
+# how many requests does a head need, and how many times is each point's position computed?
+
+# %%
+lane = np.arange(32)
+wide = 4 * ((token * M + lane // 8) * D + lane % 8 * 4)  # four heads of one token
+print(f"{'':>10}  sectors per request  requests per head  positions per point")
+print(f"{'naive':>10} {predicted['channels last']:>13} {len(reads['channels last']):>19} {D:>18}")
+print(f"{'two phases':>10} {sectors(wide, 16):>13} {L * K * 4 / 4:>19.0f} {1:>18}")
+assert sectors(wide, size=16) == 16 and len(reads["channels last"]) == 4 * L * K
+
+# %% [markdown]
+# Per head both fetch the same bytes, and each byte that they fetch is used. But the two-phase kernel needs
+# a quarter of the requests, and it computes each position once instead of 32 times.
 
 # %% [markdown]
 # ## Exercise {{n}}.2  Where wide loads start
 #
 # *difficulty ●●○ · 10 minutes · 3 lines*
 #
-# A thread can load 16 bytes at once. Return the byte offset at which each of `count` threads starts
-# when threads that load `size` bytes each share rows of `row_bytes` bytes, and row r starts at
-# `row_offsets[r]`: thread 0 begins row 0, and a row that is full hands over to the next.
+# The last cell had four heads of one token. In general the rows that a warp reads lie anywhere. Return
+# the byte offset at which each of `count` threads starts to read. Each thread reads `size` bytes, rows
+# have `row_bytes` bytes, and row r begins at `row_offsets[r]`. Thread 0 begins row 0, and as soon as a
+# row is full, the next thread begins the next row; the last row need not become full.
 
 
 # %% tags=["exercise"]
@@ -438,7 +739,8 @@ check("cuda_kernel.2", thread_offsets)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `row_bytes // size` threads share a row. With 128 bytes and 16 a thread, threads 0 to 7 read row 0.
+# `row_bytes // size` threads share a row. With rows of 128 bytes and 16 bytes per thread, threads 0 to 7
+# read row 0.
 #
 # </details>
 #
@@ -457,150 +759,14 @@ check("cuda_kernel.2", thread_offsets)
 # {{solution}}
 
 # %% [markdown]
-# ## {{n}}.6 The real kernel: a lane a point, then a lane a vector
-#
-# The library's kernel is one file of some 350 lines, and the only one: the GPU, the fast CPU build
-# and this chapter compile the same text. It computes what is common once, and loads 16 bytes at a
-# time instead of 4. The threads of a head are called **lanes**. First, each lane takes some of the head's points and computes corners and weights, once.
-# Then each lane takes 16 bytes of channels and walks over all points. The results of the first phase
-# lie in **shared memory**, a small fast memory that the threads of a block share; ours takes 8 KB of it.
-#
-# Most words in capitals are set by the build. `VALUE` is the number type of value, `REAL` that of weights
-# and sums, `OFFSET` that of indices, `GRADIENT` that in which value's gradient is summed. `POINTS` is
-# L · K, `LANES` the lanes of a head, `GROUPS` the heads of a block. A lane loads `VECTOR` channels at once,
-# and all lanes of a head together a `STEP`; with `VECTORS` such vectors each they make one `PASS` over the
-# channels. `EXISTS` is the tail guard for channels. `UNROLL` and `KEEP_LOOP` tell the compiler what to do
-# with a loop, and `__device__` marks a function that kernels call. `LOOK_AHEAD` is nothing on a GPU, which
-# runs other warps while one waits for memory; the fast CPU build asks there for a later point's rows.
-
-
-# %%
-SOURCE = resources.files("deformable_detr.kernels").joinpath("ms_deform_attn.cu").read_text()
-
-
-def show(name):
-    """The definition of one function or struct of the kernel."""
-    definition = rf"^(?:struct {name} \{{|(?:template .*\n)?__device__ \w+ {name}\()"
-    start = re.search(definition, SOURCE, re.M).start()
-    print(SOURCE[start : SOURCE.index("\n}", start) + 2])
-
-
-show("Corners")
-show("find_corners")
-
-# %% [markdown]
-# `neighbours` does for one axis what {{chapter sampling}} did by hand. Outside pixels get weight zero and the
-# address of some pixel inside: no branch in the hot loop, and every address can be read. The price: if
-# that pixel's value is infinite or not a number, zero times it is not a number.
-
-# %%
-show("neighbours")
-
-# %% [markdown]
-# Before you run: a coordinate that is NaN. Which line makes it harmless?
-
-
-# %%
-def neighbours(coordinate, size):
-    """The same in Python: low, high, weight_low, weight_high."""
-    position = coordinate * size - 0.5
-    inside = -1 < position < size
-    position = position if inside else 0.0
-    low = int(np.floor(position))
-    fraction = position - low
-    weights = (inside and low >= 0) * (1 - fraction), (inside and low + 1 < size) * fraction
-    return max(low, 0), min(low + 1, size - 1), *weights
-
-
-print("in the middle", neighbours(0.5, 4))
-print("at the edge  ", neighbours(0.0, 4))
-print("NaN          ", neighbours(float("nan"), 4))
-assert neighbours(float("nan"), 4)[2:] == (0, 0) and neighbours(1e30, 4)[2:] == (0, 0)
-assert neighbours(0.5, 4) == (1, 2, 0.5, 0.5)
-
-# %% [markdown]
-# The second phase. `offset` and `weight` come from shared memory; `load` fetches 16 bytes at once;
-# the sums stay in registers until the last point.
-
-# %%
-show("forward_head")
-
-# %% [markdown]
-# And the kernel itself, which asks: which head? `__shared__` gives an array to a whole block. Blocks
-# have two axes here: `threadIdx.x` is the lane, `threadIdx.y` the head.
-
-# %%
-print(SOURCE[SOURCE.index('extern "C" __global__') :].split("\n}")[0] + "\n}")
-
-# %% [markdown]
-# ## {{n}}.7 Running it, a thread a thread
-#
-# Lanes wait for one another: between the phases stands `__syncwarp()`, a **barrier**. So threads can
-# no longer run one after the other. The library has a second, slow CPU build for this purpose, where
-# every CUDA thread is a thread of the operating system, and barriers, shuffles and atomics are real.
-# How many lanes a head gets is decided when the kernel is built:
-
-# %%
-macros = cuda.specialise(torch.float32, D, L * K, huge=False, deterministic=False, capability=80)
-print({name: macros[name] for name in ("D", "POINTS", "VECTOR", "LANES")})
-assert (macros["VECTOR"], macros["LANES"]) == (4, 8)  # 8 lanes of 4 floats, 16 bytes each
-
-# %% [markdown]
-# Four heads to a warp, then. It gives the same numbers:
-
-# %%
-result = threads.forward(value, shapes, locations, weights)
-torch.testing.assert_close(result, ms_deform_attn(value, shapes, locations, weights))
-print(B * Q * M, "heads, each by", macros["LANES"], "threads: equal")
-
-# %% [markdown]
-# And it writes a trace: who touched what. A block has 16 heads of 8 lanes. Here are only eight heads:
-# 64 lanes have work, the others return. Each of the 64 loads from `value` 16 times and stores once. A
-# request of the warp is now 32 lanes of 16 bytes: four whole rows, one of each head.
-
-# %%
-trace = threads.trace(value, shapes, locations, weights, block=0)
-print({name: int((trace["array"] == name).sum()) for name in ("value", "output")})
-reads = trace[trace["array"] == "value"]
-own = [reads["offset"][reads["thread"] == t] for t in range(32)]
-wide = 4 * np.stack(own, 1)  # (requests, 32) in bytes
-assert set(reads["bytes"]) == {16} and wide.shape == (L * K * 4, 32)
-for row in wide:  # 8 lanes on each of 4 rows, no byte twice, all sectors full
-    assert (np.unique(row // 128, return_counts=True)[1] == 8).all() and len(np.unique(row)) == 32
-    assert sectors(row, size=16) == 16
-
-# %% mystnb={"image": {"alt": "Two panels, thread number across, address up, one colour a request. Left, the naive kernel: all 32 threads on one row of a head. Right, the library's: 32 lanes cover four rows of four heads, eight lanes on each, at four heights."}}
-figure, axes = plt.subplots(1, 2, sharey=True)
-for axis, part, title in zip(
-    axes, (of_value - value.data_ptr(), wide), ("4 bytes a thread", "16 bytes a lane"), strict=True
-):
-    for row in part[::8]:
-        axis.plot(row // 128, ".", markersize=4)
-    axis.set(xlabel="thread of the warp", title=title)
-axes[0].set(ylabel="row of value, 128 bytes each")
-plt.show()
-
-# %% [markdown]
-# *Figure {{n}}.2. Two requests of a warp, one a colour. Left, the naive kernel: one row of head 0 each.
-# Right: the same row for lanes 0 to 7, and rows of heads 1 to 3 for the others.*
-#
-# Both move every byte once, with all sectors full. The right one needs a quarter of the requests,
-# and a quarter of the instructions that compute addresses:
-
-# %%
-heads_in_a_warp = 32 // macros["LANES"]
-print("requests for a head:", len(of_value), "and", len(wide) / heads_in_a_warp)
-assert all(sectors(row) == 4 for row in of_value - of_value.min() + origin)
-assert len(wide) / heads_in_a_warp == len(of_value) / 4
-
-# %% [markdown]
 # ## Exercise {{n}}.3  How many lanes?
 #
 # *difficulty ●●○ · 10 minutes · 4 lines*
 #
-# The number of lanes must be a power of two, so that heads tile a warp. Return, for heads of D
-# channels of `size` bytes each (D a multiple of 16 / size, and at most 32 lanes), the lanes of a
-# head at 16 bytes each, and how many bytes' worth of lanes stay idle.
+# Not every head has 32 channels. The number of lanes must be a power of two, so that whole heads fill a
+# warp. Given heads of D channels of `size` bytes each, return the smallest number of lanes that holds a
+# head at 16 bytes per lane, and how many bytes' worth of lanes stay idle. (D · size is a multiple of 16,
+# and 32 lanes are enough.)
 
 
 # %% tags=["exercise"]
@@ -619,13 +785,13 @@ check("cuda_kernel.3", lanes_of_a_head)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# A head has `D * size` bytes. Double the lanes until they hold as much.
+# A head has `D * size` bytes. Double the number of lanes until they hold as much.
 #
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# D = 24 floats are 96 bytes: six lanes would do, eight is the next power of two, 32 bytes idle.
+# D = 24 floats are 96 bytes. Six lanes would do; eight is the next power of two, with 32 bytes idle.
 #
 # </details>
 #
@@ -638,130 +804,294 @@ check("cuda_kernel.3", lanes_of_a_head)
 # {{solution}}
 
 # %% [markdown]
-# ## {{n}}.8 Backward: a sum over lanes
+# ## {{n}}.7 Backward
 #
-# With $v_c$ the value at corner $c$ of a point, $b_c$ its bilinear weight, $a$ the attention weight
-# and $g$ the gradient of the output,
+# Training minimises a loss $\mathcal L$, one number that depends on the output. Autograd hands the
+# kernel $g = \partial \mathcal L / \partial\,\text{output}$, which for one head has D numbers. The kernel
+# must return the derivatives of the same loss with respect to its three inputs.
 #
-# $$\frac{\partial}{\partial a} = \sum_c b_c \langle g, v_c\rangle, \qquad
-# \frac{\partial}{\partial x} = a \sum_c \frac{\partial b_c}{\partial x} \langle g, v_c\rangle, \qquad
-# \frac{\partial}{\partial v_c} \mathrel{+}= a\, b_c\, g .$$
+# A head's output is $\sum_p a_p \sum_c b_{pc} v_{pc}$: over points p and corners c, with the attention weight
+# $a$, the bilinear weight $b$ and the corner's channels $v$. Differentiating this sum gives, for each point,
 #
-# Everything follows from four inner products over channels. The channels of a head lie in different
-# lanes. Lanes of a warp can read each other's registers: a **shuffle**. Three of them sum eight
-# lanes. `put_sums` does it after the loop over a point's corners, so that no corner's load waits for
-# another one's sum, and writes the inner products where the weights were: `__syncwarp` makes sure that
-# all lanes have read those. (A GPU runs the loop once, `SUMS` and `PRODUCTS` both true. A CPU that has
-# copied the tokens first, see {{chapter making_it_fast}}, runs it twice, with one buffer instead of two.)
+# $$\frac{\partial \mathcal L}{\partial a} = \sum_c b_c \langle g, v_c\rangle, \qquad
+# \frac{\partial \mathcal L}{\partial x} = a\, W \sum_c \frac{\partial b_c}{\partial x_\text{px}}
+# \langle g, v_c\rangle, \qquad
+# \frac{\partial \mathcal L}{\partial v_c} \mathrel{+}= a\, b_c\, g .$$
+#
+# The factor W in the middle is the chain rule at work. The kernel is given the normalised coordinate x, but
+# the bilinear weight depends on pixels, $x_\text{px} = x W - 0.5$. Moving x by a small step moves the
+# pixel coordinate W times as far. And $\partial b_c / \partial x_\text{px}$ is easy: $b_c$ is the product of
+# a distance in x and one in y, so the slope is the distance in y, with a plus for right corners and a minus
+# for left ones. (For y it is the same with H.)
+#
+# All three gradients need little: the first two follow from four inner products
+# $\langle g, v_c\rangle$ per point, and the third adds multiples of $g$ to `value`'s gradient. Each of the two
+# poses a problem of its own.
+#
+# **The inner product runs over channels, and these lie in different lanes.** So lanes must talk. In a
+# **shuffle** each lane reads what another one holds in a register: `__shfl_xor_sync(mask, x, step)` returns the
+# `x` of the lane whose number differs in the bit `step`. Three shuffles sum eight lanes.
+#
+# In the figure, eight lanes hold 0 to 7. Each adds what lane `i ^ 4` holds, then `i ^ 2`, then `i ^ 1`.
+# (`^` flips the bits of one number that are set in the other; for example, 5 ^ 4 = 1.)
 
-# %%
-show("backward_head")
-show("put_sums")
-print(SOURCE[SOURCE.index("__device__ REAL sum_over_lanes") :].split("\n}")[0] + "\n}")
-
-# %% [markdown]
-# Before you run: eight lanes hold 0 to 7. Each adds what the lane `i ^ 4` holds, then `i ^ 2`, then
-# `i ^ 1`. What does every lane hold at the end, and who held 12 in between?
-
-# %%
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Four rows of eight boxes. The first holds 0 to 7. Arrows lead from each box to the one below and to a partner four, then two, then one place away. The second row holds 4, 6, 8, 10 twice, the third 12 and 16 in turn, the last 28 in all boxes."}}
+schematics.shuffle()
 held = np.arange(8)
 for step in (4, 2, 1):
     held = held + held[np.arange(8) ^ step]
-    print(f"after step {step}:", *held)
 assert (held == 28).all()
 
 # %% [markdown]
-# The gradient of value is different: many queries read one pixel, so many threads add to one number.
-# `x = x + 1` is three steps, read, add, write, and two threads can both read before either writes:
-# one addition is lost. An **atomic** addition cannot be torn apart. {{chapter making_it_fast}} loses some on purpose.
-# Here are all three gradients from operating-system threads, against autograd:
+# *Figure {{n}}.7. Eight lanes sum what they hold in three shuffles. In the end each lane has the whole
+# sum, 28.*
+#
+# **Many queries read the same pixel, so many threads add to the same number.** An addition to memory has
+# three steps: read, add, write. If two threads both read before either writes, one of the additions is
+# lost. An **atomic** addition cannot be interrupted between its steps. {{chapter making_it_fast}} makes a
+# program lose additions on purpose.
+#
+# With these two words the backward kernel is short:
+
+# %%
+MORE_WORDS = r"""
+static float held[32];
+static float __shfl_xor_sync(unsigned, float x, int step) {
+    held[threadIdx.x] = x;
+    __syncwarp();
+    float other = held[threadIdx.x ^ step];
+    __syncwarp();  // before anyone overwrites what another lane has yet to read
+    return other;
+}
+static void atomicAdd(float* pointer, float x) { std::atomic_ref<float>(*pointer).fetch_add(x); }
+"""
+
+# %%
+BACKWARD = r"""
+__device__ float sum_over_lanes(float x) {
+    for (int step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
+    return x;
+}
+
+__global__ void backward(const float* value, const int* levels, const float* locations,
+                         const float* weights, const float* grad_output, float* grad_value,
+                         float* dots, int S, int Q, int M) {
+    __shared__ Corners corners;
+    int item = blockIdx.x, lane = threadIdx.x;
+    int own = (item / M / Q * S * M + item % M) * D + lane * VECTOR;
+    const float* g = grad_output + item * D + lane * VECTOR;
+    find_corners(levels, locations + item * POINTS * 2, weights + item * POINTS, M * D, lane, corners);
+    __syncwarp();
+    for (int p = 0; p < POINTS; p++)
+        for (int c = 0; c < 4; c++) {
+            int place = own + corners.offset[c][p];
+            float product = 0;
+            for (int i = 0; i < VECTOR; i++) {
+                product += g[i] * value[place + i];
+                atomicAdd(grad_value + place + i, corners.weight[c][p] * g[i]);
+            }
+            product = sum_over_lanes(product);
+            if (lane == 0) dots[(item * 4 + c) * POINTS + p] = product;
+        }
+}
+"""
+
+# %% [markdown]
+# The judge is autograd, applied to the plain PyTorch form of the operator.
 
 # %%
 leaves = [x.clone().requires_grad_() for x in (value, locations, weights)]
-output = ms_deform_attn(leaves[0], shapes, *leaves[1:], backend="reference")
-grad_output = torch.randn_like(output)
-output.backward(grad_output)
-gradients = threads.backward(value, shapes, locations, weights, grad_output)
-for name, given, leaf in zip(("value", "locations", "weights"), gradients, leaves, strict=True):
-    torch.testing.assert_close(given, leaf.grad, atol=1e-4, rtol=1e-4)
-    print(name, tuple(given.shape), "equal")
+by_torch = ms_deform_attn(leaves[0], shapes, *leaves[1:], backend="reference")
+grad_output = torch.randn(B, Q, M * D)
+by_torch.backward(grad_output)
+
+grad_value, dots = torch.zeros_like(value), torch.zeros(B * Q * M, 4, L * K)
+inputs = value, levels, locations, weights, grad_output, grad_value, dots
+backward, _ = build(SIZES + PHASE_1 + BACKWARD, TEAM_WORDS + MORE_WORDS, TEAM)
+backward(B * Q * M, 8, *inputs, S, Q, M)
+torch.testing.assert_close(grad_value, leaves[0].grad, atol=1e-5, rtol=1e-5)
+print("gradient of value", tuple(grad_value.shape), "equal to autograd's")
 
 # %% [markdown]
-# ## Exercise {{n}}.4  The gradient of the attention weights
+# The inner products stand in `dots`, (items, 4, points). From them follow the other two gradients. For that of
+# the attention weights each product takes its bilinear weight $b_c$. In PyTorch, where all points lie inside:
+
+# %%
+size = torch.tensor(shapes).flip(1)[:, None]  # (L, 1, 2): W and H
+x, y = (locations * size - 0.5).frac().unbind(-1)
+bilinear = torch.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], 3)
+grad_weights = (bilinear * dots.view(B, Q, M, 4, L, K)).sum(3)
+torch.testing.assert_close(grad_weights, leaves[2].grad, atol=1e-5, rtol=1e-5)
+print("gradient of weights", tuple(grad_weights.shape), "equal to autograd's")
+
+# %% [markdown]
+# A kernel does this in a third phase, again with one thread per point. It is yours to write.
+
+# %% [markdown]
+# ## Exercise {{n}}.4  The third phase
 #
-# *difficulty ●●● · 25 minutes · 26 lines*
+# *difficulty ●●● · 35 minutes · 26 lines*
 #
-# Return the text of a kernel with one thread for each attention weight. It adds up, over the
-# channels, grad_output times the sample. Start from the naive kernel of section {{n}}.3.
+# Return the text of a kernel `point_gradients` with one thread per point. From the inner products of a point's
+# corners it computes the gradients of its attention weight and of its location, x and y, and writes them. It
+# completes your own operator: the check puts your gradients beside autograd's.
+#
+# `levels` is as above, (3, points); `dots` is (items, 4, points), corner c = 2 · bottom + right; `weights` is
+# (items, points), `locations` (items, points, 2), and so are the results. More threads than points may come.
+# The results hold garbage before, so a point outside (or one whose coordinate is not a number) must
+# write its zeros. For a corner outside the map, `dots` holds some other pixel's product: it must not count.
 
 
 # %% tags=["exercise"]
-def grad_weights():
-    """void grad_weights(const float* value, const int* shapes, const float* locations,
-    const float* grad_output, float* result, int B, int S, int Q, int M, int D, int L, int K)
-    """
+def point_gradients():
+    """void point_gradients(const int* levels, const float* locations, const float* weights,
+    const float* dots, float* grad_locations, float* grad_weights, int items, int points)"""
     # BEGIN SOLUTION
     return r"""
-__global__ void grad_weights(const float* value, const int* shapes, const float* locations,
-                             const float* grad_output, float* result, int B, int S, int Q,
-                             int M, int D, int L, int K) {
-    int p = blockIdx.x * blockDim.x + threadIdx.x;
-    if (p >= B * Q * M * L * K) return;
-    int l = p / K % L, item = p / K / L;
-    int m = item % M, b = item / M / Q;
-    int start = 0;
-    for (int i = 0; i < l; i++) start += shapes[2 * i] * shapes[2 * i + 1];
-    int H = shapes[2 * l], W = shapes[2 * l + 1];
-    float x = locations[2 * p] * W - 0.5f, y = locations[2 * p + 1] * H - 0.5f;
-    float sum = 0;
+__global__ void point_gradients(const int* levels, const float* locations, const float* weights,
+                                const float* dots, float* grad_locations, float* grad_weights,
+                                int items, int points) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= items * points) return;
+    int p = i % points, H = levels[p], W = levels[points + p];
+    const float* dot = dots + i / points * 4 * points + p;
+    float x = locations[2 * i] * W - 0.5f, y = locations[2 * i + 1] * H - 0.5f;
+    float by_weight = 0, by_x = 0, by_y = 0;
     if (x > -1 && x < W && y > -1 && y < H) {
         int left = floorf(x), top = floorf(y);
-        for (int corner = 0; corner < 4; corner++) {
-            int u = left + corner % 2, v = top + corner / 2;
+        for (int c = 0; c < 4; c++) {
+            int u = left + c % 2, v = top + c / 2;
             if (u < 0 || u >= W || v < 0 || v >= H) continue;
-            float bilinear = (1 - fabsf(x - u)) * (1 - fabsf(y - v));
-            const float* row = value + ((b * S + start + v * W + u) * M + m) * D;
-            for (int d = 0; d < D; d++) sum += bilinear * row[d] * grad_output[item * D + d];
+            float near_x = 1 - fabsf(x - u), near_y = 1 - fabsf(y - v);
+            by_weight += near_x * near_y * dot[c * points];
+            by_x += (c % 2 ? 1 : -1) * near_y * dot[c * points];
+            by_y += (c / 2 ? 1 : -1) * near_x * dot[c * points];
         }
     }
-    result[p] = sum;
+    grad_weights[i] = by_weight;
+    grad_locations[2 * i] = weights[i] * W * by_x;
+    grad_locations[2 * i + 1] = weights[i] * H * by_y;
 }
 """
     # END SOLUTION
 
 
-check("cuda_kernel.4", grad_weights)
+check("cuda_kernel.4", point_gradients)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Weight p belongs to point `p % K` of level `p / K % L` of item `p / K / L`, and the item tells the
-# rest, as in the naive kernel. The loop over levels and points goes away, one over channels comes.
+# Thread i has point `i % points` of item `i / points`. Position and corners are found as in
+# `find_corners`. Each corner adds to three sums: one with $b_c$, one with its slope in x, one in y.
 #
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# The sample times grad_output, summed over d, is the same as: for each corner, its bilinear weight
-# times the inner product of its row with grad_output. `item * D + d` is the gradient's index.
+# With `near_x = 1 - fabsf(x - u)` and `near_y` likewise: $b_c$ = near_x · near_y, the slope in x is ± near_y,
+# the slope in y ± near_x. At the end the sums of the slopes take the factors a · W and a · H. Corner c's
+# product is `dots[(item * 4 + c) * points + p]`.
 #
 # </details>
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# A point outside the map has gradient zero, and still has to write it; a corner outside must not be
-# read. Test for "inside" in the form that is false for NaN.
+# The first check has all points inside. Outside, the three results are zero and still have to be written;
+# at a border some corners do not exist. Test for "inside" in the form that is false for NaN.
 #
 # </details>
 #
 # {{solution}}
 
 # %% [markdown]
+# ## {{n}}.8 The library's kernel
+#
+# The library's kernel is one file of some 350 lines, `kernels/ms_deform_attn.cu`. The GPU, the fast CPU
+# build and this chapter all compile that text. Most of its names you have just typed yourself:
+#
+# | In the library | What it is |
+# |---|---|
+# | `D`, `POINTS`, `LANES`, `VECTOR` | as above; set by the build |
+# | `Corners`, `find_corners`, `sum_over_lanes` | as above; `neighbours` is the part of `find_corners` for one axis, without a branch |
+# | `forward_head`, `backward_head` | both phases of one head |
+# | `GROUPS` | heads per block, so that a block has more than eight threads (`threadIdx.y` is the head) |
+# | `VALUE`, `REAL`, `OFFSET` | the number type of value, of weights and sums, and of indices: half precision and huge arrays |
+# | `Vector`, `load`, `store`, `add` | `VECTOR` channels as one thing: 16 bytes in one instruction |
+# | `VECTORS`, `STEP`, `PASS`, `EXISTS` | for heads too large for one vector per lane: vectors per lane, channels of all lanes' vectors, channels per pass, and a tail guard for channels |
+# | `UNROLL`, `KEEP_LOOP` | tell the compiler to write a loop out, or not to |
+# | `LOOK_AHEAD` | nothing on a GPU; on a CPU, fetch a later point's rows early |
+#
+# With this table the two phases are easy to recognise:
+
+# %%
+SOURCE = resources.files("deformable_detr.kernels").joinpath("ms_deform_attn.cu").read_text()
+
+
+def show(name):
+    """Display the definition of one of the kernel's functions."""
+    start = re.search(rf"^(?:template .*\n)?__device__ \w+ {name}\(", SOURCE, re.M).start()
+    text = SOURCE[start : SOURCE.index("\n}", start) + 2]
+    display(Markdown(f"```cpp\n{text}\n```"))
+
+
+show("forward_head")
+
+# %% [markdown]
+# The differences to yours are `Vector` instead of an inner loop, and the outer loop over `first`, which goes
+# around once for a head of 32 channels. Backward and `neighbours` stand in the appendix below.
+#
+# The library also has a slow CPU build like your own, in which each CUDA thread is a thread of the operating
+# system. Its settings are those of a GPU:
+
+# %%
+macros = cuda.specialise(torch.float32, D, L * K, huge=False, deterministic=False, capability=80)
+print({name: macros[name] for name in ("D", "POINTS", "VECTOR", "LANES", "GROUPS")})
+torch.testing.assert_close(threads.forward(value, shapes, locations, weights), expected)
+gradients = threads.backward(value, shapes, locations, weights, grad_output)
+for given, leaf in zip(gradients, leaves, strict=True):
+    torch.testing.assert_close(given, leaf.grad, atol=1e-4, rtol=1e-4)
+print("forward and all three gradients: equal to autograd's")
+assert (macros["VECTOR"], macros["LANES"]) == (4, 8)
+
+# %% [markdown]
+# It can write a trace as well: who touched what. Section {{n}}.6 predicted 16 requests per head, with 16
+# sectors each. Before you run: does the real kernel keep to it?
+
+# %%
+trace = threads.trace(value, shapes, locations, weights, block=0)
+loads = trace[trace["array"] == "value"]
+own = [loads["offset"][loads["thread"] == t] for t in range(32)]
+wide = 4 * np.stack(own, 1)  # (requests, 32) in bytes
+fetched = {sectors(row, size=16) for row in wide}
+print(len(wide) / 4, "requests per head,", *fetched, "sectors each")
+assert set(loads["bytes"]) == {16} and wide.shape == (L * K * 4, 32) and fetched == {16}
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, lane of the warp across, row of value up, one colour per request. Left, the naive kernel: all 32 lanes on one row. Right, the library's: 32 lanes cover four rows of four heads, eight lanes on each, at four heights."}}
+_, axes = plt.subplots(1, 2, sharey=True, figsize=(7, 3))
+naive_reads = reads["channels last"] - value.data_ptr()
+for axis, part, title in zip(
+    axes,
+    (naive_reads, wide),
+    ("naive: 4 bytes per lane", "two phases: 16 bytes per lane"),
+    strict=True,
+):
+    for row in part[::24]:
+        axis.plot(row // 128, ".", markersize=4)
+    axis.set(xlabel="lane of the warp", title=title)
+axes[0].set(ylabel="row of value, 128 bytes each")
+plt.show()
+
+# %% [markdown]
+# *Figure {{n}}.8. Three requests of a warp, one colour each, from the traces. Left: all lanes on one row,
+# 4 bytes for each. Right: lanes 0 to 7 take a row of head 0, the next eight one of head 1, and so on.*
+
+# %% [markdown]
 # ## {{n}}.9 On a real GPU
 #
-# No word of the kernel changes. What changes is who builds and who launches. **NVRTC**, NVIDIA's
-# compiler as a library, takes the text at run time; CuPy's `RawModule` {cite}`okuta2017cupy` wraps
-# it, so no build step and no toolkit is needed. This is what the library does, shortened:
+# On a GPU not a word of the kernel changes. What changes is who compiles and who launches it. **NVRTC**,
+# NVIDIA's compiler in the form of a library, takes the text at run time, and CuPy's `RawModule`
+# {cite}`okuta2017cupy` wraps it. So neither a build step nor NVIDIA's toolkit is needed. Shortened, the
+# library does this:
 #
 # ```python
 # module = cupy.RawModule(code=SOURCE, options=("--std=c++17", "-DD=32", ...), backend="nvrtc")
@@ -770,41 +1100,63 @@ check("cuda_kernel.4", grad_weights)
 #     module.get_function("forward")((blocks,), (lanes, groups), (value.data_ptr(), ...))
 # ```
 #
-# - A launch returns at once; the GPU works through its **stream** in order. The kernel must join the
-#   stream on which PyTorch computes, or it may read values that are not there yet.
-# - It must go to the GPU **where the tensors lie**. The official operator's lack of such a guard fits
-#   the crashes that users of a second GPU report.
-# - The 32 threads of a warp mostly run together. They may part at a branch, hence `__syncwarp()`, which
-#   costs next to nothing.
-# - Threads hide waiting: while one warp waits for memory, the next one computes. How many fit is
-#   limited by registers and shared memory, which the compiler reports; {{chapter making_it_fast}} works it out.
+# - A launch returns at once, and the GPU works through its **stream** of launches in order. The kernel must join
+#   the stream on which PyTorch computes. Otherwise it may read values that are not there yet.
+# - It must go to the GPU **on which the tensors lie**. The official operator does not make sure of that, which
+#   fits the crashes that users report when they use a second GPU.
+# - The 32 lanes of a warp mostly run together. But they may part at a branch, and this is why
+#   `__syncwarp()` is needed; it costs next to nothing.
+# - A GPU hides waiting behind other work: while one warp waits for memory, another computes. How many warps fit
+#   is limited by registers and shared memory. {{chapter making_it_fast}} works it out.
 
-# %%
-available = cuda.why_not() is None
-if available:
+# %% tags=["hide-input"]
+# NBVAL_IGNORE_OUTPUT
+reason = cuda.why_not()
+if reason is None:
     on_gpu = [x.cuda() for x in (value, locations, weights)]
     result = ms_deform_attn(on_gpu[0], shapes, *on_gpu[1:], backend="cuda").cpu()
-    torch.testing.assert_close(result, ms_deform_attn(value, shapes, locations, weights))
+    torch.testing.assert_close(result, expected)
+print("The kernel was run on this machine's GPU." if reason is None else "There is no GPU here.")
 
 # %% [markdown]
-# On a machine with a GPU and CuPy this cell has just run the kernel there, and would have failed had
-# the numbers differed. On others it did nothing: `deformable_detr.backends()` says why.
+# On a machine with a GPU and CuPy the last cell has just run the kernel there, and compared.
 #
+# ## Appendix: the rest of the kernel
+#
+# `neighbours` finds the two pixels beside a coordinate, for one axis. It has no branch: `inside & (low >= 0)`
+# becomes a number. There is a price: the weight of a pixel outside is zero, but some pixel inside is read
+# in its place, and if that one is infinite, zero times infinity is not a number.
+
+# %% tags=["hide-output"]
+show("neighbours")
+
+# %% [markdown]
+# Backward keeps four inner products per point, and lets `put_sums` sum them over lanes after the loop over
+# corners, so that no corner's load waits for another one's sum. It writes them to where the corners' weights were,
+# which all lanes have read by then (`__syncwarp`). The third phase follows: Exercise {{n}}.4.
+# (`SUMS` and `PRODUCTS` are both true on a GPU. A CPU that has copied the tokens first, see
+# {{chapter making_it_fast}}, runs the loop twice, with one buffer instead of two.)
+
+# %% tags=["hide-output"]
+show("put_sums")
+show("backward_head")
+
+# %% [markdown]
 # ## Summary
 #
-# - A kernel is a function with its own number; grid and block are two loops that a GPU runs side by side.
-# - A warp's reads go out together: neighbours share sectors, strangers do not.
-# - Two phases, a lane a point and a lane a vector, compute every coordinate once.
+# - A kernel is a function that many threads run. Each finds its part of the work by its number.
+# - A warp's 32 reads go out together, and memory answers in sectors: neighbours share, strangers do not.
+# - Two phases, a lane per point and then a lane per vector of channels, compute each position once.
 # - Lanes wait at barriers, talk through shared memory and shuffles, and add atomically.
-# - The same text runs on CPU and GPU, so a laptop can test what a GPU will run.
+# - One text runs on CPU and GPU, so a laptop can test what a GPU will run.
 #
 # > **Differs from the paper.** It has no kernel in its text. **Differs from the official code.** There
-# > one thread owns a channel, index arithmetic is repeated in each, six kernels serve backward by
-# > size of D, the batch must be divisible by `im2col_step`, half precision is missing. Here: lanes
-# > with 16 bytes, one backward, any D, any batch, float32 sums.
+# > one thread owns a channel and repeats the index arithmetic; six kernels serve backward by size of D;
+# > the batch must be divisible by `im2col_step`; half precision is missing. Here: lanes
+# > with 16 bytes, one backward kernel, any D, any batch, sums in float32.
 #
 # ## Further reading
 #
-# - {cite}`zhu2021deformable`: the operation; its repository: the first kernel.
+# - {cite}`zhu2021deformable`: the operation; its repository has the first kernel.
 # - {cite}`okuta2017cupy`: CuPy.
 # - {cite}`nickolls2008cuda`: the programming model, by those who made it.

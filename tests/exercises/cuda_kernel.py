@@ -58,27 +58,61 @@ def check_lanes_of_a_head(lanes_of_a_head):
         expect(lanes_of_a_head(D, size), (macros["LANES"], macros["LANES"] * 16 - D * size))
 
 
+def _dots(value, shapes, locations, grad):
+    """<grad, corner> for each image's item, corner and point: (items, 4, points); a corner outside
+    the map stands for the nearest pixel inside."""
+    B, _, M, D = value.shape
+    Q, L, K = locations.shape[1], locations.shape[3], locations.shape[4]
+    found, start = torch.zeros(B, Q, M, 4, L, K), 0
+    b, m = torch.arange(B)[:, None, None, None], torch.arange(M)[:, None]
+    g = grad.view(B, Q, M, 1, D)
+    for level, (height, width) in enumerate(shapes):
+        size = torch.tensor([width, height])
+        low = (
+            (locations[:, :, :, level].nan_to_num() * size - 0.5).floor().long()
+        )  # (B, Q, M, K, 2)
+        for c in range(4):
+            u = (low[..., 0] + c % 2).clamp(0, width - 1)
+            v = (low[..., 1] + c // 2).clamp(0, height - 1)
+            tokens = start + v * width + u
+            rows = value[b, tokens, m]
+            found[:, :, :, c, level] = (rows * g).sum(-1)
+        start += height * width
+    return found.reshape(B * Q * M, 4, L * K)
+
+
 @checks("cuda_kernel.4")
-def check_grad_weights(grad_weights):
-    run = build(grad_weights(), "grad_weights")
-    shapes = torch.tensor([[3, 5], [2, 4]], dtype=torch.int32)
-    B, S, Q, M, D, L, K = 2, 23, 3, 2, 4, 2, 3
+def check_point_gradients(point_gradients):
+    run = build(point_gradients(), "point_gradients")
+    shapes, B, Q, M, D, K = [(3, 5), (2, 4)], 2, 3, 2, 4, 3
+    L, S = len(shapes), sum(h * w for h, w in shapes)
+    levels = torch.tensor([(h, w, s) for (h, w), s in zip(shapes, (0, 15), strict=True)])
+    levels = levels.repeat_interleave(K, 0).t().int().contiguous()
     value, grad = torch.randn(B, S, M, D), torch.randn(B, Q, M * D)
 
     def compare(locations, hint):
         weights = torch.rand(B, Q, M, L, K, requires_grad=True)
-        ms_deform_attn(value, shapes, locations, weights).backward(grad)
+        places = locations.clone().requires_grad_()
+        ms_deform_attn(value, shapes, places, weights, backend="reference").backward(grad)
+        by_place, by_weight = places.grad.nan_to_num(), weights.grad.nan_to_num()
+        lost = locations.isnan().any(-1)
+        by_place[lost], by_weight[lost] = 0, 0
         count = weights.numel()
-        given = torch.full((count + 32,), torch.nan)
-        given[count:] = 7
-        more = [torch.cat([x, x[:1]]) for x in (value, locations, grad)]  # for threads too many
-        run(-(-count // 32), 32, more[0], shapes, *more[1:], given, B, S, Q, M, D, L, K)
-        expect(given[count:], torch.full((32,), 7.0), "threads behind the end must return")
-        expect(given[:count].view_as(weights), weights.grad, hint)
+        given = [torch.full((n * (count + 32),), torch.nan) for n in (2, 1)]
+        for x, n in zip(given, (2, 1), strict=True):
+            x[n * count :] = 7
+        dots = _dots(value, shapes, locations, grad)
+        more = [torch.cat([x.flatten(), x.flatten()]) for x in (locations, weights.detach(), dots)]
+        run(-(-count // 32), 32, levels, *more, *given, B * Q * M, L * K)
+        expect(given[1][count:], torch.full((32,), 7.0), "threads behind the end must return")
+        expect(given[1][:count].view_as(weights), by_weight, "weights: " + hint, atol=1e-4)
+        found = given[0][: 2 * count].view_as(places)
+        expect(found[..., 0], by_place[..., 0], "x: " + hint, rtol=1e-4, atol=1e-4)
+        expect(found[..., 1], by_place[..., 1], "y: " + hint, rtol=1e-4, atol=1e-4)
 
     yield "points inside"
-    compare(torch.rand(B, Q, M, L, K, 2) * 0.3 + 0.35, "sum over d of grad_output * sample")
-    yield "points outside, and coordinates that are not a number"
+    compare(torch.rand(B, Q, M, L, K, 2) * 0.3 + 0.35, "a sum over four corners")
+    yield "points at borders and outside, and coordinates that are not a number"
     locations = torch.rand(B, Q, M, L, K, 2) * 2 - 0.5
     locations[0, 0, 0, 0, 0, 0] = torch.nan
     compare(locations, "what is outside contributes nothing")
@@ -93,31 +127,40 @@ __global__ void weighted_rows(const float* x, const float* weight, float* y, int
 """
 
 
-OUTSIDE = "if (!inside) { result[p] = 0; return; }"
+INSIDE = "x > -1 && x < W && y > -1 && y < H"
 SKIP = "if (u < 0 || u >= W || v < 0 || v >= H) continue;"
-REPEAT = "u = u < 0 ? 0 : u < W ? u : W - 1, v = v < 0 ? 0 : v < H ? v : H - 1;"
-GRAD_WEIGHTS = """
-__global__ void grad_weights(const float* value, const int* shapes, const float* locations,
-                             const float* grad_output, float* result, int B, int S, int Q,
-                             int M, int D, int L, int K) {
-    int p = blockIdx.x * blockDim.x + threadIdx.x;
-    if (p >= B * Q * M * L * K) return;
-    int l = p / K %% L, item = p / K / L, start = 0;
-    for (int i = 0; i < l; i++) start += shapes[2 * i] * shapes[2 * i + 1];
-    int H = shapes[2 * l], W = shapes[2 * l + 1];
-    float x = locations[2 * p] * W - 0.5f, y = locations[2 * p + 1] * H - 0.5f, sum = 0;
+POINT_GRADIENTS = """
+__global__ void point_gradients(const int* levels, const float* locations, const float* weights,
+                                const float* dots, float* grad_locations, float* grad_weights,
+                                int items, int points) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= items * points) return;
+    int p = i % points, H = levels[p], W = levels[points + p];
+    const float* dot = dots + i / points * 4 * points + p;
+    float x = locations[2 * i] * W - 0.5f, y = locations[2 * i + 1] * H - 0.5f;
+    float by_weight = 0, by_x = 0, by_y = 0;
     bool inside = x > -1 && x < W && y > -1 && y < H;
-    %s
-    for (int c = 0; c < 4; c++) {
-        int u = floorf(x) + c %% 2, v = floorf(y) + c / 2;
-        %s
-        const float* row = value + ((item / M / Q * S + start + v * W + u) * M + item %% M) * D;
-        float bilinear = (1 - fabsf(x - u)) * (1 - fabsf(y - v));
-        for (int d = 0; d < D; d++) sum += bilinear * row[d] * grad_output[item * D + d];
+    if (!inside) x = y = 0;
+    int left = floorf(x), top = floorf(y);
+    for (int c = 0; inside && c < 4; c++) {
+        int u = left + c % 2, v = top + c / 2;
+        if (u < 0 || u >= W || v < 0 || v >= H) continue;
+        float near_x = 1 - fabsf(x - u), near_y = 1 - fabsf(y - v);
+        by_weight += near_x * near_y * dot[c * points];
+        by_x += (c % 2 ? 1 : -1) * near_y * dot[c * points];
+        by_y += (c / 2 ? 1 : -1) * near_x * dot[c * points];
     }
-    result[p] = sum;
+    grad_weights[i] = by_weight;
+    grad_locations[2 * i] = weights[i] * W * by_x;
+    grad_locations[2 * i + 1] = weights[i] * H * by_y;
 }
 """
+
+
+def _point_gradients(old, new):
+    """A right answer with one thing made wrong."""
+    assert old in POINT_GRADIENTS
+    return lambda: POINT_GRADIENTS.replace(old, new)
 
 
 def _offsets(by_row):
@@ -164,13 +207,13 @@ WRONG = {
         ("no power of two", lambda D, size: (D * size // 16, 0)),
     ],
     "cuda_kernel.4": [
-        ("zeros", lambda: GRAD_WEIGHTS % ("inside = false;" + OUTSIDE, "")),
-        ("nothing written outside", lambda: GRAD_WEIGHTS % ("if (!inside) return;", SKIP)),
-        ("the border repeated", lambda: GRAD_WEIGHTS % (OUTSIDE, REPEAT)),
-        ("what is no number counts", lambda: GRAD_WEIGHTS % ("", SKIP)),
-        (
-            "no tail guard",
-            lambda: GRAD_WEIGHTS.replace("if (p >= B", "if (0 && p >= B") % (OUTSIDE, SKIP),
-        ),
+        ("pixels, not normalised coordinates", _point_gradients("weights[i] * W", "weights[i]")),
+        ("W and H swapped", _point_gradients("H = levels[p], W", "W = levels[p], H")),
+        ("the attention weight forgotten", _point_gradients("weights[i] * H", "H")),
+        ("right and bottom swapped", _point_gradients("c % 2 ? 1", "c / 2 ? 1")),
+        ("corners outside count", _point_gradients(SKIP, "")),
+        ("nothing written outside", _point_gradients("x = y = 0", "return")),
+        ("what is no number counts", _point_gradients(INSIDE, "!(x <= -1 || x >= W)")),
+        ("no tail guard", _point_gradients("if (i >= items", "if (0 && i >= items")),
     ],
 }
