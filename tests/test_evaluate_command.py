@@ -106,6 +106,27 @@ def test_a_detector_of_other_classes_is_measured_without_them(coco, tmp_path, ca
     assert detections == 6 * 6  # each query of each image once
 
 
+def test_an_empty_class_that_the_detector_has_not_does_not_matter(
+    coco, model_file, tmp_path, capsys
+):
+    """Roboflow lists a parent category, id 0, under the name of the whole set."""
+    before = evaluate(coco, model_file, tmp_path)
+    path = coco / "annotations" / "train.json"
+    content = json.loads(path.read_text())
+    content["categories"].insert(0, {"id": 0, "name": "shapes", "supercategory": "none"})
+    save_annotations(coco, content)
+    capsys.readouterr()
+    found = evaluate(coco, model_file, tmp_path)
+    assert "left out, as no box has them: shapes\n" in capsys.readouterr().err
+    for name in ("metrics", "errors", "confusion", "curves"):
+        assert found[name] == before[name]
+    content["annotations"][0]["category_id"] = 0
+    save_annotations(coco, content)
+    assert main(["evaluate", str(coco), "--model", str(model_file), "--split", "train"]) == 2
+    error = capsys.readouterr().err
+    assert "such as 'shapes'; --class-agnostic leaves classes aside\n" in error
+
+
 # In two processes
 
 

@@ -372,6 +372,11 @@ def test_json_and_table(dataset, tmp_path):
     assert "precision 0.800" in lines and "correct 4" in lines
     assert any(line.startswith("place 1 +0.249") for line in lines)
     assert lines[-1] == "100 100.png: 1 place"
+    # which figures know of the threshold
+    assert lines[0] == "over all scores, on 6 images" and lines[1].startswith("AP ")
+    threshold = lines.index("at the threshold: scores from 0.500 on, and IoU 0.5")
+    assert lines[threshold + 1] == "precision 0.800"
+    assert "detections count AP50 if mended, over all scores" in lines
 
 
 def test_what_cannot_be_written_says_so_and_leaves_what_was_there(dataset, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     detector = load_detector(args.model)
     dataset = load_data(args, detector)
     if not args.class_agnostic:
-        detector = detector.for_categories(dataset.categories)
+        detector, dataset = with_same_classes(detector, dataset, accelerator.is_main_process)
     several = accelerator.num_processes > 1 and not args.device
     detector.model.to(accelerator.device if several else choose_device(args.device))
     results = detect_all(args, detector, dataset, accelerator)
@@ -108,6 +108,25 @@ def load_data(args: argparse.Namespace, detector: "Detector") -> "CocoDataset":
     faults = check_annotations(dataset.coco.dataset)
     refuse_any(print_fatal(args.split, faults), args.data)
     return dataset
+
+
+def with_same_classes(
+    detector: "Detector", dataset: "CocoDataset", say: bool
+) -> "tuple[Detector, CocoDataset]":
+    """Both with the classes of the data, of which empty ones that the detector has not do not
+    count, which is said; ValueError where it lacks others."""
+    import sys
+
+    from deformable_detr.data.names import listed
+    from deformable_detr.evaluation.agnostic import without_empty
+
+    dataset, left_out = without_empty(dataset, [c["name"] for c in detector.categories])
+    if left_out and say:
+        print(f"left out, as no box has them: {listed(left_out)}", file=sys.stderr)
+    try:
+        return detector.for_categories(dataset.categories), dataset
+    except ValueError as error:
+        raise ValueError(f"{error}; --class-agnostic leaves classes aside") from None
 
 
 def detect_all(

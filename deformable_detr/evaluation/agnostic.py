@@ -2,6 +2,7 @@
 your_own_data."""
 
 import copy
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -17,6 +18,18 @@ def with_categories(dataset: CocoDataset, categories: list[dict]) -> CocoDataset
     same = copy.copy(dataset)
     same.categories = categories
     return same
+
+
+def without_empty(dataset: CocoDataset, known: Iterable[str]) -> tuple[CocoDataset, list[str]]:
+    """The same images without the categories that have no annotation and are not among these names,
+    and the names that were left out. Roboflow lists a parent category of this kind."""
+    used = {a["category_id"] for a in dataset.coco.dataset["annotations"]}
+    known = set(known)
+    kept = [c for c in dataset.categories if c["id"] in used or c["name"] in known]
+    left_out = [c["name"] for c in dataset.categories if c not in kept]
+    same = with_categories(dataset, kept)
+    same.label_of = {category["id"]: i for i, category in enumerate(kept)}
+    return same, left_out
 
 
 def without_classes(results: list[dict], dataset: CocoDataset) -> tuple[list[dict], CocoDataset]:

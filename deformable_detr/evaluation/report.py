@@ -37,6 +37,7 @@ from deformable_detr.evaluation.mistakes import (
 from deformable_detr.files import write_json
 from deformable_detr.models.base import BaseDetector
 
+OVER_ALL = "over all scores"  # whatever the threshold is
 WORST = 12  # images that a report shows at most
 MEASURES = (  # two sentences, and two lines of a terminal
     "Precision and recall are of all these detections, so recall can be high where AP is low:",
@@ -149,10 +150,10 @@ class Report:
         errors = self.errors
         lines = [f"{name}: {printable(text)}" for name, text in self.about.items()]
         lines += [
-            str(self.metrics),
+            f"{OVER_ALL}, on {self.metrics}",
             *self.remarks,
             "",
-            f"at IoU {FOUND} and scores from {self.threshold:.3f} on",
+            f"at the threshold: scores from {self.threshold:.3f} on, and IoU {FOUND}",
         ]
         lines += [
             f"{name:28}{figure(value):>7}"
@@ -161,7 +162,7 @@ class Report:
         lines += [
             *MEASURES,
             "",
-            f"{'detections':12}{'count':>7}  AP50 if mended",
+            f"{'detections':12}{'count':>7}  AP50 if mended, {OVER_ALL}",
             f"{'correct':12}{errors.counts['correct']:>7}",
         ]
         for kind, text in KINDS.items():
