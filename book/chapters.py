@@ -118,12 +118,13 @@ def measured_line(measured: dict) -> str:
 
 
 def reading_minutes(notebook: NotebookNode) -> int:
-    """Minutes to read a notebook without exercises: prose outside the folded parts, and code."""
+    """Minutes to read a notebook without exercises: its prose and code, without what is folded."""
     words = lines = 0
     exercise = False
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            lines += 0 if exercise else sum(1 for line in cell.source.splitlines() if line.strip())
+            unread = exercise or "hide-input" in cell.metadata.get("tags", [])
+            lines += 0 if unread else sum(1 for line in cell.source.splitlines() if line.strip())
             continue
         exercise = exercise and DETAILS.search(cell.source) is None
         text = DETAILS.sub("", cell.source)

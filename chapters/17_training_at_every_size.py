@@ -12,24 +12,284 @@
 # # {{n}}. Training at every size
 #
 # You will be able to
+# - **make** one large step out of small batches, on one machine or on many, with equal gradients,
+# - **predict** where 16 bits are enough and where they are not, and write a step in float16,
+# - **trade** computing time for memory, with equal gradients,
+# - **compute** the memory and the hours of a training before you start it.
 #
-# You should know: 
+# You should know: {{chapter matching_and_loss}}, {{chapter training}} and {{chapter recipe}}.
 #
 # {{measured}}
 #
 # {{map}}
 
 # %% [markdown]
-# > Several times as much (and hundreds, with 300 queries and 91 classes) means a lost prior: a foreign head,
-# > a bias of 0. If it starts right and does
-# > not fall, `deformable-detr doctor` ({{chapter your_own_data}}). If it falls on the training images only: start from
-# > published weights (`--recipe small-data`). From scratch, users of DETR report success only with 10,000
-# > images or more.
+# The official recipe was run on 16 GPUs, with two images on each. You have one GPU, or eight, or a laptop.
+# Which parts of a training may change with the machine while the result stays the same, and which may not?
 #
-# ## {{n}}.1 Shorter numbers
+# This chapter answers with equalities. Each of them is run here on a small model: the gradient of one large
+# batch against the sum over small ones, the gradient with recomputing against the one without. The table
+# for COCO's image size was measured on a CPU, by `python experiments/memory.py`. **Nothing in this chapter
+# was run on a GPU**; each number says whether it is *published*, *measured* (on a CPU) or *computed*.
+
+# %% tags=["hide-input"]
+import copy
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import FrozenBatchNorm2d
+
+from deformable_detr import DeformableDETR, DeformableDETRConfig, ms_deform_attn
+from deformable_detr.data.coco import CocoDataset, collate, find_split
+from deformable_detr.data.transforms import digits_eval_transform
+from deformable_detr.evaluation.complexity import PAPER_SIZE, LiveTensors, make_batch
+from deformable_detr.exercises import check
+from deformable_detr.losses.criterion import SetCriterion
+from deformable_detr.training.loop import PAPER, train_step
+from deformable_detr.training.recipe import load_recipe
+from deformable_detr.training.setup import Training
+from deformable_detr.weights.ours import load_model
+
+plt.style.use("book.mplstyle")
+torch.manual_seed(0)
+torch.set_num_threads(1)
+DIGITS = load_recipe("digits").train
+
+# %% [markdown]
+# ## {{n}}.1 One step out of small batches
 #
-# A float32 has 24 significant bits. The two types of 16 bits cut in different places: **float16** keeps
-# 11 bits and little range, **bfloat16** the whole range and 8 bits.
+# Suppose that a step of the recipe has 32 images, and that only 2 fit into memory. Then compute the
+# gradient of 2 images, of 2 more, and so on, and add the gradients up before the optimiser takes its step.
+# PyTorch's `backward` adds by itself, as long as nobody clears the gradients. This is called
+# **accumulation**. The same sum can also be shared out over several processes.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Eight images become one step in three ways. Left, one batch of eight gives one gradient. Middle, two batches of four one after the other give two gradients that are added. Right, two processes with four images each give two gradients that are averaged."}}
+from schematics.training_at_every_size import shares as draw_shares
+
+draw_shares()
+
+# %% [markdown]
+# *Figure {{n}}.1. Three ways to one and the same step of eight images.*
+#
+# Is the result the gradient of the large batch? The gradient of a sum is the sum of the gradients, so yes,
+# **if** the loss is a sum over images. Ours is a sum over objects *divided by the number of objects*, and
+# small batches have other numbers of objects than the large one. That is where most implementations go
+# wrong, so let us look at it with numbers.
+#
+# The next cell takes four images with very different numbers of digits, and the digits' detector with
+# random weights. Its batch norm is replaced by a frozen one, as in the paper's ResNet. (A batch norm that
+# takes its statistics from the batch makes images depend on their neighbours, and then no weighing of
+# gradients can make a small batch equal to a large one.)
+
+# %%
+digits = CocoDataset(*find_split(Path("../data/digits"), "val"), digits_eval_transform())
+shipped, _ = load_model("../data/checkpoints/digits.safetensors")
+model = DeformableDETR(shipped.config)
+for module in list(model.backbone.modules()):
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, FrozenBatchNorm2d(child.num_features))
+by_boxes = sorted((digits[i] for i in range(60)), key=lambda pair: len(pair[1].labels))
+samples = [by_boxes[i] for i in (0, 1, -2, -1)]
+counts = [len(target.labels) for _, target in samples]
+print("boxes in each image:", counts)
+
+# %%
+criterion = SetCriterion()
+
+
+def loss_of(model, batch):
+    """The loss of a batch, divided by the batch's number of boxes."""
+    return sum(criterion(model(batch), batch.targets).values())
+
+
+def gradient(model, losses):
+    """All gradients of losses that are made one after the other, as one vector."""
+    model.zero_grad()
+    for loss in losses:
+        loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+model.train()
+whole = collate(samples)
+halves = [collate(samples[:2]), collate(samples[2:])]
+large = gradient(model, [loss_of(model, whole)])
+
+# %% [markdown]
+# Most tutorials divide the loss of each small batch by the number of batches. Before you run: is the
+# result the gradient of the four images?
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+mean_of_means = gradient(model, (loss_of(model, half) / 2 for half in halves))
+error = (mean_of_means - large).norm() / large.norm()
+print(f"mean of means: off by {100 * error:.0f} %")
+assert error > 0.1
+
+# %% [markdown]
+# It is not. In this mean of means, a box in a batch with few boxes counts more than a box in a crowd.
+# Instead, multiply the loss of each batch by its share of the boxes of the whole step. Then the division
+# by the batch's own number is undone and replaced by a division by the step's number, and the two gradients
+# agree.
+
+
+# %%
+def test_accumulated_is_large():
+    boxes = [sum(len(t.labels) for t in half.targets) for half in halves]
+    shares = [number / sum(boxes) for number in boxes]
+    print("shares", [round(share, 3) for share in shares])
+    losses = (share * loss_of(model, half) for share, half in zip(shares, halves, strict=True))
+    accumulated = gradient(model, losses)
+    torch.testing.assert_close(accumulated, large, rtol=1e-3, atol=1e-5)
+
+
+test_accumulated_is_large()
+
+# %% [markdown]
+# The library's `train_step` does this. The next cell gives it the four images once as one batch and once
+# as two batches of two, and compares loss and gradient.
+
+# %%
+temporary = tempfile.TemporaryDirectory()
+folder = Path(temporary.name)
+plain = dataclasses.replace(DIGITS, batch_size=2, accumulate=2, clip_norm=1e9)
+
+
+def step_of(batches):
+    """The loss and the gradient's norm that one step of the library reports."""
+    training = Training(copy.deepcopy(model), digits, None, folder, plain, progress=False)
+    terms = train_step(training, batches)
+    return terms["loss"], terms["gradient_norm"]
+
+
+one, two = step_of([whole]), step_of(halves)
+assert all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(one, two, strict=True))
+assert math.isclose(one[1], large.norm().item(), rel_tol=1e-3)
+print("one batch of four and two of two: the same loss and gradient")
+
+# %% [markdown]
+# ## Exercise {{n}}.1  The share of a batch
+#
+# *difficulty ●○○ · 10 minutes · 3 lines*
+#
+# `loss_of` divides by the batch's number of boxes, **but never by less than one**, because images without
+# a box have a loss too: for what was wrongly found on them. You are given the numbers of boxes in the
+# batches of one step. Return the factor by which each batch's loss has to be multiplied. The loss of the
+# whole step is divided by at least one as well.
+
+
+# %% tags=["exercise"]
+def shares(boxes):
+    """boxes: a number for each batch. Returns as many factors."""
+    # BEGIN SOLUTION
+    divided_by = [max(number, 1) for number in boxes]
+    total = max(sum(boxes), 1)
+    return [number / total for number in divided_by]
+    # END SOLUTION
+
+
+check("training_at_every_size.1", shares)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Multiply by what the batch was divided by; divide by what the step is to be divided by.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A batch without boxes was divided by `max(0, 1)`. The step's number is `max(sum(boxes), 1)`.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# With a share of 0, a batch without boxes teaches nothing. The factors need not sum to 1.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# ## Exercise {{n}}.2  The rate of a small batch
+#
+# *difficulty ●●○ · 15 minutes · 5 lines*
+#
+# A schedule counts steps, not batches. If `scheduler.step()` is called after each small batch, the
+# warm-up is over too early and the rate falls too early. Return the factor of the learning rate that holds
+# while batch `number` (from 0) is at work: a linear warm-up $(s+1)/\text{warmup}$, never above 1, times
+# half a cosine, $\frac12(1+\cos(\pi s/S))$, where $s$ is the step that the batch belongs to and $S$ the
+# number of whole steps in the training. Batches that are left over at the end make no step.
+
+
+# %% tags=["exercise"]
+def factor_of_batch(number, batches, accumulate, warmup):
+    """number: of the batch; batches: of the whole training. Returns a factor in [0, 1]."""
+    # BEGIN SOLUTION
+    step = number // accumulate
+    steps = batches // accumulate
+    rising = min(1.0, (step + 1) / warmup)
+    falling = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return rising * falling
+    # END SOLUTION
+
+
+check("training_at_every_size.2", factor_of_batch)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# With `accumulate=4`, batches 0 to 3 belong to step 0, batches 4 to 7 to step 1.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Integer division, twice: of the number, and of the number of all batches.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# All batches of one step have the same factor. Does yours change within a step?
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# ## {{n}}.2 Shorter numbers
+#
+# Half as many bits per number means half the memory and, on processors with arithmetic for it, a multiple of
+# the speed. But a format of 16 bits has to save somewhere. **bfloat16** keeps the range of float32 and saves
+# precision; **float16** keeps more precision and saves range.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three rows of bits. float32 has one sign bit, 8 bits of range and 23 of precision; bfloat16 has 8 bits of range and 7 of precision; float16 has 5 bits of range and 10 of precision."}}
+from schematics.training_at_every_size import number_formats
+
+number_formats()
+
+# %% [markdown]
+# *Figure {{n}}.2. The bits of three formats: the sign (grey), the exponent, which gives the range (orange),
+# and the fraction, which gives the precision (blue).*
+#
+# In numbers:
 
 # %%
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -40,9 +300,10 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     print(f"{str(dtype)[6:]:9}", row)
 
 # %% [markdown]
-# Products of many terms forgive that: errors average out. Coordinates do not. A sampling location is a
-# number in [0, 1], and the image is 1333 pixels wide. By hand: between 0.5 and 1, bfloat16 has a number
-# every $2^{-8}$, which is $1333 / 256 = 5.2$ pixels.
+# The matrix products of a network forgive low precision, because the rounding errors of many terms average
+# out. Coordinates do not forgive it. A sampling location is a single number in [0, 1], and an image is 1333
+# pixels wide. By hand: between 0.5 and 1, bfloat16 has a number every $2^{-8}$, and $1333 / 256$ is 5.2
+# pixels. So a location can be off by half of that.
 
 # %%
 x = (torch.arange(20_000) + 0.5) / 20_000
@@ -61,10 +322,11 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.1. The error of a coordinate, by where it is.*
+# *Figure {{n}}.3. The largest rounding error of a coordinate, over the width of an image.*
 #
-# What does the operator make of it? Let it read a ramp, a map of 100 x 167 cells (stride 8) whose value is
-# the x of each cell. It should answer with the place it was asked for.
+# Does the operator turn this into wrong samples? To see that, let it read a ramp: a map of 100 x 167 cells
+# (stride 8) in which the value of each cell is its own x. Sampled at a place, the ramp answers with the x of
+# that place.
 
 # %%
 ramp = torch.arange(167.0).expand(100, 167).reshape(1, -1, 1, 1)  # (B, S, M, D)
@@ -79,10 +341,14 @@ print({str(d)[6:]: f"{pixels:.2f} pixels" for d, pixels in off.items()})
 assert off[torch.float32] < 0.01 < 2 < off[torch.bfloat16] < 2.7
 
 # %% [markdown]
-# So the library keeps references, locations and boxes in float32, whatever the rest runs in, and the
-# operator sums in float32. Offsets and the logits of attention weights come out of linear layers, rounded:
-# an offset is a few cells long, which costs it about a hundredth of a cell. What is rounded is chosen by **autocast**: within it, matrix products and convolutions take 16 bits;
-# weights stay in float32, and so do the gradients and AdamW's averages.
+# It does: with locations in bfloat16 the operator reads more than two pixels beside the place. Therefore the
+# library keeps references, locations and boxes in float32, whatever precision the rest runs in, and the
+# operator sums in float32. Sampling offsets and attention logits do come out of linear layers in 16 bits. An
+# offset is only a few cells long, so its rounding costs about a hundredth of a cell.
+#
+# Which operations take 16 bits is decided by **autocast**: within it, matrix products and convolutions do.
+# The weights themselves stay in float32, and so do the gradients and AdamW's averages. The next cell runs the
+# shipped detector under autocast and notes in which format the parts of an attention layer answer.
 
 # %%
 dtypes = {}
@@ -116,9 +382,10 @@ print(
 assert pixels < 2 and points < 0.2
 
 # %% [markdown]
-# `mixed_precision = "bf16"` needs nothing more. **float16** does: small gradients fall below its range
-# and become 0. The remedy is a **scale**: multiply the loss before the backward pass, divide the gradient
-# after it {cite}`micikevicius2018mixed`.
+# The setting `mixed_precision = "bf16"` needs nothing more. **float16** does, because of its small range:
+# small gradients fall below the smallest number and become 0. The remedy is a **scale**: multiply the loss by a
+# large number before the backward pass, and divide the gradient by it afterwards
+# {cite}`micikevicius2018mixed`. Here is a gradient of 3e-9, first without and then with a scale.
 
 # %%
 weight = nn.Parameter(torch.tensor([2.0]))
@@ -136,16 +403,16 @@ for scale in (1, 2**16):
 torch.testing.assert_close(weight.grad / 2**16, torch.tensor([3e-9]), rtol=0.01, atol=0)
 
 # %% [markdown]
-# How large may the scale be? PyTorch's `GradScaler` tries: if a gradient overflows, it leaves the step
-# out and halves the scale; after 2000 good steps it doubles it. The order matters, because clipping
-# must see the true gradient.
+# How large may the scale be? PyTorch's `GradScaler` finds out by trial. If a gradient overflows, it leaves
+# that step out and halves the scale; after 2000 good steps it doubles the scale. The order of the operations
+# matters, because clipping has to see the true gradient and not the scaled one.
 #
-# ## Exercise {{n}}.1  A step in float16
+# ## Exercise {{n}}.3  A step in float16
 #
 # *difficulty ●●○ · 15 minutes · 6 lines*
 #
-# One whole step with a scaler: old gradients away, backward on the scaled loss, clip the **true**
-# gradient's norm, step, adapt the scale.
+# Write one whole step with a scaler: clear the old gradients, run backward on the scaled loss, clip the norm
+# of the **true** gradient, take the step, adapt the scale.
 
 
 # %% tags=["exercise"]
@@ -161,7 +428,7 @@ def half_step(scaler, optimizer, parameters, loss, clip_norm):
     # END SOLUTION
 
 
-check("training_at_every_size.1", half_step)
+check("training_at_every_size.3", half_step)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -188,10 +455,24 @@ check("training_at_every_size.1", half_step)
 # > **Asked: does it run in half precision?** (fundamentalvision/Deformable-DETR #64.) The official operator
 # > did not know the type. Ours takes values in float16 and bfloat16, and sums in float32.
 #
-# ## {{n}}.2 Recompute instead of keep
+# ## {{n}}.3 Recompute instead of keep
 #
-# The backward pass needs what the forward pass computed, so all of it is kept: that, not the weights,
-# fills the memory. PyTorch tells what is kept: a hook is called with each tensor that is saved.
+# Weights are not what fills the memory of a training. The backward pass needs the intermediate results of
+# the forward pass, so all of them are kept until it comes, and that is by far the largest part. One can
+# keep less: only the input of each block, and compute the rest a second time when the backward pass arrives
+# there {cite}`chen2016checkpointing`.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two chains of four blocks. On the left, every block keeps four tensors. On the right, every block keeps only its input; at block three, where the backward pass is, the other three tensors are drawn dotted because they are computed once more."}}
+from schematics.training_at_every_size import recomputing
+
+recomputing()
+
+# %% [markdown]
+# *Figure {{n}}.4. Left: all intermediate results wait for the backward pass. Right: only the inputs wait
+# (green); where the backward pass has arrived, the rest is computed again (dotted).*
+#
+# To measure it, PyTorch can call a function with every tensor that is saved for the backward pass. The next
+# cell adds up their bytes.
 
 
 # %%
@@ -221,9 +502,9 @@ tokens = torch.randn(1000, 64, requires_grad=True)
 
 
 # %% [markdown]
-# By hand: an operation that keeps only its input, and in the backward pass runs the block again, this
-# time with a graph {cite}`chen2016checkpointing`. Dropout must drop the same again, so the random state
-# is kept too.
+# Now recomputing by hand. A block becomes one operation of autograd, which saves only its input. In its
+# backward pass it runs the block again, this time with a graph. One thing must not be forgotten: dropout has
+# to drop the same numbers again, so the state of the random generator is saved too.
 
 
 # %%
@@ -279,18 +560,22 @@ for name, (kept, peak, _) in results.items():
 def test_recomputed_gradients_are_equal():
     _, _, all_kept = results["keep all"]
     for name in ("by hand", "PyTorch's"):
-        for gradient, wanted in zip(results[name][2], all_kept, strict=True):
-            torch.testing.assert_close(gradient, wanted)
+        for found, wanted in zip(results[name][2], all_kept, strict=True):
+            torch.testing.assert_close(found, wanted)
+    print("all three ways give the same gradients")
 
 
 test_recomputed_gradients_are_equal()
 assert results["by hand"][1] < 0.5 * results["keep all"][1]
 
 # %% [markdown]
-# What is left is the eight blocks' inputs. In the backward pass one block after the other is there again,
-# so look at the peak too, which counts every tensor alive. In the library it is a switch,
-# `gradient_checkpointing = true`: each layer of encoder and decoder is such a block, and each stage of a
-# ResNet. (Not the small backbone here: its batch norms would count every batch twice.)
+# What still waits are the inputs of the eight blocks. Saved bytes alone would flatter the method, because in
+# the backward pass one block after the other comes back to life; therefore the last column counts the peak of
+# all tensors that are alive.
+#
+# In the library it is one setting, `gradient_checkpointing = true`. Each layer of encoder and decoder then is
+# such a block, and so is each stage of a ResNet. (The small backbone of this chapter is not, because its batch
+# norms would count every batch twice.) The next cell compares all gradients of the detector, bit by bit.
 
 # %%
 gradients = []
@@ -302,11 +587,13 @@ print("largest difference:", (gradients[0] - gradients[1]).abs().max().item())
 assert torch.equal(*gradients)
 
 # %% [markdown]
-# Now the base model with its ResNet-50 at COCO's size, whole steps: forward, loss, backward, clipping,
-# AdamW. *Measured* on one core, each row once, in a process of its own. The machine was busy with other
-# work, so seconds are those that the processor spent on it, not the clock's.
+# What does it save at COCO's size? The next table is the base model with its ResNet-50 in whole steps:
+# forward, loss, backward, clipping, AdamW. It was *measured* on one core, each row once, in a process of its
+# own. "Tensors" is the peak of all tensors together, which is what a GPU would have to hold; "RSS" is what the
+# operating system gave to the process, including what the allocator holds back.
 
 # %%
+PARTS = ("backbone", "input_proj", "encoder", "decoder")
 measured = json.loads(Path("../data/results/training_sizes.json").read_text())
 runs = measured["runs"]
 for r in runs:
@@ -329,7 +616,7 @@ figure, axis = plt.subplots(figsize=(7, 2.8))
 rows = [r for r in runs if (r["height"], r["batch_size"]) == (400, 1)]
 labels = [f"{r['bits']} bits, {r['way']}" for r in rows]
 left = [0.0] * len(rows)
-for part in ("backbone", "input_proj", "encoder", "decoder"):
+for part in PARTS:
     widths = [r["kept_by_forward"][part] / (r["height"] * r["width"]) / 1e3 for r in rows]
     axis.barh(labels, widths, left=left, label=part)
     left = [a + b for a, b in zip(left, widths, strict=True)]
@@ -339,160 +626,35 @@ axis.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.2. What the forward pass leaves behind, by part, for an image of 400 x 533, weights that it
-# copies included; measured.*
+# *Figure {{n}}.5. What the forward pass leaves behind for the backward pass, by part of the model, for an
+# image of 400 x 533; measured. (`input_proj` is the projection to one width.)*
 #
-# "Tensors" is what a GPU would have to hold; RSS is what the operating system gave to the process, with
-# what the allocator keeps back. In bfloat16 the backbone's part halves; the encoder's falls by a third, since
-# coordinates stay long and dropout's masks are bytes in either. (The backbone's frozen batch norms are part of the convolutions before them. As
-# layers of their own they would answer in float32.) Autocast also keeps a copy in 16 bits of every weight that
-# it uses: input_proj, which keeps little else, needs more in 16 bits, not less. The seconds of these rows say nothing about GPUs: this
-# CPU has no arithmetic in bfloat16 and imitates it.
+# In bfloat16 the backbone's part is halved. The encoder's part falls by a third only, because coordinates stay
+# in float32 and the masks of dropout are bytes in either format. Autocast also keeps a copy in 16 bits of every
+# weight that it uses, so that `input_proj`, which keeps little else, needs more memory in 16 bits and not less.
+# The seconds of these rows say nothing about GPUs: the processor on which they were measured has no
+# arithmetic in bfloat16 and imitates it.
 
-# %%
+# %% tags=["hide-input"]
 parts = {(r["bits"], r["way"]): r["kept_by_forward"] for r in rows}
 before, short_numbers = parts[32, "keep"], parts[16, "keep"]
 share = {part: round(short_numbers[part] / before[part], 1) for part in before}
-print("16 bits to 32:", share)
+print("memory in 16 bits as a part of that in 32:", share)
 assert share["backbone"] == 0.5 < share["encoder"] < 0.8
 
 # %% [markdown]
-#
-# > **Asked: out of memory, what now?** (fundamentalvision/Deformable-DETR #16, #168, #248.) In this order,
-# > from no change of the result to some: `gradient_checkpointing = true`; `batch_size = 1` with
-# > `accumulate` raised by as much; `mixed_precision = "bf16"`, which is there for speed first; a smaller
+# > **Asked: out of memory, what now?** (fundamentalvision/Deformable-DETR #16, #168, #248.) Try this, in
+# > this order: `gradient_checkpointing = true`, which changes no result; `batch_size = 1` with `accumulate`
+# > raised by as much, which changes none either; `mixed_precision = "bf16"`, which rounds; and a smaller
 # > image, which costs AP on small objects.
-#
-# ## {{n}}.3 Averaged weights, and when to stop
-#
-# With small batches the weights jitter around a good place. Their average over the last steps lies
-# nearer to it {cite}`polyak1992averaging`. An **exponential moving average** keeps a part $d$ of itself
-# and takes $1-d$ of the new weights: it remembers about $1/(1-d)$ steps.
-
-# %%
-_ = torch.manual_seed(3)
-w, average, path = torch.tensor(4.0), torch.tensor(4.0), []
-for _step in range(300):
-    slope = (w - 1) + 1.5 * torch.randn(())  # of (w - 1)^2 / 2, from a noisy batch
-    w = w - 0.3 * slope
-    average = 0.95 * average + 0.05 * w
-    path.append((w.item(), average.item()))
-jitter, calm = torch.tensor(path)[100:].sub(1).square().mean(0).sqrt().tolist()
-print(f"distance from the minimum: weights {jitter:.2f}, average {calm:.2f}")
-assert calm < 0.6 * jitter
-
-# %% mystnb={"image": {"alt": "A weight over 300 noisy steps: it falls from 4 to 1 and goes on jumping by about half; its moving average falls a little later and then stays near 1."}}
-figure, axis = plt.subplots(figsize=(7, 2.6))
-axis.plot([p[0] for p in path], lw=0.8, label="weight")
-axis.plot([p[1] for p in path], label="average, d = 0.95")
-axis.axhline(1, color="C6", ls=":")
-axis.set(xlabel="step", ylabel="value")
-axis.legend()
-plt.show()
-
-# %% [markdown]
-# *Figure {{n}}.3. A weight in noise, and its average. The average is late at first: it remembers the start.*
-#
-# That is why the library begins with a short memory: after $n$ updates it keeps
-# $\min\big(d, \frac{1+n}{10+n}\big)$. And *buffers* count too: a batch norm's running means belong to
-# its weights.
-#
-# ## Exercise {{n}}.2  Average a model
-#
-# *difficulty ●●○ · 15 minutes · 7 lines*
-#
-# Update an averaged copy in place, parameters **and** buffers. What is no floating-point number, such as
-# a count of batches, is copied.
-
-
-# %% tags=["exercise"]
-@torch.no_grad()
-def update_average(average, model, decay, updates):
-    """average, model: alike; updates: how many came before, at least 1."""
-    # BEGIN SOLUTION
-    keep = min(decay, (1 + updates) / (10 + updates))
-    new = model.state_dict()
-    for name, mean in average.state_dict().items():
-        if mean.is_floating_point():
-            mean.copy_(keep * mean + (1 - keep) * new[name])
-        else:
-            mean.copy_(new[name])
-    # END SOLUTION
-
-
-check("training_at_every_size.2", update_average)
-
-# %% [markdown]
-# <details><summary>Hint 1</summary>
-#
-# `state_dict()` has parameters and buffers, and its tensors are the model's own: `copy_` changes them.
-#
-# </details>
-#
-# <details><summary>Hint 2</summary>
-#
-# `mean.copy_(keep * mean + (1 - keep) * new)`, with `keep` from the formula above.
-#
-# </details>
-#
-# <details><summary>I pass the first check but fail the second</summary>
-#
-# You went over `parameters()`. Batch norm's running mean and variance are buffers.
-#
-# </details>
-#
-# {{solution}}
-
-
-# %%
-def test_average_by_hand_is_the_library():
-    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    library, hand = averaged(net, decay=0.6), copy.deepcopy(net)
-    for updates in range(20):
-        for parameter in net.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        net(torch.randn(8, 3))
-        keep = min(0.6, (1 + updates) / (10 + updates)) if updates else 0.0  # the first is a copy
-        for name, mean in hand.state_dict().items():
-            new = net.state_dict()[name]
-            mean.copy_(keep * mean + (1 - keep) * new if mean.is_floating_point() else new)
-        library.update_parameters(net)
-    for name, mean in hand.state_dict().items():
-        torch.testing.assert_close(library.module.state_dict()[name], mean)
-
-
-test_average_by_hand_is_the_library()
-
-# %% [markdown]
-# With `ema_decay` set, the average is what is evaluated and saved. `patience` ends a run whose AP has not
-# risen for so many evaluations; the best weights are kept in `best.safetensors`.
-
-
-# %%
-def stops_after(history, patience):
-    """The number of evaluations that a run makes."""
-    best, stale = -1.0, 0
-    for number, ap in enumerate(history, start=1):
-        stale = 0 if ap > best else stale + 1
-        best = max(best, ap)
-        if stale == patience:
-            return number
-    return len(history)
-
-
-history = [0.21, 0.30, 0.29, 0.33, 0.33, 0.32, 0.31, 0.35, 0.36]
-print("stops after evaluation", stops_after(history, 3), "or", stops_after(history, 4))
-assert stops_after(history, 3) == 7 and stops_after(history, 4) == 9
-
-# %% [markdown]
-# A patience of 3 would have missed the best here. AP on a few hundred images is noisy: be patient.
 #
 # ## {{n}}.4 Many processes
 #
-# With DDP {cite}`li2020ddp`, every process has a copy of the model and its own images. After the
-# backward pass the gradients are **averaged** over processes, and all take the same step. It runs on CPUs
-# too: two processes here, a linear layer, one object in the first process and three in the second. We
-# start them by hand; `accelerate launch` does it for a whole training.
+# With several GPUs, or several machines, every process has a copy of the model and its own images. This is
+# called **distributed data parallel**, DDP {cite}`li2020ddp`. After the backward pass the gradients are
+# **averaged** over the processes, so all copies take the same step. DDP runs on CPUs as well. The next cell
+# starts two processes with a linear layer each; the first process has one object and the second has three.
+# (Here they are started by hand; for a whole training, `accelerate launch` does it.)
 
 # %%
 PROGRAM = """
@@ -523,8 +685,9 @@ assert printed[0][0] == printed[1][0]  # after the backward pass both have the s
 found = {name: [float(x) for x in row] for name, *row in map(str.split, printed[0][0].splitlines())}
 
 # %% [markdown]
-# `own` divides by the process's own number of objects, `mean` by the mean number over processes. Before
-# you run: which is the gradient of one process with all four objects?
+# In these two processes the loss was divided once by the process's `own` number of objects, and once by the
+# `mean` number over processes. Before you run: which of the two is the gradient of one process that has all
+# four objects?
 
 # %%
 _ = torch.manual_seed(0)
@@ -538,12 +701,14 @@ assert torch.allclose(torch.tensor(found["mean"]), wanted, rtol=1e-4)
 assert not torch.allclose(torch.tensor(found["own"]), wanted, rtol=0.05)
 
 # %% [markdown]
-# The average over $P$ processes of $g_p / (N / P)$ is $\sum g_p / N$: hence the mean number, as in
-# `losses.criterion.count_boxes` and in the official code. It is 13.3 once more, with processes in place of batches.
-# The whole trainer is tested so: two processes log the same losses as one with the double batch
+# It is the mean. The average over $P$ processes of $g_p / (N / P)$ is $\sum_p g_p / N$, which is the gradient
+# of the whole batch. The library (`losses.criterion.count_boxes`) and the official code both divide by the mean
+# number. It is the same rule as in section {{n}}.1, with processes in place of small batches. The library's
+# whole trainer is tested in this way: two processes log the same losses as one process with twice the batch
 # (`tests/test_train.py`).
 #
-# So 32 images a step is 32 images a step, and the paper's rate holds on any number of GPUs:
+# So a step of 32 images stays a step of 32 images, and the recipe's learning rate holds on any number of
+# GPUs, as long as the product of the next table stays 32.
 
 # %%
 print("GPUs  batch_size  accumulate     lr")
@@ -553,27 +718,29 @@ for gpus in (16, 8, 4, 2, 1):
     assert gpus * PAPER.batch_size * accumulate == 32
 
 # %% [markdown]
-# If the batch itself changes, the usual first guess is a rate in proportion, because half as many
-# images make twice as many steps {cite}`goyal2017onehour`. It is a guess: it was found for SGD. With
-# Adam and its kin the square root is often tried instead; measure it.
+# And if the batch itself has to change? The usual first guess is a rate in proportion to the batch, because
+# half as many images per step make twice as many steps {cite}`goyal2017onehour`. It is a guess: it was found
+# for SGD. With Adam and its relatives the square root is often tried instead. Measure it on your data.
 
 # %%
 for batch in (8, 16, 32, 64):
     linear, root = 2e-4 * batch / 32, 2e-4 * math.sqrt(batch / 32)
     print(f"batch {batch:>2}: linear {linear:.1e}, root {root:.1e}")
-assert recipes["modern"].lr == 2e-4 * 16 / 32  # detrex trains 16 images a step
+assert load_recipe("modern").train.lr == 2e-4 * 16 / 32  # detrex trains 16 images a step
 
 # %% [markdown]
 # > **Asked: I have four GPUs, why is my AP lower?** (fundamentalvision/Deformable-DETR #8, #14, #77, #110.)
-# > *Published* is 44.5 for batch 32. One user reports 44.1 and 44.3 with batch 32 and 43.5 with 64, another
-# > 37.4 with 16 on four GPUs. Take $\pm 0.4$ as chance. Below that, count your images per step first.
+# > *Published* is an AP of 44.5 for batches of 32. One user reports 44.1 and 44.3 with batches of 32 and 43.5
+# > with 64; another reports 37.4 with 16 on four GPUs. Differences of 0.4 are chance. If yours is larger, count
+# > your images per step first.
 #
-# ## Exercise {{n}}.3  Plan a step
+# ## Exercise {{n}}.4  Plan a step
 #
 # *difficulty ●○○ · 10 minutes · 4 lines*
 #
-# Given the number of GPUs and how many images fit on one, return `(batch_size, accumulate)` with **exactly**
-# `total` images a step and as few batches as possible; `None` where that cannot be.
+# You are given the number of GPUs, how many images fit on one of them, and the `total` of images per step.
+# Return `(batch_size, accumulate)` with **exactly** `total` images per step and as few batches as possible;
+# return `None` where that cannot be done.
 
 
 # %% tags=["exercise"]
@@ -587,7 +754,7 @@ def plan(gpus, fits, total=32):
     # END SOLUTION
 
 
-check("training_at_every_size.3", plan)
+check("training_at_every_size.4", plan)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -613,12 +780,16 @@ check("training_at_every_size.3", plan)
 # %% [markdown]
 # ## {{n}}.5 The budget: memory
 #
-# Four things fill it. Three are *computed*: weights, gradients, and AdamW's two averages, four bytes
-# each. The fourth is what the forward pass keeps.
+# How much memory will a training need? Four things fill it. Three of them are *computed* from the number of
+# parameters: weights, gradients, and AdamW's two averages, four bytes per number. The fourth is what the
+# forward pass keeps. The next cell counts the paper's base model on the *meta* device, where tensors have
+# shapes but no numbers.
 
 # %%
+with torch.device("meta"):
+    base = DeformableDETR(DeformableDETRConfig())
 weights = sum(p.numel() for p in base.parameters())
-trainable = sum(sizes.values())
+trainable = sum(p.numel() for p in base.parameters() if p.requires_grad)
 budget = {"weights": 4 * weights, "gradients": 4 * trainable, "AdamW": 8 * trainable}
 for name, size in budget.items():
     print(f"{name:10} {size / 1e6:4.0f} MB")
@@ -629,11 +800,11 @@ print(
 assert abs(between / full["between_steps"] - 1) < 0.01
 
 # %% [markdown]
-# The rest should be nearly in proportion to the pixels: all parts are, but
-# the decoder's 300 queries, which keep some 0.1 GB an image at any size. So the peak is a line: draw it through two measured sizes. Where it meets zero pixels, the
-# computed part must be, the queries' part, and, unless its stages are recomputed, the backbone's weights once more: its
-# convolutions keep them multiplied by their batch norms. All of that, or somewhat less, since at the worst
-# moment not all gradients are there.
+# The fourth part should grow in proportion to the pixels. (All parts of the model do, except for the decoder's
+# 300 queries, which keep about 0.1 GB per image at any size.) So the peak, drawn over the number of pixels,
+# should be a straight line. The next cell draws it through two measured sizes. Where the line meets zero pixels
+# it must show the computed part, plus the queries' part, plus the backbone's weights a second time, unless
+# its stages are recomputed: its convolutions are kept multiplied by their frozen batch norms.
 
 
 # %%
@@ -652,8 +823,8 @@ for way in ("keep", "recompute"):
     assert most - budget["gradients"] <= lines[way][0] <= most
 
 # %% [markdown]
-# The line was drawn through two sizes with one image. Does it know a third size, and two images?
-# (It counts the queries of one image only, so expect 0.1 GB too little for two.)
+# Does the line know a size through which it was not drawn, and two images instead of one? (It counts the
+# queries of one image only, so for two images it should be 0.1 GB too low.)
 
 # %%
 start, slope = lines["keep"]
@@ -664,7 +835,7 @@ for r in (runs[2], runs[4]):
     assert abs(predicted / r["peak_tensors"] - 1) < 0.08
 
 # %% [markdown]
-# Near enough to plan with. *Computed* for the largest training images, 800 x 1333:
+# That is near enough to plan with. *Computed* for the largest training images, 800 x 1333:
 
 # %%
 print("images on a GPU      1     2     4     8")
@@ -674,13 +845,13 @@ for way, (start, slope) in lines.items():
 assert needs[0] < 2.5
 
 # %% [markdown]
-# Leave a good part of a card free besides: its libraries, work space of convolutions and gaps between
-# tensors are not in here. Measure with two steps before you start fifty epochs.
+# Leave a good part of a card free on top of this: its libraries, the work space of convolutions and the gaps
+# between tensors are not in here. And measure with two steps before you start fifty epochs.
 #
 # ## {{n}}.6 The budget: hours
 #
-# *Published*: 325 GPU hours on V100 for 50 epochs of COCO's 118,287 images. Everything else is *computed*
-# from that.
+# *Published* are 325 GPU hours on V100s, for 50 epochs of COCO's 118,287 images. Everything else in this section
+# is *computed* from that.
 
 
 # %%
@@ -698,8 +869,9 @@ assert math.isclose(hours(COCO, 50, v100, 8) * 8, 325)
 print(f"300 own images, 50 epochs, one GPU: {60 * hours(300, 50, v100):.0f} minutes")
 
 # %% [markdown]
-# Do GPUs wait? After each step they exchange gradients. In a ring, each sends
-# $2\frac{P-1}{P}$ times the gradient's bytes. With an *assumed* 10 GB/s:
+# That supposes that GPUs do not wait for one another. But after each step they exchange gradients. In a ring of
+# $P$ processes, each sends $2\frac{P-1}{P}$ times the bytes of the gradient. With an *assumed* 10 GB/s between
+# them:
 
 # %%
 sent = 2 * 7 / 8 * budget["gradients"]
@@ -708,11 +880,12 @@ print(f"each sends {sent / 1e6:.0f} MB: {1000 * sent / 10e9:.0f} ms of a step of
 assert sent / 10e9 < 0.1 * step_time
 
 # %% [markdown]
-# Little, and it overlaps with the backward pass. Accumulation even divides it.
+# That is little, and besides, the exchange overlaps with the backward pass. Accumulation makes it rarer still.
 #
-# What about another card, or this CPU? Count the work. Forward at the paper's size: 173 G multiply-adds
-# (`deformable-detr info`). Backward needs two products for each one: by the inputs and by the weights.
-# Count that too, on tensors without data:
+# How long will it take on another card, or on this CPU? Count the work. A forward pass at the paper's image size
+# takes 173 G multiply-adds (`deformable-detr info` counts them). The backward pass needs two products for each
+# one of the forward pass, one for the gradient of the inputs and one for the gradient of the weights. The next
+# cell counts that as well, on tensors without data.
 
 # %%
 with FakeTensorMode():
@@ -733,7 +906,8 @@ print(f"what recomputing adds: {again / 1e9:.0f} G, {100 * again / work:.0f} % o
 assert 2.7 < work / forward < 3.05 and 0.25 < again / work < 0.4
 
 # %% [markdown]
-# A little less than three, since frozen parts need no backward pass. A multiply-add is two operations:
+# It is a little less than three times the forward pass, since the frozen parts need no gradient of their
+# weights. A multiply-add is two operations, so from the measured seconds follows the speed:
 
 # %%
 pixels = full["height"] * full["width"] / math.prod(PAPER_SIZE)
@@ -746,11 +920,13 @@ print(f"the paper's training on this core: {years:.1f} years")
 assert 3 < years < 6 and 3 < upper < 15.7
 
 # %% [markdown]
-# ("Up to", since training images are smaller on average.) The digits exist because of that last line.
-# For another GPU, time ten steps on it, put images per second into `hours`, and believe that before any
-# data sheet.
+# ("Up to", because most training images are smaller than the paper's size.) That last line is why this book
+# trains on digits.
+#
+# For another GPU, time ten steps on it, put its images per second into `hours`, and believe the result before you
+# believe any data sheet.
 
-# %%
+# %% tags=["hide-input"]
 temporary.cleanup()
 
 # %% [markdown]
@@ -762,20 +938,21 @@ temporary.cleanup()
 #     train COCO --recipe paper --accumulate 2 --output runs/paper                    # eight
 # ```
 #
-# Out of memory: `--gradient-checkpointing`, `--mixed-precision bf16`, `--batch-size 1` with twice the
-# `--accumulate`. Not run here on COCO.
+# If memory is short, add `--gradient-checkpointing`, or `--mixed-precision bf16`, or `--batch-size 1` with twice
+# the `--accumulate`. (These two commands were not run here on COCO.)
 #
 # ## Summary
 #
-# - Images per step and rate belong together; GPUs, batches and accumulation only share them out.
-# - Divide by the boxes of the whole step, over batches and over processes; a mean of means is wrong.
-# - bfloat16 for products, float32 for coordinates; float16 needs a scale, and unscaling before clipping.
-# - Recomputing more than halves the memory of COCO's image size for a third more work, and changes no gradient.
-# - Memory: 16 bytes a weight, and so many a pixel. Time: images over throughput.
+# - The images per step and the learning rate belong together. GPUs, batches and accumulation only share them
+#   out.
+# - Divide by the number of boxes of the whole step, over batches and over processes. A mean of means is wrong.
+# - bfloat16 is for products, float32 for coordinates. float16 needs a scale, and unscaling before clipping.
+# - Recomputing more than halves the memory at COCO's image size, for a third more work, and changes no gradient.
+# - Memory is 16 bytes per weight and so many bytes per pixel. Time is images divided by throughput.
 #
-# > **Differs from the paper.** It says Adam and does not mention clipping; accumulation, mixed precision,
-# > checkpointing and averaged weights are not in it. **Differs from the official code.** There, batch and rate
-# > are arguments that do not know of each other, nothing accumulates, and the operator has no half
+# > **Differs from the paper.** Accumulation, mixed precision and checkpointing are not in it, and neither is the
+# > number of GPUs: 16 is what the official code was run with. **Differs from the official code.** There, batch and
+# > rate are arguments that do not know of each other, nothing accumulates, and the operator has no half
 # > precision.
 #
 # ## Further reading
@@ -784,4 +961,3 @@ temporary.cleanup()
 # - {cite}`chen2016checkpointing`: recomputing, and how few layers one must keep.
 # - {cite}`goyal2017onehour`: large batches, linear rates and warm-up.
 # - {cite}`li2020ddp`: how DDP overlaps communication with the backward pass.
-# - {cite}`polyak1992averaging`: why averages of weights are good.
