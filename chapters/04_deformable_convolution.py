@@ -571,7 +571,7 @@ assert (left < -2).all() and (right_side > 2).all()
 # %% [markdown]
 # ## Exercise {{n}}.3  A layer to keep
 #
-# *difficulty ●●● · 30 minutes · 12 lines*
+# *difficulty ●●● · 30 minutes · 8 lines*
 #
 # Write the whole modulated layer, which you can put in place of any 3 x 3 convolution:
 # - one ordinary 3 x 3 convolution with 27 outputs computes, from the layer's own input, the offsets
@@ -759,4 +759,4 @@ check("deformable_convolution.4", offset_gradient)
 #
 # - {cite}`dai2017deformable`: offsets, section 2.1; the 729 samples, Figure 6.
 # - {cite}`zhu2019deformable2`: modulation, and how to train offsets well.
-# - {cite}`zhu2021deformable`: section 4.1 compares deformable attention with both.
+# - {cite}`zhu2021deformable`: after its Eq. 2, deformable attention beside deformable convolution.

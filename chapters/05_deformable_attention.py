@@ -15,21 +15,44 @@
 # - **compute** Eq. 2 of Deformable DETR by hand, and **build** it as a module,
 # - **prove** that it becomes a deformable convolution in one limit and dense attention in the other,
 # - **explain** where the keys went, and what that costs,
-# - **count** its operations, and say when it is cheaper than dense attention,
+# - **count** its operations, in encoder and decoder, in two orders of work,
 # - **watch** a module learn where to look, on a task with a known answer.
 #
-# You should know: bilinear sampling ({{chapter sampling}}), dense attention ({{chapter attention}}), deformable
-# convolution ({{chapter deformable_convolution}}).
+# You should know: bilinear sampling ({{chapter sampling}}), dense attention ({{chapter attention}}),
+# deformable convolution ({{chapter deformable_convolution}}).
 #
 # {{measured}}
 #
 # {{map}}
 
 # %% [markdown]
-# Dense attention lets a query look at all $HW$ places of a map and weigh each. Deformable
-# convolution lets a place look at a few moved points, with fixed weights. Deformable attention
-# {cite}`zhu2021deformable` takes the few points from one and the weights from the other: **each
-# query says where its $K$ points are and how much each counts**.
+# Dense attention lets a query weigh all $HW$ places of a map. That is flexible but expensive.
+# Deformable convolution reads a few moved points with fixed weights. That is cheap, but nobody can
+# ask it a question. Deformable attention {cite}`zhu2021deformable` takes the few points from the one
+# and the weights from the other: **each query says where its $K$ points are, and how much each of
+# them counts**.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: the green seven on wood with a blue cross and four numbered orange discs around it, two on the seven and two on wood. Right: the four sampled colours as squares, brown, green, brown and green, their weights 0.1, 0.5, 0.1 and 0.3, and arrows to one larger square of the mixed colour, mostly green."}}
+from schematics.deformable_attention import one_query
+
+one_query()
+
+# %% [markdown]
+# *Figure {{n}}.1. One query with K = 4 points, on the running example. The blue cross is its reference
+# point. It reads the picture's colour at four points (a larger disc has a larger weight) and returns
+# the weighted sum. Points and weights were set by hand here; this chapter is about a query that
+# chooses them itself.*
+#
+# This operation stands in two places of the detector. In the encoder the queries are the cells of
+# the map; in the decoder they are candidates for objects.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The stages of the detector in a row: image, backbone, tokens, encoder, queries, decoder, boxes and classes. Encoder and decoder are filled."}}
+from schematics import where_in_the_detector
+
+where_in_the_detector("encoder", "decoder")
+
+# %% [markdown]
+# *Figure {{n}}.2. Where this chapter's operation works in the whole detector.*
 
 # %%
 import math
@@ -53,16 +76,21 @@ _ = torch.manual_seed(0)
 # $$\text{DeformAttn}(z_q, p_q, x) = \sum_{m=1}^{M} W_m \Big[ \sum_{k=1}^{K} A_{mqk} \cdot
 # W'_m \, x(p_q + \Delta p_{mqk}) \Big]$$
 #
+# Read it from the inside. A head $m$ looks at the map $x$ at the reference point plus an offset. It
+# projects what it finds, weighs it, and sums over its $K$ points. The heads' results are projected
+# once more and added.
+#
 # | symbol | what it is | where it comes from |
 # |:--|:--|:--|
 # | $z_q$ | the query, $C$ numbers | given |
 # | $p_q$ | its reference point | given |
-# | $\Delta p_{mqk}$ | offset of point $k$ of head $m$ | linear in $z_q$ |
-# | $A_{mqk}$ | attention weight, $\sum_k A_{mqk} = 1$ | softmax of something linear in $z_q$ |
+# | $\Delta p_{mqk}$ | offset of point $k$ of head $m$ | a linear layer on $z_q$ |
+# | $A_{mqk}$ | attention weight, $\sum_k A_{mqk} = 1$ | a linear layer on $z_q$, then a softmax |
 # | $W'_m, W_m$ | value and output projection of a head | learned |
 #
-# One query, one head, $K = 3$, a map of one channel, identity projections. Reference at pixel
-# (2, 1); the offsets and the scores are what a query might have said.
+# We begin with one query, one head, $K = 3$, a map of one channel and no projections. The reference
+# is pixel (2, 1). The offsets and the scores (what goes into the softmax) are what a query might have
+# said.
 
 # %%
 height, width = 4, 6
@@ -71,25 +99,26 @@ reference = torch.tensor([2.0, 1.0])  # pixels, for the moment
 offsets = torch.tensor([[0.0, 0.0], [1.5, 0.0], [0.0, 2.0]])
 scores = torch.tensor([0.0, math.log(2), math.log(5)])
 weights = scores.softmax(0)
-print(weights)
+print("weights:", [round(w, 3) for w in weights.tolist()])
 assert torch.allclose(weights, torch.tensor([1, 2, 5]) / 8)
 
 # %% [markdown]
-# Before you run: the map is $6y + x$, so you can sample it in your head. The three values are 8,
-# 9.5 and 20. What is their weighted sum?
+# Before you run: the value at (x, y) is $6y + x$, so you can sample this map in your head. What
+# stands at the three points, and what is the weighted sum?
 
 # %%
 points = (reference + offsets + 0.5) / torch.tensor([width, height])  # normalised
 values = bilinear_sample(feature_map, points)[:, 0]
-print(values, round((weights * values).sum().item(), 3))
+print("samples:", values.tolist(), "sum:", round((weights * values).sum().item(), 3))
 assert torch.allclose(values, torch.tensor([8.0, 9.5, 20.0]))
 assert math.isclose((weights * values).sum(), (8 + 2 * 9.5 + 5 * 20) / 8, rel_tol=1e-6)
 
 # %% [markdown]
 # ## {{n}}.2 All queries and heads, with loops
 #
-# The map comes as a sequence of $HW$ tokens, as transformers like it. Head $m$ reads channels
-# $mD$ to $(m+1)D$ of the projected values, $D = C/M$.
+# Transformers take sequences, so the map comes as $HW$ tokens, row after row. The heads share the
+# channels: head $m$ reads channels $mD$ to $(m+1)D$ of the projected values, where $D = C/M$. The
+# function below takes projected values, points and weights, and does everything between $W'$ and $W$.
 
 
 # %%
@@ -112,8 +141,8 @@ def attention_loop(value, size, locations, weights):
 
 
 # %% [markdown]
-# The library's operator does the same for many maps at once; here there is one level, so an axis of
-# length 1 is added. Sizes are all different, so that no two axes can be confused.
+# The library's operator does this for several maps at once. Here there is only one, so we add an axis
+# of length 1 for it. All sizes are different, so that no two axes can be confused without an error.
 
 # %%
 B, Q, M, K, D = 2, 5, 3, 4, 7
@@ -122,15 +151,16 @@ locations = torch.rand(B, Q, M, K, 2) * 1.4 - 0.2  # some of them outside
 weights = torch.rand(B, Q, M, K)
 by_loop = attention_loop(value, (height, width), locations, weights)
 by_library = ms_deform_attn(value, [(height, width)], locations.unsqueeze(3), weights.unsqueeze(3))
-print(tuple(by_loop.shape))
 torch.testing.assert_close(by_loop, by_library, atol=1e-5, rtol=1e-5)
+print(tuple(by_loop.shape), "equal to the library")
 
 # %% [markdown]
 # ## Exercise {{n}}.1  Without loops
 #
 # *difficulty ●●○ · 15 minutes · 6 lines*
 #
-# Write the sum with `nn.functional.grid_sample`. Heads can share the batch axis: fold $M$ into $B$.
+# Compute the same with `nn.functional.grid_sample`. It takes one batch axis, so fold the heads into
+# it: $B \cdot M$ maps of $D$ channels.
 
 
 # %% tags=["exercise"]
@@ -151,21 +181,22 @@ check("deformable_attention.1", attention_vectorised)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `grid_sample` wants maps (N, D, H, W) and a grid (N, Q, K, 2) in [-1, 1]; take N = B * M.
+# `grid_sample` wants maps (N, D, H, W) and a grid (N, Q, K, 2) in [-1, 1], with
+# `align_corners=False`; take N = B * M.
 #
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
 # `value.permute(0, 2, 3, 1)` brings heads and channels before the tokens. Locations and weights
-# have heads on axis 2: `transpose(1, 2)` before folding.
+# have heads on axis 2, so `transpose(1, 2)` before folding.
 #
 # </details>
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# Heads or queries are mixed up: a `reshape` without the `transpose` before it gives
-# the right shape with the wrong contents.
+# The first check has one query and one head. With several, a `reshape` without the `transpose` before
+# it gives the right shape with the wrong contents.
 #
 # </details>
 #
@@ -174,8 +205,21 @@ check("deformable_attention.1", attention_vectorised)
 # %% [markdown]
 # ## {{n}}.3 The module
 #
-# Four linear layers. Offsets come out in **pixels** of the map and are divided by its width and
-# height, because reference points are normalised.
+# What is left are four linear layers: two on the query (offsets and scores) and two on the values
+# ($W'$ before the sampling, $W$ after it).
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Block diagram. The query, Q by C, goes through a linear layer to offsets, Q by M by K by 2, and through a linear layer with softmax to weights, Q by M by K. The feature map, HW by C, goes through the linear layer W prime to values, HW by M by D. Offsets plus reference points say where the values are sampled; samples are Q by M by K by D. They are weighed and added over k, and a last linear layer W gives Q by C."}}
+from schematics.deformable_attention import the_module
+
+the_module()
+
+# %% [markdown]
+# *Figure {{n}}.3. The module, with the shape of what flows at each arrow (without the batch axis).
+# Blue depends on the query only, green on the map only; they meet where the values are sampled and
+# weighed.*
+#
+# One detail needs care. Offsets come out of their layer in **pixels** of the map, but reference
+# points are normalised to [0, 1]. So an offset's x is divided by the width and its y by the height.
 
 
 # %%
@@ -202,8 +246,9 @@ class MyDeformAttn(nn.Module):
 
 
 # %% [markdown]
-# Same weights, same result as the library's `DeformAttn`? Its initialisation has zero weights for
-# offsets and scores, so randomise them first: zeros would hide mistakes.
+# Does it agree with the library's `DeformAttn`, given the same parameters? That module starts with
+# zeros in the layers for offsets and scores, and zeros would hide mistakes, so we first fill both
+# with random numbers.
 
 
 # %%
@@ -227,8 +272,8 @@ torch.testing.assert_close(
 print(tuple(result.shape), "equal")
 
 # %% [markdown]
-# The first release of the official code divided by (H, W) instead of (W, H). On square maps nobody
-# could see it. On ours:
+# The first release of the official code divided x by the height and y by the width. On square maps
+# the two are the same, so nobody could see it. On our map of 4 x 6 it shows at once:
 
 # %%
 sampling = library.sampling(query, references, (height, width))
@@ -243,8 +288,8 @@ assert shift > 1
 #
 # *difficulty ●●○ · 10 minutes · 3 lines*
 #
-# Write the part before the sampling for one query: normalised locations and weights, from the raw
-# outputs of the two linear layers.
+# Write the blue part of Figure {{n}}.3 for one query: from the raw outputs of its two linear layers to
+# normalised locations and to weights.
 
 
 # %% tags=["exercise"]
@@ -287,11 +332,23 @@ check("deformable_attention.2", where_and_how_much)
 # %% [markdown]
 # ## {{n}}.4 Where are the keys?
 #
-# In dense attention a weight is a product of a query and a key: the query *compares*. Here weights
-# and offsets are linear in the query alone. Nothing is compared. The query must know beforehand
-# where to look; what stands there changes the result, but not the weights.
+# In dense attention a weight comes from a product of a query and a key, so the query is *compared*
+# with what stands at each place. Deformable attention has no keys. Offsets and weights are computed
+# from the query alone.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two diagrams. In dense attention, an arrow named keys leads from what stands on the map to where and how much, beside the arrow from the query; values lead to the output. In deformable attention the keys' arrow is dashed and red, named no keys; the rest is the same."}}
+from schematics.deformable_attention import who_decides
+
+who_decides()
+
+# %% [markdown]
+# *Figure {{n}}.4. What decides where to look, and how much each place counts. In dense attention both
+# the query and the map do; in deformable attention only the query does.*
 #
-# Before you run: all pixels that no sample touches are replaced by noise. Does the output change?
+# Two experiments show what that means. In the first, we leave the sampled pixels alone and replace
+# all **others** by noise.
+#
+# Before you run: does the output change?
 
 # %%
 size, few, places = (12, 18), query[:, :1], references[:, :1]
@@ -302,72 +359,148 @@ touched = torch.zeros(2, *size, dtype=torch.bool)
 for b in range(2):
     for x, y in pixels[b].reshape(-1, 2).floor().long().tolist():
         touched[b, max(y, 0) : max(y + 2, 0), max(x, 0) : max(x + 2, 0)] = True
-noisy = torch.where(touched.flatten(1).unsqueeze(-1), wide, torch.randn_like(wide) * 100)
-after = library(few, places, noisy, size)
-print("untouched pixels:", int((~touched).sum()), "of", touched.numel())
+touched = touched.flatten(1).unsqueeze(-1)
+noise = torch.randn_like(wide) * 100
+after = library(few, places, torch.where(touched, wide, noise), size)
+print(f"{int((~touched).sum())} of {touched.numel()} pixels replaced, output moved by", end=" ")
+print(f"{(after - before).abs().max():.1f}")
 assert (~touched).sum() > 300 and torch.allclose(after, before, atol=1e-4)
 
 # %% [markdown]
-# It does not: unlike a softmax over all places, this operation does not know that they exist. That
-# is the price. The gain is in sections {{n}}.7 and 4.8.
+# It does not change. This is *sparsity*: the operation does not know that the other pixels exist. But
+# it says nothing about keys yet, because a query could still compare the pixels that it does sample.
+# So in the second experiment we replace just **those**.
+#
+# Before you run: what will change now, the output, the points, or the weights?
+
+# %%
+changed = torch.where(touched, noise, wide)
+after, sampling_after = library(few, places, changed, size, return_sampling=True)
+print("output moved:", bool((after - before).abs().max() > 1))
+print("points moved:", not torch.equal(sampling.locations, sampling_after.locations))
+print("weights moved:", not torch.equal(sampling.weights, sampling_after.weights))
+
+# %% tags=["hide-input"]
+assert (after - before).abs().max() > 1
+assert torch.equal(sampling.locations, sampling_after.locations)
+assert torch.equal(sampling.weights, sampling_after.weights)
+
+# %% [markdown]
+# The output moves, but points and weights stay where they were: what stands there was not consulted.
+# The same replacement does move the weights of dense attention, since it changes the keys:
+
+# %%
+dense = nn.MultiheadAttention(12, 3, batch_first=True, bias=False)
+weights_before = dense(few, wide, wide)[1]
+weights_after = dense(few, changed, changed)[1]
+print("weights of dense attention moved:", bool((weights_after - weights_before).abs().max() > 0.1))
+assert (weights_after - weights_before).abs().max() > 0.1
+
+# %% [markdown]
+# How then can it find anything? Because the **query** has seen something. In an encoder the query
+# *is* the content of its own cell (plus a code of its position). So there the offsets and weights do
+# depend on the picture, as they do in a deformable convolution: on what stands at the cell itself. In
+# a decoder the query has gathered its content in the layers before.
+
+# %%
+own = torch.randn(1, 12 * 18, 12)  # in an encoder: the map's cells are the queries
+centres = torch.rand(1, 12 * 18, 2)
+poked = own.clone()
+poked[0, 40] += 1.0  # another content in cell 40
+moved = (
+    library.sampling(poked, centres, size).weights - library.sampling(own, centres, size).weights
+)
+print("cells whose weights moved:", moved.flatten(2).abs().amax(-1)[0].nonzero().flatten().tolist())
+assert moved[0, 40].abs().max() > 0.01 and moved[0, :40].abs().max() == 0
+
+# %% [markdown]
+# The price of so few points can be seen in the paper's own Table 1. On small objects the average
+# precision rose from DETR's 20.5 to 26.4, thanks to finer maps that dense attention could not afford.
+# On **large** objects it *fell*, from 61.1 to 58.0. (The two models differ in more than the attention,
+# so this is a hint rather than a proof.) The gains follow in sections {{n}}.7 and {{n}}.8.
 
 # %% [markdown]
 # ## {{n}}.5 One limit: deformable convolution
 #
-# Take $K = 1$. Then the softmax over one point is 1, and weights say nothing. Take one head for each
-# of nine taps, $W'_m$ the identity (each head reads all $C$ channels here, not $C/M$), and let $W_m$ be
-# the weight of tap $m$. What is left is {{chapter deformable_convolution}}. (The offsets are given here. Where they come from
-# differs: there a convolution makes them, here a linear layer on the query.)
+# Two special cases show how this operation relates to what we know. The first: take **one head, one
+# point, and the identity for $W'$**. A softmax over a single point is always 1, so the weights say
+# nothing, and what is left reads one moved point and multiplies by $W$. That is a deformable 1 x 1
+# convolution. With the cells of a map as queries even the two modules agree, since a linear layer on
+# each cell is a 1 x 1 convolution:
 
 # %%
-C, outputs = 5, 7
+C = 5
+single = randomise(DeformAttn(embed_dim=C, num_heads=1, num_points=1))
+with torch.no_grad():
+    single.value_proj.weight.copy_(torch.eye(C))
+    single.value_proj.bias.zero_()
 image = torch.randn(1, C, height, width)
+cells = image.flatten(2).transpose(1, 2)  # queries and map at once
+y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+places = torch.stack([x, y], -1).reshape(-1, 2)  # the pixels, (HW, 2)
+centres = ((places + 0.5) / torch.tensor([width, height]))[None]
+attended = single(cells, centres, cells, (height, width))
+
+# %%
+offsets = nn.functional.conv2d(
+    image,
+    single.sampling_offsets.weight.flip(0)[:, :, None, None],  # torchvision: (dy, dx)
+    single.sampling_offsets.bias.flip(0),
+)
+kernel, bias = single.output_proj.weight[:, :, None, None], single.output_proj.bias
+convolved = deform_conv2d(image, offsets, kernel, bias)
+attended = attended.transpose(1, 2).reshape(convolved.shape)
+torch.testing.assert_close(attended, convolved, atol=1e-4, rtol=1e-4)
+print("M = 1, K = 1, W' = I: a deformable 1 x 1 convolution")
+
+# %% [markdown]
+# A 3 x 3 kernel has nine taps, so it takes nine heads, one for each tap, and $W_m$ is the weight of
+# tap $m$. Each of these heads must read all $C$ channels. The module cannot do that, because its heads
+# share the channels out among themselves ($D = C/M$), but the operator can:
+
+# %%
+outputs = 7
 kernel = torch.randn(outputs, C, 3, 3)
 moves = torch.randn(1, 18, height, width)  # torchvision: (dy, dx) for each of nine taps
 convolved = deform_conv2d(image, moves, kernel, padding=1)
-
-# %%
-y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-places = torch.stack([x, y], -1).reshape(-1, 1, 2)  # a query at each pixel
 taps = torch.tensor([(x, y) for y in (-1, 0, 1) for x in (-1, 0, 1)])
-pixels = places + taps + moves.reshape(9, 2, -1).permute(2, 0, 1).flip(-1)  # (Q, M=9, 2)
+pixels = places[:, None] + taps + moves.reshape(9, 2, -1).permute(2, 0, 1).flip(-1)  # (Q, M=9, 2)
 locations = ((pixels + 0.5) / torch.tensor([width, height]))[None, :, :, None, None]
-value = image.flatten(2).transpose(1, 2).unsqueeze(2).expand(-1, -1, 9, -1)  # W' = identity
+value = cells.unsqueeze(2).expand(-1, -1, 9, -1)  # W' = identity, all channels for each head
 ones = torch.ones(1, height * width, 9, 1, 1)
 samples = ms_deform_attn(value, [(height, width)], locations, ones)  # (1, Q, 9 * C)
 attended = samples @ kernel.permute(2, 3, 1, 0).reshape(9 * C, outputs)  # W_m, side by side
 attended = attended.transpose(1, 2).reshape(convolved.shape)
 torch.testing.assert_close(attended, convolved, atol=1e-4, rtol=1e-4)
-print("K = 1, identity values: a deformable convolution")
+print("M = 9, K = 1, W' = I: a deformable 3 x 3 convolution")
 
 # %% [markdown]
 # ## {{n}}.6 The other limit: dense attention
 #
-# Take $K = HW$, put the points on all pixel centres, and take as weights those of a dense softmax.
-# Then each query reads everything once, with any weights we like. (These are given: the module's own
-# linear layer could not produce them for every image, since it does not see what it compares.)
+# The second special case: take $K = HW$, put the points on all pixel centres, and use as weights
+# those of a dense softmax. Then each query reads every pixel once, with the weights of dense
+# attention. (We must hand these weights in. The module's own linear layer could not produce them for
+# every picture, since it does not see what it would have to compare.)
 
 # %%
-dense = nn.MultiheadAttention(12, 3, batch_first=True, bias=False)
 expected, dense_weights = dense(query, feature, feature, average_attn_weights=False)
-centres = (places[:, 0] + 0.5) / torch.tensor([width, height])  # (HW, 2)
-locations = centres.expand(2, 5, 3, 1, -1, -1)  # (B, Q, M, L=1, K=HW, 2)
+locations = centres[0].expand(2, 5, 3, 1, -1, -1)  # (B, Q, M, L=1, K=HW, 2)
 weights = dense_weights.transpose(1, 2).unsqueeze(3)  # (B, Q, M, 1, HW)
 w_query, w_key, w_value = dense.in_proj_weight.chunk(3)
 value = (feature @ w_value.T).view(2, -1, 3, 4)
 attended = ms_deform_attn(value, [(height, width)], locations, weights) @ dense.out_proj.weight.T
 torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-5)
-print("K = HW, all pixel centres: dense attention")
+print("K = HW, all pixel centres, weights of a dense softmax: dense attention")
 
 # %% [markdown]
-# So it lies between the two. Dense attention pays for $HW$ points; a few learned ones are a bet
-# that most of them are not needed.
+# So deformable attention lies between the two. Dense attention pays for all $HW$ points; a few
+# learned ones are a bet that most of the others are not needed.
 
 # %% [markdown]
 # ## {{n}}.7 Weights at the start
 #
-# {{chapter attention}} found that a dense softmax starts at about $1/N_k$ everywhere, so that a single pixel
-# gets next to no gradient. Here the start is $1/K$, whatever the size of the map.
+# {{chapter attention}} found that a dense softmax starts at about $1/N_k$ everywhere, so that a single
+# pixel gets next to no gradient. Here the weights start at $1/K$, whatever the size of the map.
 
 # %%
 start = DeformAttn(embed_dim=12, num_heads=3, num_points=4)
@@ -382,16 +515,51 @@ for side in (4, 16, 64):
 # %% [markdown]
 # ## {{n}}.8 What it costs
 #
-# The paper's Appendix A.1, which takes the cheaper of projecting all $HW$ values before sampling and
-# projecting the $N_q K$ samples after it:
+# Values can be projected by $W'$ before the sampling or after it. Both give the same result, because
+# projecting is linear, but they cost differently.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels with the same grid of 6 by 8 pixels and four orange points. Left: all pixels are green, so HW products with W prime, and then four samples are taken. Right: the pixels are white; four samples are taken and only these are green, so Q K products."}}
+from schematics.deformable_attention import two_orders
+
+two_orders()
+
+# %% [markdown]
+# *Figure {{n}}.5. Two orders of work; green is what is projected. Left, the cost grows with the map,
+# right, with the number of queries.*
 #
-# $$O\big(2 N_q C^2 + \min(HWC^2, N_q K C^2)\big),$$
+# The paper's Appendix A.1 counts multiply-adds, for $N_q$ queries:
 #
-# against $O(N_q C^2 + N_k C^2 + N_q N_k C)$ for dense attention. Our module, like the official one, always
-# projects first, so its second term is $HWC^2$. In the encoder every pixel is a
-# query, $N_q = N_k = HW$: dense attention is quadratic in the number of pixels, deformable linear.
-# Count, rather than believe. PyTorch's counter sees matrix products; the sampling (four reads and a
-# weighted sum for each point, $N_q M K \cdot 5 D$ multiply-adds) is added by formula.
+# | step | multiply-adds | why |
+# |:--|:--|:--|
+# | offsets and scores | $3 N_q C M K$ | a linear layer from $C$ to $3MK$ numbers |
+# | project all pixels first | $H W C^2$ | a $C \times C$ matrix for each pixel |
+# | *or* project the samples | $N_q K C^2$ | $M$ heads, $K$ samples, from $C$ to $C/M$ |
+# | read and weigh | $5 N_q K C$ | four pixels for a sample, and one product with its weight |
+# | output projection | $N_q C^2$ | a $C \times C$ matrix for each query |
+#
+# That is where the **5** comes from: four products to interpolate, one to weigh, for each of the
+# $N_q \cdot MK \cdot C/M$ numbers read. The total is
+#
+# $$N_q C^2 + \min(HWC^2, N_q K C^2) + 5 N_q K C + 3 N_q C M K.$$
+#
+# With the paper's $M = 8$, $K = 4$ and $C = 256$ the last two terms together are less than
+# $N_q C^2$, because $5K + 3MK < C$. So the paper shortens the sum to
+# $O(2 N_q C^2 + \min(HWC^2, N_q K C^2))$. This step holds on **one** scale only. The detector reads
+# four scales with 4 points each, which makes 16 points per head:
+
+# %%
+for points in (4, 16):
+    small = 5 * points + 3 * 8 * points
+    print(f"{points:2} points per head: 5K + 3MK = {small}, C = 256")
+assert 5 * 4 + 3 * 8 * 4 == 116 < 256 < 464 == 5 * 16 + 3 * 8 * 16
+
+# %% [markdown]
+# So in the real detector the layers for offsets and scores are no small change.
+#
+# **In the encoder** every pixel is a query, so $N_q = HW$, and everything grows in proportion to
+# $HW$. Dense attention costs $O(N_q C^2 + N_k C^2 + N_q N_k C)$, whose last term is the square of
+# $HW$. We count rather than believe. PyTorch's counter sees the matrix products (it counts a
+# multiply-add as two operations); the sampling is added by formula.
 
 
 # %%
@@ -402,53 +570,179 @@ def count(call):
     return counter.get_total_flops()
 
 
-def flops(tokens, C=256, M=8, K=4):
-    """(deformable, dense) self-attention over a map of `tokens` pixels."""
+def flops(queries, pixels, C=256, M=8, K=4):
+    """(deformable, dense) attention from `queries` to a map of `pixels`."""
     with torch.device("meta"):
-        deformable = DeformAttn(C, M, K)
-        dense = nn.MultiheadAttention(C, M, batch_first=True)
-        x = torch.empty(1, tokens, C)
-        parts = (deformable.sampling_offsets, deformable.attention_weights)
-        parts += (deformable.value_proj, deformable.output_proj)
-    sampling = 2 * 5 * tokens * M * K * (C // M)
-    linear = count(lambda: [part(x) for part in parts])
-    return linear + sampling, count(lambda: dense(x, x, x))
+        ours, dense = DeformAttn(C, M, K), nn.MultiheadAttention(C, M, batch_first=True)
+        query, memory = torch.empty(1, queries, C), torch.empty(1, pixels, C)
+        on_query = (ours.sampling_offsets, ours.attention_weights, ours.output_proj)
+    sampling = 2 * 5 * queries * K * C
+    linear = count(lambda: [ours.value_proj(memory), *[layer(query) for layer in on_query]])
+    return linear + sampling, count(lambda: dense(query, memory, memory))
 
 
 # %%
 C, M, K, N = 256, 8, 4, 1000
-linear = 2 * N * C * (2 * C + 3 * M * K)
-assert flops(N)[0] == linear + 10 * N * C * K  # by hand: four linear layers, and the sampling
-assert flops(N)[1] == 2 * N * C * 4 * C + 2 * 2 * N * N * C
+assert flops(N, N)[0] == 2 * N * C * (2 * C + 3 * M * K + 5 * K)  # the table, N pixels and queries
+assert flops(N, N)[1] == 2 * N * C * 4 * C + 2 * 2 * N * N * C
 tokens = [100, 300, 1000, 3000, 10_000, 13_400]
-counted = torch.tensor([flops(n) for n in tokens], dtype=torch.float64)
-print([round(x / 1e9, 1) for x in counted[-1].tolist()], "GFLOPs at 100 x 134")
+encoder = torch.tensor([flops(n, n) for n in tokens], dtype=torch.float64)
+deformable, dense_cost = (encoder[-1] / 1e9).round(decimals=1).tolist()
+print(f"encoder at 100 x 134: {deformable} GFLOPs deformable, {dense_cost} dense")
 
-# %% mystnb={"image": {"alt": "Operations against number of pixels on logarithmic axes. Deformable attention is a straight line of slope one. Dense attention starts somewhat above it and bends to slope two, more than forty times above it at 13,400 pixels."}}
-figure, axis = plt.subplots()
-axis.loglog(tokens, counted[:, 1], "o-", label="dense")
-axis.loglog(tokens, counted[:, 0], "s-", label="deformable, K = 4")
-axis.set(xlabel="pixels of the map (all of them queries)", ylabel="floating-point operations")
-axis.legend()
+# %% [markdown]
+# **In the decoder** 300 queries look at the same map. Projecting the samples would cost
+# $N_q K C^2$, so the paper says that the decoder's cost does not depend on the map's size. But the
+# official code, and our module with it, always projects all values first. So its cost does grow
+# with the map.
+
+# %%
+decoder = torch.tensor([flops(300, n) for n in tokens], dtype=torch.float64)
+late = 2 * 300 * C * (C + 3 * M * K + K * C + 5 * M * K)  # project the samples; see below for 5MK
+print("decoder, 100 to 13,400 pixels, in GFLOPs")
+for name, (low, high) in (
+    ("  as in the code", decoder[[0, -1], 0]),
+    ("  dense", decoder[[0, -1], 1]),
+):
+    print(f"{name}: {low / 1e9:.1f} to {high / 1e9:.1f}")
+print(f"  project the samples: {late / 1e9:.1f} for any map")
+
+# %% mystnb={"image": {"alt": "Two panels of operations against the number of pixels on logarithmic axes. Encoder: deformable attention is a straight line of slope one; dense attention starts near it and bends to slope two, forty times above at 13,400 pixels. Decoder with 300 queries: dense attention and deformable attention as in the code both grow with the pixels; projecting the samples is a horizontal line."}}
+figure, axes = plt.subplots(1, 2, sharey=True)
+for axis, counted, name in zip(axes, (encoder, decoder), ("encoder", "decoder"), strict=True):
+    axis.loglog(tokens, counted[:, 1], "o-", color="C1", label="dense")
+    axis.loglog(tokens, counted[:, 0], "s-", color="C0", label="deformable, as in the code")
+    axis.set(xlabel="pixels of the map", title=name)
+axes[1].axhline(late, color="C2", label="deformable, project the samples")
+axes[0].set_ylabel("floating-point operations")
+axes[1].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.1. What to see: with ten times the pixels, deformable attention costs ten times as much;
-# dense attention approaches a hundred times once the pixels are many more than 2C = 512 ({{chapter attention}}). The
-# last points are a map of 100 x 134, stride 8 of an 800 x 1066 image.*
+# *Figure {{n}}.6. In the encoder (left) the pixels are also the queries: deformable attention is linear
+# in their number, dense attention becomes quadratic. In the decoder (right) there are 300 queries. Only
+# the order that the code does not use is independent of the map. The last points are a map of 100 x 134,
+# stride 8 of an 800 x 1066 image.*
 
-# %%
-slopes = (counted[-1] / counted[2]).log() / math.log(tokens[-1] / tokens[2])
-print("slopes from 1,000 pixels on:", [round(s, 1) for s in slopes.tolist()])
+# %% tags=["hide-input"]
+slopes = (encoder[-1] / encoder[2]).log() / math.log(tokens[-1] / tokens[2])
 assert math.isclose(slopes[0], 1, abs_tol=0.01) and slopes[1] > 1.7
-assert counted[-1, 1] > 40 * counted[-1, 0]
+assert encoder[-1, 1] > 40 * encoder[-1, 0]
+assert decoder[-1, 0] > 10 * decoder[0, 0] and decoder[0, 0] < late < decoder[-1, 0]
+
+# %% [markdown]
+# ## Exercise {{n}}.3  Cheaper or not?
+#
+# *difficulty ●○○ · 8 minutes · 3 lines*
+#
+# Write down the formulas behind the decoder's curves: the operations of the **matrix products** of
+# cross-attention, deformable and dense, when values (and keys) are projected once for every pixel. As
+# in PyTorch's counter, a multiply-add is two operations, and a bias none. Leave the sampling out.
+
+
+# %% tags=["exercise"]
+def cross_attention_flops(queries, pixels, C, M, K):
+    """Returns (deformable, dense) operations; deformable without its sampling."""
+    # BEGIN SOLUTION
+    deformable = 2 * queries * C * (3 * M * K + C) + 2 * pixels * C * C
+    projections = 2 * (2 * queries + 2 * pixels) * C * C
+    return deformable, projections + 2 * 2 * queries * pixels * C
+    # END SOLUTION
+
+
+check("deformable_attention.3", cross_attention_flops)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# A linear layer from $a$ to $b$ on $n$ rows costs $2nab$. Deformable: offsets ($2MK$ outputs),
+# weights ($MK$) and output projection on the queries, value projection on the pixels.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Dense: query and output projections on the queries, key and value projections on the pixels, then
+# two products of $N_q \times N_k$ with $C$ channels in all heads together.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# The first check has as many queries as pixels, so it does not matter which is which. Only keys and
+# values are projected for every pixel.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# ## Exercise {{n}}.4  Project last
+#
+# *difficulty ●●● · 30 minutes · 7 lines*
+#
+# Build the order that the code does not use, and save even more than the paper says. Since everything
+# is linear, you can sample, **weigh, add over the K points**, and only then project: one product with
+# $W'_m$ per query and head, $N_q C^2$ in all instead of $N_q K C^2$.
+#
+# Each head now reads all $C$ channels at its own points, because its projection comes later. (So
+# reading costs $5 N_q M K C$, $M$ times as much as the table says. The paper's count leaves this
+# out.) The result must be that of `output_proj(attention(value_proj(feature)))` without biases, and
+# no product may have $HW$ rows. Keep it for detectors with few queries and large maps.
+
+
+# %% tags=["exercise"]
+def project_last(feature, size, locations, weights, value_weight, output_weight):
+    """feature: (B, H*W, C), not projected. locations: (B, Q, M, K, 2). weights: (B, Q, M, K).
+
+    value_weight, output_weight: (C, C), as in nn.Linear. Returns (B, Q, C). You may call
+    ms_deform_attn(value, [size], locations.unsqueeze(3), weights.unsqueeze(3)).
+    """
+    # BEGIN SOLUTION
+    B, Q, M, _ = weights.shape
+    C = feature.shape[-1]
+    everything = feature.unsqueeze(2).expand(-1, -1, M, -1)  # each head sees all channels
+    read = ms_deform_attn(everything, [size], locations.unsqueeze(3), weights.unsqueeze(3))
+    per_head = value_weight.view(M, C // M, C)
+    heads = torch.einsum("bqmc,mdc->bqmd", read.view(B, Q, M, C), per_head)
+    return heads.flatten(2) @ output_weight.T
+    # END SOLUTION
+
+
+check("deformable_attention.4", project_last)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Repeat the feature map for every head: `feature.unsqueeze(2).expand(-1, -1, M, -1)`. The operator
+# then returns (B, Q, M * C).
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `value_weight.view(M, C // M, C)` are the heads' own $W'_m$: head $m$ makes outputs $mD$ to
+# $(m+1)D$. An `einsum` over the channels gives (B, Q, M, D).
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# The first check has one head. With several, head $m$ has rows $mD$ to $(m+1)D$ of `value_weight`,
+# not columns, and not every $M$-th row. If you fail the last check, some product still runs over all
+# pixels.
+#
+# </details>
+#
+# {{solution}}
 
 # %% [markdown]
 # ## {{n}}.9 Learning where to look
 #
-# A task with a known answer. The map is a smooth random picture. Each query carries a direction
-# (up, down, left or right, as one of four vectors), and must return the picture's value **four
-# pixels** from its reference in that direction. Nobody tells it where; it gets the value only.
+# Can a query learn where its points belong if it is told only what it should have found? Again we take
+# a task with a known answer. The map is a smooth random picture. Each query carries a direction (up,
+# down, left or right, as one of four vectors), and it must return the picture's value **four pixels**
+# away from its reference in that direction.
 
 # %%
 DIRECTIONS = torch.tensor([[0.0, -4.0], [0.0, 4.0], [-4.0, 0.0], [4.0, 0.0]])  # (dx, dy)
@@ -489,114 +783,76 @@ def learn(seed, steps=250):
 
 
 # %% [markdown]
-# Before you run: at the start the two points lie one and two pixels to the right, with equal
-# weights, for every query. Where will they be at the end?
+# At the start the two points lie one and two pixels to the right of the reference, with equal weights,
+# for every query.
+#
+# Before you run: one point would be enough for each direction. Where will the two be at the end, and
+# with what weights?
 
 # %%
 trained = [learn(seed) for seed in range(3)]
-ends = [sum(losses[-25:]) / 25 for _, losses in trained]
-assert all(end < 0.1 * losses[0] for end, (_, losses) in zip(ends, trained, strict=True))
 
 
-def mean_offset(module):
-    """The weighted mean offset in pixels for each of the four directions, (4, 2)."""
-    query, centre = torch.eye(4)[None], torch.full((1, 4, 2), 0.5)
-    sampling = module.sampling(query, centre, (20, 26))
-    offsets = (sampling.locations - 0.5)[0, :, 0, 0] * torch.tensor([26, 20])
-    return (offsets * sampling.weights[0, :, 0, 0, :, None]).sum(1).detach()
+def learned_points(module):
+    """Offsets in pixels (4, K, 2) and weights (4, K) for each of the four directions."""
+    sampling = module.sampling(torch.eye(4)[None], torch.full((1, 4, 2), 0.5), (20, 26))
+    offsets = (sampling.locations[0, :, 0, 0] - 0.5) * torch.tensor([26, 20])
+    return offsets.detach(), sampling.weights[0, :, 0, 0].detach()
 
 
-errors = [(mean_offset(module) - DIRECTIONS).norm(dim=-1).max().item() for module, _ in trained]
-print("all within a pixel and a half of the answer:", all(error < 1.5 for error in errors))
-assert all(error < 1.5 for error in errors)
+for seed, (module, _) in enumerate(trained):
+    offsets, weights = learned_points(module)
+    heavy = offsets[torch.arange(4), weights.argmax(-1)]  # the point with the larger weight
+    error, least = (heavy - DIRECTIONS).norm(dim=-1).max(), weights.amax(-1).min()
+    print(
+        f"seed {seed}: the heavier point is within half a pixel of the answer:", bool(error < 0.5)
+    )
+    assert error < 0.5 and least > 0.7
 
-# %% mystnb={"image": {"alt": "Left: training loss of three seeds falling towards zero. Right: learned sampling points around the reference for each of four directions, lying close to the crosses that mark the known answers four pixels up, down, left and right."}}
+# %% mystnb={"image": {"alt": "Left: three training losses, one line per seed, falling to zero. Right: learned points around the reference for each of four directions. A large disc lies on each of the four crosses that mark the answers, and a small disc lies elsewhere."}}
 figure, (left_axis, right_axis) = plt.subplots(1, 2)
-curves = torch.tensor([losses for _, losses in trained]).unfold(1, 10, 1).mean(-1)
-left_axis.plot(curves.mean(0))
-left_axis.fill_between(range(curves.shape[1]), curves.amin(0), curves.amax(0), alpha=0.25)
-left_axis.set(xlabel="step", ylabel="squared error", ylim=(0, None))
-sampling = trained[0][0].sampling(torch.eye(4)[None], torch.full((1, 4, 2), 0.5), (20, 26))
-offsets = (sampling.locations[0, :, 0, 0].detach() - 0.5) * torch.tensor([26, 20])
+for seed, (_, losses) in enumerate(trained):
+    curve = torch.tensor(losses).unfold(0, 10, 1).mean(-1)
+    left_axis.plot(range(10, 251), curve, linewidth=1.2, label=f"seed {seed}")
+left_axis.set(xlabel="step", ylabel="squared error, mean of 10 steps", ylim=(0, None))
+left_axis.legend()
+offsets, weights = learned_points(trained[0][0])
 for number, name in enumerate(("up", "down", "left", "right")):
-    size = 150 * sampling.weights[0, number, 0, 0].detach()
-    right_axis.scatter(*offsets[number].T, s=size, color=f"C{number}", alpha=0.7, label=name)
-    right_axis.plot(*DIRECTIONS[number], "+", color=f"C{number}", markersize=14)
+    colour = f"C{number}"
+    right_axis.scatter(
+        *offsets[number].T, s=150 * weights[number], color=colour, alpha=0.7, label=name
+    )
+    right_axis.plot(*DIRECTIONS[number], "+", color=colour, markersize=14)
 right_axis.plot(0, 0, "k.")
 right_axis.set(xlabel="dx in pixels", ylabel="dy in pixels", xlim=(-6.5, 6.5), ylim=(6.5, -6.5))
 right_axis.legend(loc="upper right", fontsize=7)
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.2. What to see: left, the mean of three seeds and their range. Right, where the two
-# points of one trained head lie for each kind of query (disc area is the attention weight); the
-# crosses are the known answers. Both points started to the right. For each direction one of them has gone to
-# the answer, and the softmax has nearly switched the other off (small discs).*
-
-# %% [markdown]
-# ## Exercise {{n}}.3  Cheaper or not?
-#
-# *difficulty ●○○ · 8 minutes · 3 lines*
-#
-# In the decoder few queries look at many pixels. Return the operations of the **matrix products** of both
-# kinds of cross-attention, as our modules do them: values (and keys) are projected once for every pixel.
-# Multiply-adds count as two operations, biases as none.
-
-
-# %% tags=["exercise"]
-def cross_attention_flops(queries, pixels, C, M, K):
-    """Returns (deformable, dense) operations; deformable without its sampling."""
-    # BEGIN SOLUTION
-    deformable = 2 * queries * C * (3 * M * K + C) + 2 * pixels * C * C
-    projections = 2 * (2 * queries + 2 * pixels) * C * C
-    return deformable, projections + 2 * 2 * queries * pixels * C
-    # END SOLUTION
-
-
-check("deformable_attention.3", cross_attention_flops)
-
-# %% [markdown]
-# <details><summary>Hint 1</summary>
-#
-# A linear layer from $a$ to $b$ on $n$ rows costs $2nab$. Deformable: offsets ($2MK$ outputs),
-# weights ($MK$) and output projection on the queries, value projection on the pixels.
-#
-# </details>
-#
-# <details><summary>Hint 2</summary>
-#
-# Dense: query and output projections on the queries, key and value projections on the pixels, then
-# two products of $N_q \times N_k$ with $C$ channels in all heads together.
-#
-# </details>
-#
-# <details><summary>I pass the first check but fail the second</summary>
-#
-# With as many queries as pixels it does not matter which is which. Only keys and values are
-# projected for every pixel.
-#
-# </details>
-#
-# {{solution}}
+# *Figure {{n}}.7. Left, the loss of three seeds. Right, the two points of one trained head for each kind
+# of query; a disc's area is its weight, crosses are the known answers. For each direction one point
+# has moved to the answer, and the softmax has nearly switched off the other one (the small disc).*
 
 # %% [markdown]
 # ## Summary
 #
-# - Each query says where its $K$ points lie and how much each counts, both linear in the query.
-# - There are no keys: unlike dense attention, it does not compare, and pixels that it does not
-#   sample do not exist for it.
-# - $K = 1$ is a deformable convolution; $K = HW$ on all pixels, with the weights of a dense softmax, is
-#   dense attention.
-# - It starts at weight $1/K$ instead of $1/HW$, and in an encoder its operations grow
-#   linearly with the pixels, not with their square.
+# - Each query says where its $K$ points lie (linear in the query) and how much each counts (a softmax
+#   of something linear in the query).
+# - There are no keys: what stands at a point changes the output, but neither points nor weights.
+#   Pixels that are not sampled do not exist for the query.
+# - One head with one point and $W' = I$ is a deformable 1 x 1 convolution; $K = HW$ on all pixels, with
+#   the weights of a dense softmax, is dense attention.
+# - In an encoder its cost is linear in the pixels. In a decoder it could be independent of them; as
+#   coded it is not.
 # - Offsets are pixels of the map: divide x by W and y by H.
 #
 # > **Differs from the paper.** Eq. 2 has reference points in pixels; this module takes normalised
-# > ones, as Eq. 3 does. **Differs from the official code.** There is no module for one scale there;
-# > it is the multi-scale module with one level, and so is ours.
+# > ones, as Eq. 3 does. Appendix A.1 takes the cheaper of two orders of work; the code always projects
+# > first. **Differs from the official code.** There is no module for one scale there; it is the
+# > multi-scale module with one level, and so is ours.
 #
 # ## Further reading
 #
-# - {cite}`zhu2021deformable`: section {{n}}.1 and Appendix A.1.
+# - {cite}`zhu2021deformable`: Eq. 2, Table 1 and Appendix A.1.
 # - {cite}`vaswani2017attention`: what it replaces.
 # - {cite}`dai2017deformable` and {cite}`zhu2019deformable2`: where the offsets come from.

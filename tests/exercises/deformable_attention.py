@@ -69,6 +69,52 @@ def check_cross_attention_flops(cross_attention_flops):
         expect(given, wanted, "keys and values are projected once for every pixel")
 
 
+@checks("deformable_attention.4")
+def check_project_last(project_last):
+    def case(B, Q, M, K, D, size):
+        feature = torch.randn(B, size[0] * size[1], M * D)
+        locations = torch.rand(B, Q, M, K, 2) * 1.4 - 0.2
+        matrices = torch.randn(2, M * D, M * D)
+        return feature, size, locations, torch.rand(B, Q, M, K), *matrices
+
+    yield "one head"
+    arguments = case(2, 5, 1, 3, 4, (4, 6))
+    expect(project_last(*arguments), _project_first(*arguments), atol=1e-3)
+    yield "several heads"
+    arguments = case(2, 5, 3, 4, 2, (4, 6))
+    hint = "head m has rows m * D to (m + 1) * D of value_weight"
+    expect(project_last(*arguments), _project_first(*arguments), hint, atol=1e-3)
+    yield "its matrix products cost the same on a larger map"
+    found = []
+    for size in ((4, 6), (12, 18)):
+        with FlopCounterMode(display=False) as counter:
+            project_last(*case(1, 5, 3, 4, 2, size))
+        found.append(counter.get_total_flops())
+    expect(found[1], found[0], "no product may have H * W rows")
+
+
+def _project_first(feature, size, locations, weights, value_weight, output_weight):
+    value = (feature @ value_weight.T).unflatten(-1, (weights.shape[2], -1))
+    return _library(value, size, locations, weights) @ output_weight.T
+
+
+def _project_last(*arguments, split=None, output_transposed=True):
+    feature, size, locations, weights, value_weight, output_weight = arguments
+    M = weights.shape[2]
+    everything = feature.unsqueeze(2).expand(-1, -1, M, -1)
+    read = _library(everything, size, locations, weights).unflatten(-1, (M, -1))
+    heads = torch.einsum("bqmc,mdc->bqmd", read, split(value_weight, M)).flatten(2)
+    return heads @ (output_weight.T if output_transposed else output_weight)
+
+
+def _rows(matrix, M):
+    return matrix.unflatten(0, (M, -1))
+
+
+def _every_row(matrix, M):
+    return matrix.unflatten(0, (-1, M)).transpose(0, 1)
+
+
 def _vectorised(value, size, locations, weights, align=False, careless=False):
     B, _, M, D = value.shape
     maps = value.permute(0, 2, 3, 1).reshape(B * M, D, *size)
@@ -111,5 +157,22 @@ WRONG = {
     "deformable_attention.3": [
         ("values projected per query", lambda *a: _flops(*a, values_on="queries")),
         ("multiply-adds counted once", lambda *a: tuple(n // 2 for n in _flops(*a))),
+    ],
+    "deformable_attention.4": [
+        ("all pixels projected first", _project_first),
+        (
+            "every M-th row",
+            lambda *a: _project_last(
+                *a, split=lambda w, M: w.unflatten(0, (-1, M)).transpose(0, 1)
+            ),
+        ),
+        (
+            "columns instead of rows",
+            lambda *a: _project_last(*a, split=lambda w, M: _rows(w.T, M)),
+        ),
+        (
+            "output matrix not transposed",
+            lambda *a: _project_last(*a, split=_rows, output_transposed=False),
+        ),
     ],
 }
