@@ -27,21 +27,17 @@
 
 # %% [markdown]
 # Deformable attention fetches a few rows of numbers from computed places and sums them by weight.
-# PyTorch can do it with `grid_sample`, but it first writes every sample to memory: in one layer of the
-# paper's encoder that is 17,821 queries, 8 heads, 16 points and 32 channels of 4 bytes, or 292 MB. A
-# kernel of our own adds the samples up as it reads them, so it writes only the result.
+# PyTorch's `grid_sample` first writes every sample to memory. In one layer of the paper's encoder that is
+# 17,821 queries, 8 heads, 16 points and 32 channels of 4 bytes: 292 MB. A kernel of our own adds the samples
+# up as it reads them, so it writes only the result.
 #
-# This chapter writes such a kernel in CUDA, the language of NVIDIA's GPUs; the next one makes it fast.
-# You need no GPU for it, because **CUDA C++ is C++** with a handful of words added. Once we supply
-# those words, your laptop's own compiler builds the same text.
+# This chapter writes it in CUDA, the language of NVIDIA's GPUs. You need no GPU, because **CUDA C++ is C++** with a
+# handful of words added. Once these are supplied, your laptop's compiler builds the same text.
 
 # %%
 import ctypes
 import re
-import subprocess
-import tempfile
 from importlib import resources
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -52,8 +48,8 @@ from schematics import running_example, slider
 
 from deformable_detr import ms_deform_attn
 from deformable_detr.exercises import check
+from deformable_detr.exercises.cuda import build, build_team
 from deformable_detr.ops import cuda, threads
-from deformable_detr.ops.build import compiler
 
 plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)
@@ -61,9 +57,9 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## {{n}}.1 A grid of threads
 #
-# A **kernel** is a function that many threads run at the same time. All of them run the same text; they
-# differ only in their number, from which each works out which part of the job is its own. Threads are
-# grouped twice: some threads make a **block**, and all blocks make the **grid**.
+# A **kernel** is a function that many threads run at the same time. All run the same text; they differ only in
+# their number, from which each works out its part of the job. Threads are grouped twice: some
+# threads make a **block**, and all blocks make the **grid**.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three drawings from left to right. A grid of blocks; one of its blocks, enlarged, has four rows of 32 threads each, its warps; one of these warps, enlarged, has 32 numbered lanes, and eight of them, 16 to 23, are filled green."}}
 schematics.grid_block_warp_lane()
@@ -73,9 +69,9 @@ schematics.grid_block_warp_lane()
 # time: such a group is a **warp**, and a thread's place in it is its **lane**. (The green lanes will
 # share one attention head later on.)*
 #
-# A thread finds its place in variables that nobody passes to it. `blockIdx` is the number of its block,
-# `threadIdx` its number within the block, and `blockDim` how many threads a block has. The word
-# `__global__` marks a kernel. Here is one that does nothing but note where each thread stands:
+# A thread finds its place in three variables: `blockIdx` is the number of its block, `threadIdx` its number
+# within the block, `blockDim` how many threads a block has. (`gridDim` counts the blocks.) The word `__global__` marks a kernel. This
+# one only notes where each thread stands:
 
 # %%
 KERNEL = r"""
@@ -88,64 +84,40 @@ __global__ void where_am_i(int* block, int* thread, int n) {
 """
 
 # %% [markdown]
-# A C++ compiler does not know the word `__global__` and the three variables, so we define them. The
-# `.x` is there because CUDA can number blocks and threads along more than one axis.
+# A C++ compiler does not know these words, so we define them. (The `.x` is there because CUDA can
+# number blocks and threads along more than one axis.)
 
 # %%
 WORDS = r"""
 #include <cmath>
 #define __global__
 struct Place { int x; };
-static Place threadIdx, blockIdx, blockDim;
+static Place threadIdx, blockIdx, blockDim, gridDim;
 """
 
 # %% [markdown]
-# What remains is the grid, and two loops do for it. A GPU runs threads side by side, in no order that
-# one can rely on. A correct kernel therefore must not care about the order, so running one thread after
-# another is allowed, too.
+# What remains is the grid, and two loops do for it. A GPU runs threads side by side, in no order that one can
+# rely on. A correct kernel must not care about the order, so running one after another is allowed, too.
 
 # %%
 LOOPS = r"""
 extern "C" void launch(int blocks, int threads, PARAMETERS) {
-    blockDim.x = threads;
+    blockDim.x = threads, gridDim.x = blocks;
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) CALL;
 }
 """
 
 # %% [markdown]
-# `build` puts the pieces together: our words, the kernel, and the loops that call it. It compiles them
-# into a library and returns a function that runs the kernel.
-
-
-# %%
-def as_c(x):
-    """A tensor becomes its address, a number stays one."""
-    return ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int(x)
-
-
-def build(kernel, words=WORDS, grid=LOOPS):
-    """The kernel as run(blocks, threads, *its own arguments), and the library it stands in."""
-    name, parameters = re.search(r"__global__ void (\w+)\((.*?)\)", kernel, re.S).groups()
-    arguments = ", ".join(p.split()[-1].lstrip("*") for p in parameters.split(","))
-    launch = grid.replace("PARAMETERS", parameters).replace("CALL", f"{name}({arguments})")
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
-        source.write_text(words + kernel + launch)
-        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
-        command = [*compiler(), *flags, str(source), "-o", str(library)]
-        subprocess.run(command, check=True)
-        loaded = ctypes.CDLL(str(library))
-    return lambda *given: loaded.launch(*map(as_c, given)), loaded
-
-
-# %% [markdown]
+# `build` puts the words, the kernel and the loops into one file, compiles it, and returns a function that runs
+# the kernel. It takes the number of blocks, that of threads per block, and the kernel's own arguments.
+#
 # Before you run: we have ten numbers and blocks of four threads. How many blocks does that take, and
 # what do the last two threads of the last block do?
 
 # %%
-run, _ = build(KERNEL)
-block, thread = torch.full((10,), -1, dtype=torch.int32), torch.full((10,), -1, dtype=torch.int32)
+run = build(KERNEL, words=WORDS, grid=LOOPS)
+block, thread = torch.zeros(2, 10, dtype=torch.int32)
 run(3, 4, block, thread, 10)
 print("block ", *block.tolist())
 print("thread", *thread.tolist())
@@ -206,16 +178,13 @@ check("cuda_kernel.1", weighted_rows)
 # %% [markdown]
 # ## {{n}}.2 One output by hand
 #
-# Before writing the kernel we need one result that we can trust. Take one query, one head, one point,
-# and one level of 2 by 3 pixels with two channels. Channel 0 of a pixel is 10 times its row plus its
-# column, and channel 1 is the negative of that.
+# First we need one result that we can trust. Take one query, one head, one point, and one level of 2 by 3 pixels
+# with two channels: channel 0 is 10 times a pixel's row plus its column, channel 1 the negative of that.
 
 # %%
 height, width = 2, 3
-value = torch.tensor(
-    [[[[10.0 * y + x], [-10.0 * y - x]] for y in range(height) for x in range(width)]]
-)
-value = value.reshape(1, height * width, 1, 2)  # (B, S, M, D)
+ramp = 10.0 * torch.arange(2)[:, None] + torch.arange(3)
+value = torch.stack([ramp, -ramp], -1).reshape(1, height * width, 1, 2)  # (B, S, M, D)
 location = torch.tensor([0.6, 0.4]).reshape(1, 1, 1, 1, 1, 2)  # (B, Q, M, L, K, 2)
 weight = torch.tensor(0.5).reshape(1, 1, 1, 1, 1)  # (B, Q, M, L, K)
 
@@ -232,10 +201,9 @@ assert torch.allclose(output.flatten(), torch.tensor([2.15, -2.15]))
 # %% [markdown]
 # ## {{n}}.3 One thread per number
 #
-# The output has B · Q · M · D numbers. The first kernel, like the official one of
-# {cite}`zhu2021deformable`, gives each of them a thread. The thread takes its number `i` apart into
-# channel `d`, head `m` and image `b`; `item` counts images, queries and heads together. Then it walks
-# over all levels and points, and over the four pixels around each point.
+# The first kernel, like the official one of {cite}`zhu2021deformable`, gives each of the B · Q · M · D output
+# numbers a thread. The thread takes its number `i` apart into channel `d`, head `m` and image `b`; `item` counts
+# images, queries and heads together. Then it walks over levels, points, and the four pixels around each point.
 
 # %%
 NAIVE = r"""
@@ -277,8 +245,8 @@ __global__ void naive(const float* value, const int* shapes, const float* locati
 """
 
 # %% [markdown]
-# One line looks clumsy: `!(x > -1 && ...)`. It is written that way because every comparison with a
-# coordinate that is not a number is false. So such a point is skipped, as a point outside is.
+# One line looks clumsy: `!(x > -1 && ...)`. Every comparison with a coordinate that is not a number is false, so
+# in this form such a point is skipped, as a point outside is.
 
 
 # %%
@@ -293,7 +261,7 @@ def run_naive(kernel, value, shapes, locations, weights, threads=32):
     return output
 
 
-naive, library = build(NAIVE)
+naive = build(NAIVE)
 by_thread = run_naive(naive, value, [(height, width)], location, weight)
 print([round(x, 3) for x in by_thread.flatten().tolist()])
 assert torch.allclose(by_thread, output)
@@ -315,9 +283,9 @@ for number in (1, 32, 50):
 print(B * Q * M * D, "numbers, equal for blocks of 1, 32 and 50 threads")
 
 # %% [markdown]
-# What samples any map at any place can also turn a picture. The book's seven is a map with three
-# channels. Every pixel of a new picture becomes a query with one point, on a grid that is turned and
-# magnified around the digit, and each of the 23,040 numbers gets a thread:
+# What samples a map at any place can also turn a picture. The book's seven is a map with three channels. Each
+# pixel of a new picture becomes a query with one point, on a grid that is turned and magnified, and each
+# of the 23,040 numbers gets a thread:
 
 # %%
 picture = torch.from_numpy(running_example() / 255).float()  # (128, 128, 3)
@@ -327,26 +295,20 @@ places = ((torch.tensor([64.0, 96.0]) + turned) / 128).reshape(1, -1, 1, 1, 1, 2
 ones = torch.ones(places.shape[:-1])
 drawn = run_naive(naive, picture.reshape(1, -1, 1, 3), [(128, 128)], places, ones)
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left, the photograph of wood with a green seven, and on it an orange frame, turned. Right, what lies in the frame, upright and enlarged: the seven leans to the left."}}
-_, (before, after) = plt.subplots(1, 2, figsize=(6, 3))
-before.imshow(picture)
-edge = places.reshape(96, 80, 2)[[0, 0, -1, -1, 0], [0, -1, -1, 0, 0]] * 128
-before.plot(*edge.T, color="C4")
-after.imshow(drawn.reshape(96, 80, 3).clip(0, 1))
-for axis, title in ((before, "value: 128 x 128, 3 channels"), (after, "output: 96 x 80 queries")):
-    axis.set(title=title, xticks=[], yticks=[])
-plt.show()
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left, the photograph of wood with a green seven, and on it an orange frame, turned. Right, what lies in the frame, enlarged: the seven leans to the left, and a corner that lay outside the photograph is black."}}
+schematics.turned_picture(
+    picture, places.reshape(96, 80, 2) * 128, drawn.reshape(96, 80, 3).clip(0, 1)
+)
 
 # %% [markdown]
 # *Figure {{n}}.2. The naive kernel at work on the running example: one point per query, at the places in
-# the orange frame.*
+# the orange frame. Outside the map there is nothing, so one corner is black.*
 
 # %% [markdown]
 # ## {{n}}.4 Stop inside a thread
 #
-# NVIDIA's debugger, `cuda-gdb`, stops one thread of thousands and shows its variables. We can do the
-# same with one more word. `WATCH(x)` notes the name and the value of `x`, but only in the thread that is
-# being watched:
+# NVIDIA's debugger, `cuda-gdb`, stops one thread of thousands and shows its variables. We get the same with one
+# more word: `WATCH(x)` notes name and value of `x`, but only in the thread that is being watched.
 
 # %%
 NOTEBOOK = r"""
@@ -362,14 +324,13 @@ def watch(kernel):
     return re.sub(line, r"\1 WATCH(\2)", kernel, flags=re.M)
 
 
-print(next(line.strip() for line in watch(NAIVE).splitlines() if "attention =" in line))
-
 # %% [markdown]
 # Our last comparison had 420 threads. Before you run: which image, query, head and channel belong to
 # thread 303? Count from the back, with D = 6, M = 7 and Q = 5.
 
 # %%
-watched, library = build(watch(NAIVE), WORDS + NOTEBOOK)
+watched = build(watch(NAIVE), words=WORDS + NOTEBOOK)
+library = watched.library
 ctypes.c_int.in_dll(library, "watched").value = 303
 run_naive(watched, value, shapes, locations, weights)
 notes = ctypes.c_int.in_dll(library, "notes").value
@@ -379,25 +340,19 @@ steps = [(name.decode(), value) for name, value in zip(names, values, strict=Tru
 for name, number in steps[:20]:
     print(f"{name:>9} = {number:g}" if number == int(number) else f"{name:>9} = {number:.3f}")
 assert steps[1:5] == [("d", 3), ("item", 50), ("m", 1), ("b", 1)]
+assert abs(sum(n for name, n in steps if name == "attention") - 1) < 1e-5  # all points visited
 
 # %% [markdown]
-# It is channel 3 of head 1, and item 50 is query 2 of image 1. Then comes the first point. Its x of −1.009
-# is more than a pixel outside, so it is skipped. The second point, p = 601, counts, and its corners
-# follow. A watched thread can be tested, too: all its attention weights must add up to 1.
-
-# %%
-visited = sum(number for name, number in steps if name == "attention")
-print(f"the attention weights that thread 303 has met add up to {visited:.5f}")
-assert abs(visited - 1) < 1e-5
+# It is channel 3 of head 1, and item 50 is query 2 of image 1. The first point's x of −1.009 is more than a
+# pixel outside, so it is skipped. The second point, p = 601, counts, and its corners follow.
 
 # %% [markdown]
 # ## {{n}}.5 Who reads which address
 #
-# The naive kernel is right. To see what it costs, we have to look at memory as the hardware does. A GPU
-# runs the 32 lanes of a warp together. When they reach a line that reads memory, their 32 addresses go
-# out as one **request**. Memory does not answer with single numbers but with **sectors** of 32 bytes,
-# eight floats. So lanes that read neighbouring numbers share a sector, while lanes that read far apart
-# need one each.
+# The naive kernel is right. What does it cost? A GPU runs the 32 lanes of a warp together. When they reach a line
+# that reads memory, their 32 addresses go out as one **request**. Memory answers not with single numbers but with
+# **sectors** of 32 bytes, eight floats. So lanes that read neighbouring numbers share a sector, while
+# lanes that read far apart need one each.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Strips of memory in frames of eight cells. Above, channels last: four neighbouring frames are filled completely. Below, channels first: of each frame that is fetched, only a single cell is filled; six of 32 such frames are drawn."}}
 schematics.two_layouts()
@@ -417,9 +372,9 @@ def sectors(addresses, size=4):
 
 
 # %% [markdown]
-# Now predict. In the paper's detector a head has 32 channels, so one warp of the naive kernel is one
-# head, and each lane a channel. `grid_sample` wants the other layout, (B, M, D, S). The index of a number is
-# the same text in C and in Python, so `eval` can work it out for 32 lanes at once.
+# In the paper's detector a head has 32 channels, so a warp of the naive kernel is one head, and each lane
+# a channel. `grid_sample` wants the other layout, (B, M, D, S). An index is the same text in C and in
+# Python, so `eval` works it out for 32 lanes at once.
 #
 # Before you run: how many sectors will one request fetch from each layout?
 
@@ -450,9 +405,8 @@ slider(schematics.stride_and_sectors, stride=(1, 16, 3))
 # *Figure {{n}}.4. One request of 32 lanes, lane t reading number t · stride. Orange: the numbers read.
 # Green frames: the sectors that memory fetches for them.*
 #
-# A prediction is worth something once it is compared with what happens. So we let the kernel write down
-# every address it reads. `READ(x)` gives `x` and notes who wanted it, and a search for square brackets
-# puts it around every read:
+# Does the kernel do what the simulator predicts? We let it write down every address that it reads: `READ(x)`
+# gives `x` and notes who wanted it, and a search for square brackets puts it around every read.
 
 # %%
 TRACE = r"""
@@ -472,9 +426,9 @@ def noted(kernel):
 
 
 # %% [markdown]
-# Our loops run the threads one by one. But the n-th read of each of them comes from the same line of
-# code, which a warp would run together. So the n-th reads of 32 threads make one request, provided that
-# all threads take the same path; here they do, because all points lie inside.
+# Our loops run the threads one by one. But the n-th read of each comes from the same line of code, which a
+# warp would run together. So the n-th reads of 32 threads make one request, as long as all take the same path;
+# here they do, because all points lie inside.
 
 
 # %%
@@ -495,10 +449,10 @@ values = {"channels last": value, "channels first": value.permute(0, 2, 3, 1).re
 # %%
 reads = {}  # by layout: the requests that go to value
 for name, index in LAYOUTS.items():
-    kernel, library = build(noted(NAIVE.replace(LAYOUTS["channels last"], index)), WORDS + TRACE)
-    array = values[name]
+    text = noted(NAIVE.replace(LAYOUTS["channels last"], index))
+    kernel, array = build(text, words=WORDS + TRACE), values[name]
     torch.testing.assert_close(run_naive(kernel, array, shapes, locations, weights), expected)
-    addresses = requests(library)
+    addresses = requests(kernel.library)
     begin, end = array.data_ptr(), array.data_ptr() + array.nbytes
     to_value = ((addresses >= begin) & (addresses < end)).all(1)
     reads[name], others = addresses[to_value], addresses[~to_value]
@@ -507,37 +461,28 @@ for name, index in LAYOUTS.items():
     assert mean == predicted[name]
 
 # %% [markdown]
-# The simulator was right: the second layout fetches eight times as many sectors, 1024 bytes for each 128
-# that are used. This is why the library keeps `value` as (B, S, M, D), channels last.
-# {{chapter making_it_fast}} predicts and times the two layouts on your own processor.
-#
-# What about the other reads, those of shapes, locations and weights?
+# The simulator was right: the second layout fetches eight times as many sectors, 1024 bytes for every 128 that are
+# used. This is why the library keeps `value` channels last. {{chapter making_it_fast}} predicts and times the
+# two layouts on your own processor. And the other reads, those of shapes, locations and weights?
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, lane of the warp across, address up, six requests in each. Left, requests to value: six rising lines, each of 32 neighbouring addresses. Right, requests to all other arrays: six flat lines, because all lanes read one address."}}
-_, axes = plt.subplots(1, 2, sharey=True, figsize=(7, 3))
-pairs = (reads["channels last"], "requests to value"), (others, "requests to all else")
-for axis, (part, title) in zip(axes, pairs, strict=True):
-    for n, row in enumerate(part[:6]):  # each request drawn above the one before
-        axis.plot(40 * n + (row - row.min()) // 4, ".", markersize=4)
-    axis.set(xlabel="lane of the warp", yticks=range(0, 240, 40), title=title)
-axes[0].set(yticklabels=[f"request {n}" for n in range(6)])
-plt.show()
+schematics.six_requests(to_value=reads["channels last"], to_all_else=others)
 assert all(len(set(row)) == 1 for row in others)
 
 # %% [markdown]
 # *Figure {{n}}.5. Six requests of each kind, from the trace; within a request, height is the address.
 # Left: 32 lanes read 32 neighbouring numbers. Right: they all read the same number.*
 #
-# The right panel costs few sectors, but it shows a waste of another kind. All 32 lanes read the same
-# location and then compute the same x, the same y, the same corners and weights: 31 times too often.
+# The right panel costs few sectors, but it shows another waste. All 32 lanes read the same location and
+# compute the same x, y, corners and weights: 31 times too often.
 
 # %% [markdown]
 # ## {{n}}.6 Two phases
 #
-# The waste ends if lanes share their results. The threads that work on one head together are called the
-# head's lanes from here on; we take eight. They work in two phases. First each lane takes some of the
-# **points**, finds their corners and weights, and puts them where the others can read them. Then each
-# lane takes some of the **channels**, and runs over all points.
+# The waste ends if lanes share their results. From here on, the threads that work on one head together are its
+# lanes; we take eight. They work in two phases. First each lane takes some of the **points**, finds their corners
+# and weights, and puts them where the others can read them. Then each lane takes some of the **channels**, and
+# runs over all points.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left, phase 1: sixteen points in two rows of eight under lanes 0 to 7. Middle: a box, shared memory, which holds 16 times 4 offsets and weights, on a vertical red line, the barrier. Right, phase 2: rows of 32 channels under the same lanes 0 to 7, four channels for each."}}
 schematics.two_phases()
@@ -547,48 +492,16 @@ schematics.two_phases()
 # first points, then channels.*
 #
 # Two new words are needed. `__shared__` declares an array that all threads of a block see; on a GPU it
-# lies in a small, fast memory of its own. `__syncwarp()` is a **barrier**: a thread that comes to it
-# waits until all threads of its warp are there. Without it a lane could read a corner that another lane has
-# not written yet. (`__device__` is no more than a mark for functions that kernels call.)
+# lies in a small, fast memory. `__syncwarp()` is a **barrier**: a thread that comes to it waits until all threads of
+# its warp are there. Without it a lane could read a corner that another lane has not written yet.
+# (`__device__` only marks functions that kernels call.)
 #
-# Threads that wait for each other can no longer run one after another. So from here on every CUDA thread
-# becomes a thread of the operating system, and the barrier is a real one:
-
-# %%
-TEAM_WORDS = r"""
-#include <atomic>
-#include <barrier>
-#include <cmath>
-#include <thread>
-#include <vector>
-#define __global__
-#define __device__ static
-#define __shared__ static
-struct Place { int x; };
-static Place blockIdx, blockDim;
-static thread_local Place threadIdx;
-static std::barrier<>* meeting;
-static void __syncwarp() { meeting->arrive_and_wait(); }
-"""
-
-TEAM = r"""
-extern "C" void launch(int blocks, int threads, PARAMETERS) {
-    blockDim.x = threads;
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
-        std::barrier<> all(threads);
-        meeting = &all;
-        std::vector<std::thread> team;
-        for (int t = 0; t < threads; t++) team.emplace_back([=] { threadIdx.x = t; CALL; });
-        for (std::thread& one : team) one.join();
-    }
-}
-"""
-
-# %% [markdown]
-# A GPU kernel is compiled for the sizes it will meet, because the compiler makes better code from
-# constants. They are written in capitals: `D` channels per head, `POINTS` (= L · K) points, `LANES` lanes
-# per head, and `VECTOR` channels that a lane loads at once. Four floats are 16 bytes, the most that one
-# instruction can load on most GPUs.
+# Threads that wait for each other cannot run one after another. `build_team` therefore makes every CUDA thread a
+# thread of the operating system, and `__syncwarp()` a C++ `std::barrier`.
+#
+# A GPU kernel is compiled for the sizes it will meet, because constants make better code. They are written in
+# capitals: `D` channels per head, `POINTS` (= L · K) points, `LANES` lanes per head, and `VECTOR` channels that a
+# lane loads at once. Four floats are 16 bytes, the most that one instruction loads on most GPUs.
 
 # %%
 SIZES = f"""
@@ -596,10 +509,9 @@ constexpr int D = {D}, POINTS = {L * K}, LANES = 8, VECTOR = 4;
 """
 
 # %% [markdown]
-# **Phase 1.** A `Corners` holds, for corner c of point p, where its first channel lies and its weight:
-# bilinear times attention. Lane 3 of 8 takes points 3, 11, and so on. A corner outside the map gets weight
-# zero and the offset 0, which exists, so that phase 2 need not ask any questions.
-# For brevity the caller passes each *point's* level: `levels` has the rows H, W and start.
+# **Phase 1.** A `Corners` holds, for corner c of point p, where its first channel lies and its weight: bilinear
+# times attention. A corner outside the map gets weight zero and the offset 0, which exists, so phase 2 need not
+# ask. For brevity the caller passes each point's level: `levels` has the rows H, W and start.
 
 # %%
 PHASE_1 = r"""
@@ -645,8 +557,8 @@ __device__ void sum_channels(const float* value, const Corners& corners, int lan
 """
 
 # %% [markdown]
-# **The kernel** gives each head a block of eight threads. It works out where the head's numbers begin,
-# and puts the barrier between the phases.
+# **The kernel** gives each head a block of eight threads. It finds where the head's numbers begin, and puts the
+# barrier between the phases.
 
 # %%
 FORWARD = r"""
@@ -675,43 +587,42 @@ def run_forward(kernel):
     return output
 
 
-two_phases, _ = build(TWO_PHASES, TEAM_WORDS, TEAM)
+two_phases = build_team(TWO_PHASES)
 torch.testing.assert_close(run_forward(two_phases), expected)
 print(B * Q * M, "heads with 8 lanes each: equal to the library")
 
 # %% [markdown]
-# Is the barrier really needed? Take it away, and run the lanes in order, 0 to 7, as some GPU might on
-# some day. Lane 0 then sums before lanes 1 to 7 have found their points.
+# Is the barrier needed? Take it away, and run the lanes in order, 0 to 7. Lane 0 then sums before lanes 1 to 7 have
+# found their points.
 #
 # Before you run: is there a lane whose channels still come out right?
 
 # %%
 WITHOUT = WORDS + "#define __device__ static\n#define __shared__ static\n#define __syncwarp()\n"
-careless, _ = build(TWO_PHASES, WITHOUT, LOOPS)
+careless = build(TWO_PHASES, words=WITHOUT)
 wrong = (run_forward(careless) - expected).abs().view(Q * M, 8, 4).amax((0, 2)) > 1e-5
 for lane, bad in enumerate(wrong.tolist()):
     print(f"lane {lane}:", "wrong" if bad else "right")
 assert wrong.tolist() == [True] * 7 + [False]
 
 # %% [markdown]
-# Only the last lane is right, because all others had finished before it started. On a GPU such a mistake
-# is nastier: the lanes usually run together, so the kernel may be right on every day but one.
+# Only the last lane is right, because all others had finished before it started. On a GPU such a mistake is
+# nastier: lanes usually run together, so the kernel may be right on every day but one.
 #
-# How does the two-phase kernel read memory? A head now has 8 lanes, so a warp of 32 lanes works on four
-# heads at once. Each lane reads 16 bytes. Before you run, predict: how many sectors does one request fetch,
-# how many requests does a head need, and how many times is each point's position computed?
+# How does it read memory? A head has 8 lanes, so a warp works on four heads at once, and each lane reads 16 bytes.
+# Before you run: how many sectors does one request fetch now, and how many requests does a head need?
 
 # %%
 lane = np.arange(32)
 wide = 4 * ((token * M + lane // 8) * D + lane % 8 * 4)  # four heads of one token
-print(f"{'':>10}  sectors per request  requests per head  positions per point")
-print(f"{'naive':>10} {predicted['channels last']:>13} {len(reads['channels last']):>19} {D:>18}")
-print(f"{'two phases':>10} {sectors(wide, 16):>13} {L * K * 4 / 4:>19.0f} {1:>18}")
-assert sectors(wide, size=16) == 16 and len(reads["channels last"]) == 4 * L * K
+naive_requests, wide_requests = 4 * L * K, 4 * L * K // 4  # per head; four heads share one
+print("naive:     ", predicted["channels last"], "sectors,", naive_requests, "requests per head")
+print("two phases:", sectors(wide, size=16), "sectors,", wide_requests, "requests per head")
+assert sectors(wide, size=16) == 16 and len(reads["channels last"]) == naive_requests
 
 # %% [markdown]
-# Per head both fetch the same bytes, and each byte that they fetch is used. But the two-phase kernel needs
-# a quarter of the requests, and it computes each position once instead of 32 times.
+# Per head both fetch the same bytes, and all of them are used. But the two-phase kernel needs a quarter of the
+# requests, and it computes each point's position once instead of 32 times.
 
 # %% [markdown]
 # ## Exercise {{n}}.2  Where wide loads start
@@ -806,34 +717,30 @@ check("cuda_kernel.3", lanes_of_a_head)
 # %% [markdown]
 # ## {{n}}.7 Backward
 #
-# Training minimises a loss $\mathcal L$, one number that depends on the output. Autograd hands the
-# kernel $g = \partial \mathcal L / \partial\,\text{output}$, which for one head has D numbers. The kernel
-# must return the derivatives of the same loss with respect to its three inputs.
+# Training minimises a loss $\mathcal L$, one number that depends on the output. Autograd hands the kernel
+# $g = \partial \mathcal L / \partial\,\text{output}$, D numbers per head, and wants the derivatives of the
+# same loss with respect to the three inputs.
 #
-# A head's output is $\sum_p a_p \sum_c b_{pc} v_{pc}$: over points p and corners c, with the attention weight
-# $a$, the bilinear weight $b$ and the corner's channels $v$. Differentiating this sum gives, for each point,
+# A head's output is $\sum_p a_p \sum_c b_{pc} v_{pc}$, over points p and corners c: attention weight $a$, bilinear
+# weight $b$, the corner's channels $v$. Differentiating it gives, for each point,
 #
 # $$\frac{\partial \mathcal L}{\partial a} = \sum_c b_c \langle g, v_c\rangle, \qquad
 # \frac{\partial \mathcal L}{\partial x} = a\, W \sum_c \frac{\partial b_c}{\partial x_\text{px}}
 # \langle g, v_c\rangle, \qquad
 # \frac{\partial \mathcal L}{\partial v_c} \mathrel{+}= a\, b_c\, g .$$
 #
-# The factor W in the middle is the chain rule at work. The kernel is given the normalised coordinate x, but
-# the bilinear weight depends on pixels, $x_\text{px} = x W - 0.5$. Moving x by a small step moves the
-# pixel coordinate W times as far. And $\partial b_c / \partial x_\text{px}$ is easy: $b_c$ is the product of
-# a distance in x and one in y, so the slope is the distance in y, with a plus for right corners and a minus
-# for left ones. (For y it is the same with H.)
+# The factor W is the chain rule at work. The kernel is given the normalised coordinate x, but the bilinear
+# weight depends on pixels, $x_\text{px} = x W - 0.5$, so a small step of x moves the pixel coordinate W
+# times as far. And $\partial b_c / \partial x_\text{px}$ is easy: $b_c$ is a nearness in x times one in y, so the
+# slope is the nearness in y, with a plus for right corners and a minus for left ones. (For y it is the same with H.)
 #
-# All three gradients need little: the first two follow from four inner products
-# $\langle g, v_c\rangle$ per point, and the third adds multiples of $g$ to `value`'s gradient. Each of the two
-# poses a problem of its own.
+# So the first two follow from four inner products $\langle g, v_c\rangle$ per point, and the third adds multiples of
+# $g$ to `value`'s gradient. Each of the two poses a problem of its own.
 #
-# **The inner product runs over channels, and these lie in different lanes.** So lanes must talk. In a
-# **shuffle** each lane reads what another one holds in a register: `__shfl_xor_sync(mask, x, step)` returns the
-# `x` of the lane whose number differs in the bit `step`. Three shuffles sum eight lanes.
-#
-# In the figure, eight lanes hold 0 to 7. Each adds what lane `i ^ 4` holds, then `i ^ 2`, then `i ^ 1`.
-# (`^` flips the bits of one number that are set in the other; for example, 5 ^ 4 = 1.)
+# **An inner product runs over channels, and these lie in different lanes.** In a **shuffle** each lane reads what
+# another one holds in a register: `__shfl_xor_sync(mask, x, step)` returns the `x` of the lane whose number
+# differs in the bit `step`. Three shuffles sum eight lanes. In the figure these hold 0 to 7. Each adds what
+# lane `i ^ 4` holds, then `i ^ 2`, then `i ^ 1`. (`^` flips bits; for example, 5 ^ 4 = 1.)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Four rows of eight boxes. The first holds 0 to 7. Arrows lead from each box to the one below and to a partner four, then two, then one place away. The second row holds 4, 6, 8, 10 twice, the third 12 and 16 in turn, the last 28 in all boxes."}}
 schematics.shuffle()
@@ -846,25 +753,10 @@ assert (held == 28).all()
 # *Figure {{n}}.7. Eight lanes sum what they hold in three shuffles. In the end each lane has the whole
 # sum, 28.*
 #
-# **Many queries read the same pixel, so many threads add to the same number.** An addition to memory has
-# three steps: read, add, write. If two threads both read before either writes, one of the additions is
-# lost. An **atomic** addition cannot be interrupted between its steps. {{chapter making_it_fast}} makes a
-# program lose additions on purpose.
-#
-# With these two words the backward kernel is short:
-
-# %%
-MORE_WORDS = r"""
-static float held[32];
-static float __shfl_xor_sync(unsigned, float x, int step) {
-    held[threadIdx.x] = x;
-    __syncwarp();
-    float other = held[threadIdx.x ^ step];
-    __syncwarp();  // before anyone overwrites what another lane has yet to read
-    return other;
-}
-static void atomicAdd(float* pointer, float x) { std::atomic_ref<float>(*pointer).fetch_add(x); }
-"""
+# **Many queries read the same pixel, so many threads add to the same number.** An addition to memory has three
+# steps: read, add, write. If two threads both read before either writes, one addition is lost. An **atomic**
+# addition cannot be interrupted in between. {{chapter making_it_fast}} loses additions on purpose. With these
+# two words (`build_team` knows them, too) the backward kernel is short:
 
 # %%
 BACKWARD = r"""
@@ -907,7 +799,7 @@ by_torch.backward(grad_output)
 
 grad_value, dots = torch.zeros_like(value), torch.zeros(B * Q * M, 4, L * K)
 inputs = value, levels, locations, weights, grad_output, grad_value, dots
-backward, _ = build(SIZES + PHASE_1 + BACKWARD, TEAM_WORDS + MORE_WORDS, TEAM)
+backward = build_team(SIZES + PHASE_1 + BACKWARD)
 backward(B * Q * M, 8, *inputs, S, Q, M)
 torch.testing.assert_close(grad_value, leaves[0].grad, atol=1e-5, rtol=1e-5)
 print("gradient of value", tuple(grad_value.shape), "equal to autograd's")
@@ -1007,19 +899,19 @@ check("cuda_kernel.4", point_gradients)
 # ## {{n}}.8 The library's kernel
 #
 # The library's kernel is one file of some 350 lines, `kernels/ms_deform_attn.cu`. The GPU, the fast CPU
-# build and this chapter all compile that text. Most of its names you have just typed yourself:
+# build and this chapter all compile that text. Most of its names you have typed yourself (`D`, `POINTS`, `LANES`,
+# `VECTOR`, `Corners`, `find_corners`, `sum_over_lanes`). The others are:
 #
-# | In the library | What it is |
+# | Name | What it is |
 # |---|---|
-# | `D`, `POINTS`, `LANES`, `VECTOR` | as above; set by the build |
-# | `Corners`, `find_corners`, `sum_over_lanes` | as above; `neighbours` is the part of `find_corners` for one axis, without a branch |
 # | `forward_head`, `backward_head` | both phases of one head |
-# | `GROUPS` | heads per block, so that a block has more than eight threads (`threadIdx.y` is the head) |
-# | `VALUE`, `REAL`, `OFFSET` | the number type of value, of weights and sums, and of indices: half precision and huge arrays |
-# | `Vector`, `load`, `store`, `add` | `VECTOR` channels as one thing: 16 bytes in one instruction |
-# | `VECTORS`, `STEP`, `PASS`, `EXISTS` | for heads too large for one vector per lane: vectors per lane, channels of all lanes' vectors, channels per pass, and a tail guard for channels |
-# | `UNROLL`, `KEEP_LOOP` | tell the compiler to write a loop out, or not to |
-# | `LOOK_AHEAD` | nothing on a GPU; on a CPU, fetch a later point's rows early |
+# | `neighbours` | the part of `find_corners` for one axis, without a branch |
+# | `GROUPS` | heads per block; `threadIdx.y` is the head |
+# | `VALUE`, `REAL`, `OFFSET` | the number type of value, of weights and sums, of indices |
+# | `Vector`; `load`, `store`, `add` | `VECTOR` channels as one thing; 16 bytes per instruction |
+# | `VECTORS`, `STEP`, `PASS`, `EXISTS` | for heads larger than one vector per lane: vectors per lane; channels in one vector of all lanes, and in all; a tail guard |
+# | `UNROLL`, `KEEP_LOOP` | have the compiler write a loop out, or not |
+# | `LOOK_AHEAD` | nothing on a GPU; a CPU fetches a later point's rows early |
 #
 # With this table the two phases are easy to recognise:
 
@@ -1037,11 +929,10 @@ def show(name):
 show("forward_head")
 
 # %% [markdown]
-# The differences to yours are `Vector` instead of an inner loop, and the outer loop over `first`, which goes
-# around once for a head of 32 channels. Backward and `neighbours` stand in the appendix below.
+# The differences to yours: `Vector` in place of an inner loop, and an outer loop over `first`, which goes around once
+# for a head of 32 channels. Backward and `neighbours` stand in the appendix below.
 #
-# The library also has a slow CPU build like your own, in which each CUDA thread is a thread of the operating
-# system. Its settings are those of a GPU:
+# The library, too, has a slow CPU build in which each CUDA thread is a thread of the operating system:
 
 # %%
 macros = cuda.specialise(torch.float32, D, L * K, huge=False, deterministic=False, capability=80)
@@ -1054,8 +945,8 @@ print("forward and all three gradients: equal to autograd's")
 assert (macros["VECTOR"], macros["LANES"]) == (4, 8)
 
 # %% [markdown]
-# It can write a trace as well: who touched what. Section {{n}}.6 predicted 16 requests per head, with 16
-# sectors each. Before you run: does the real kernel keep to it?
+# It can write a trace, too. Before you run: does the real kernel keep to the 16 requests per head, of 16 sectors each,
+# that section {{n}}.6 predicted?
 
 # %%
 trace = threads.trace(value, shapes, locations, weights, block=0)
@@ -1066,76 +957,35 @@ fetched = {sectors(row, size=16) for row in wide}
 print(len(wide) / 4, "requests per head,", *fetched, "sectors each")
 assert set(loads["bytes"]) == {16} and wide.shape == (L * K * 4, 32) and fetched == {16}
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, lane of the warp across, row of value up, one colour per request. Left, the naive kernel: all 32 lanes on one row. Right, the library's: 32 lanes cover four rows of four heads, eight lanes on each, at four heights."}}
-_, axes = plt.subplots(1, 2, sharey=True, figsize=(7, 3))
-naive_reads = reads["channels last"] - value.data_ptr()
-for axis, part, title in zip(
-    axes,
-    (naive_reads, wide),
-    ("naive: 4 bytes per lane", "two phases: 16 bytes per lane"),
-    strict=True,
-):
-    for row in part[::24]:
-        axis.plot(row // 128, ".", markersize=4)
-    axis.set(xlabel="lane of the warp", title=title)
-axes[0].set(ylabel="row of value, 128 bytes each")
-plt.show()
-
 # %% [markdown]
-# *Figure {{n}}.8. Three requests of a warp, one colour each, from the traces. Left: all lanes on one row,
-# 4 bytes for each. Right: lanes 0 to 7 take a row of head 0, the next eight one of head 1, and so on.*
+# It does: one warp works on four heads at once, lanes 0 to 7 on the first.
 
 # %% [markdown]
 # ## {{n}}.9 On a real GPU
 #
-# On a GPU not a word of the kernel changes. What changes is who compiles and who launches it. **NVRTC**,
-# NVIDIA's compiler in the form of a library, takes the text at run time, and CuPy's `RawModule`
-# {cite}`okuta2017cupy` wraps it. So neither a build step nor NVIDIA's toolkit is needed. Shortened, the
-# library does this:
-#
-# ```python
-# module = cupy.RawModule(code=SOURCE, options=("--std=c++17", "-DD=32", ...), backend="nvrtc")
-# stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device)
-# with cupy.cuda.Device(device), stream:
-#     module.get_function("forward")((blocks,), (lanes, groups), (value.data_ptr(), ...))
-# ```
+# On a GPU not a word of the kernel changes, only who compiles and who launches it. **NVRTC**, NVIDIA's
+# compiler as a library, takes the text at run time, and CuPy's `RawModule` {cite}`okuta2017cupy` wraps it, so
+# neither a build step nor NVIDIA's toolkit is needed. Three things need care:
 #
 # - A launch returns at once, and the GPU works through its **stream** of launches in order. The kernel must join
 #   the stream on which PyTorch computes. Otherwise it may read values that are not there yet.
 # - It must go to the GPU **on which the tensors lie**. The official operator does not make sure of that, which
 #   fits the crashes that users report when they use a second GPU.
-# - The 32 lanes of a warp mostly run together. But they may part at a branch, and this is why
-#   `__syncwarp()` is needed; it costs next to nothing.
 # - A GPU hides waiting behind other work: while one warp waits for memory, another computes. How many warps fit
 #   is limited by registers and shared memory. {{chapter making_it_fast}} works it out.
-
-# %% tags=["hide-input"]
-# NBVAL_IGNORE_OUTPUT
-reason = cuda.why_not()
-if reason is None:
-    on_gpu = [x.cuda() for x in (value, locations, weights)]
-    result = ms_deform_attn(on_gpu[0], shapes, *on_gpu[1:], backend="cuda").cpu()
-    torch.testing.assert_close(result, expected)
-print("The kernel was run on this machine's GPU." if reason is None else "There is no GPU here.")
-
-# %% [markdown]
-# On a machine with a GPU and CuPy the last cell has just run the kernel there, and compared.
 #
 # ## Appendix: the rest of the kernel
 #
-# `neighbours` finds the two pixels beside a coordinate, for one axis. It has no branch: `inside & (low >= 0)`
-# becomes a number. There is a price: the weight of a pixel outside is zero, but some pixel inside is read
-# in its place, and if that one is infinite, zero times infinity is not a number.
+# `neighbours` has no branch: `inside & (low >= 0)` becomes a number. (A pixel outside has weight zero, but some pixel
+# inside is read in its place; if that is infinite, zero times infinity is not a number.)
 
 # %% tags=["hide-output"]
 show("neighbours")
 
 # %% [markdown]
-# Backward keeps four inner products per point, and lets `put_sums` sum them over lanes after the loop over
-# corners, so that no corner's load waits for another one's sum. It writes them to where the corners' weights were,
-# which all lanes have read by then (`__syncwarp`). The third phase follows: Exercise {{n}}.4.
-# (`SUMS` and `PRODUCTS` are both true on a GPU. A CPU that has copied the tokens first, see
-# {{chapter making_it_fast}}, runs the loop twice, with one buffer instead of two.)
+# `put_sums` sums a point's inner products after the loop over corners, so that no corner's load waits for another
+# one's sum, and writes them to where the corners' weights were. The third phase follows. (`SUMS` and `PRODUCTS`
+# are both true on a GPU. A CPU may run the loop twice, with one buffer.)
 
 # %% tags=["hide-output"]
 show("put_sums")
@@ -1150,10 +1000,9 @@ show("backward_head")
 # - Lanes wait at barriers, talk through shared memory and shuffles, and add atomically.
 # - One text runs on CPU and GPU, so a laptop can test what a GPU will run.
 #
-# > **Differs from the paper.** It has no kernel in its text. **Differs from the official code.** There
-# > one thread owns a channel and repeats the index arithmetic; six kernels serve backward by size of D;
-# > the batch must be divisible by `im2col_step`; half precision is missing. Here: lanes
-# > with 16 bytes, one backward kernel, any D, any batch, sums in float32.
+# > **Differs from the paper.** It has no kernel in its text. **Differs from the official code.** There one
+# > thread owns a channel and repeats the index arithmetic; six kernels serve backward by size of D; the batch must
+# > be divisible by `im2col_step`; half precision is missing. Here: one backward kernel, any D, any batch.
 #
 # ## Further reading
 #

@@ -1,5 +1,6 @@
 """Schematics of the chapter "A CUDA kernel you can step through"."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
@@ -177,3 +178,27 @@ def _sector(axes: Axes, x: float, y: float, used, size: float = 0.12, fetched: b
     frame = Rectangle((x, y), 8 * size, size, fill=False, edgecolor=edge if used else "#bbbbbb")
     frame.set_linewidth(2 if used else 0.8)
     axes.add_patch(frame)
+
+
+def turned_picture(picture: np.ndarray, places: np.ndarray, drawn: np.ndarray) -> None:
+    """A picture with the places sampled from it, (H, W, 2) in pixels, and what came out."""
+    _, (before, after) = plt.subplots(1, 2, figsize=(6, 3))
+    before.imshow(picture)
+    before.plot(*places[[0, 0, -1, -1, 0], [0, -1, -1, 0, 0]].T, color=POINT)
+    after.imshow(drawn)
+    names = (
+        f"value: {picture.shape[0]} x {picture.shape[1]}",
+        f"output: {drawn.shape[0]} x {drawn.shape[1]}",
+    )
+    for axis, name in zip((before, after), names, strict=True):
+        axis.set(title=name, xticks=[], yticks=[])
+
+
+def six_requests(**kinds: np.ndarray) -> None:
+    """The first six requests of each kind, (requests, 32) addresses in bytes, above one another."""
+    _, axes = plt.subplots(1, len(kinds), sharey=True, figsize=(7, 2.8))
+    for axis, (name, addresses) in zip(axes, kinds.items(), strict=True):
+        for n, row in enumerate(addresses[:6]):
+            axis.plot(40 * n + (row - row.min()) // 4, ".", markersize=4)
+        axis.set(xlabel="lane of the warp", yticks=range(0, 240, 40), title=name.replace("_", " "))
+    axes[0].set(yticklabels=[f"request {n}" for n in range(6)])
