@@ -99,9 +99,9 @@ def test_classes_with_boxes_in_one_split_only(coco):
     faults = dict(check_data({s: find_split(coco, s) for s in ("train", "val")}))["between splits"]
     said = [fault.message for fault in faults if fault.kind == "class in one split"]
     assert said == [
-        "1 classes have boxes in train and none in val, so that their AP is not measured there: "
+        "1 class with boxes in train and none in val, so that their AP is not measured there: "
         "blue",
-        "2 classes have boxes in val and none in train, so that their AP cannot be learned: "
+        "2 classes with boxes in val and none in train, so that their AP cannot be learned: "
         "green, red",
     ]
 
@@ -201,7 +201,7 @@ TOGETHER = {
         *(
             split_up,
             True,
-            "1 files are under several ids, such as 100.png under 100, 200: each has",
+            "1 file under several ids, such as 100.png under 100, 200: each has",
         ),
     ),
     "one file, two ids, the same boxes": (*(twice, False, "under 100, 200, with the same boxes"),),
@@ -212,7 +212,7 @@ TOGETHER = {
     "area": (equal_areas, False, "all 5 areas are 1.0, though boxes differ"),
     "no box": (
         lambda c: [a.update(iscrowd=1) for a in c["annotations"]],
-        *(True, "all 5 boxes are of crowds (iscrowd: 1): there is nothing to learn"),
+        *(True, "of 5 boxes all are crowds' (iscrowd: 1): there is nothing to learn"),
     ),
 }
 

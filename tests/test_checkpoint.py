@@ -43,8 +43,8 @@ def rewrite(path, change):
 
 
 DAMAGE = {
-    "lacks 1 tensors, such as neck.level_embed": lambda t, m: t.pop("neck.level_embed"),
-    "has left over 1 tensors, such as extra": lambda t, m: t.update(extra=torch.ones(1)),
+    "lacks 1 tensor, such as neck.level_embed": lambda t, m: t.pop("neck.level_embed"),
+    "has left over 1 tensor, such as extra": lambda t, m: t.update(extra=torch.ones(1)),
     r"level_embed has shape \(3, 32\), expected \(2, 32\)": lambda t, m: t.update(
         {"neck.level_embed": torch.ones(3, 32)}
     ),

@@ -328,10 +328,10 @@ def changed(**tensors):
     [
         (
             lambda state: {n: x for n, x in state.items() if n != "cls_head.weight"},
-            "lacks 1 tensors",
+            "lacks 1 tensor",
         ),
         (lambda state: {n: x for n, x in state.items() if "attn_mask" not in n}, "lacks 2 tensors"),
-        (changed(extra=torch.zeros(1)), "has left over 1 tensors, such as extra"),
+        (changed(extra=torch.zeros(1)), "has left over 1 tensor, such as extra"),
         (changed(cls_norm__norm__bias=torch.zeros(3)), r"cls_norm.norm.bias has shape \(3,\)"),
         (
             changed(stages__2__attns__1__proj_q__weight=torch.zeros(32, 32)),

@@ -78,9 +78,9 @@ def test_faults_of_the_data_are_counted_by_kind_with_an_example(coco):
     edit(coco, change)
     found = examine(coco)
     (fatal,) = texts(found, "fatal")
-    assert fatal.startswith("2 x box outside: annotation 1000: box [90, 3, 4, 5] lies outside")
-    assert [text.split(":")[0] for text in texts(found, "warning")] == ["2 x area"]
-    assert not found.losses and found.table().endswith("do not train yet: 1 fatal, 1 warnings")
+    assert fatal.startswith("2 x box outside, the first: annotation 1000: box [90, 3, 4, 5] lies outside")
+    assert [text.split(":")[0] for text in texts(found, "warning")] == ["2 x area, the first"]
+    assert not found.losses and found.table().endswith("do not train yet: 2 fatal, 2 warnings")
 
 
 def test_unused_categories_are_named(coco):
@@ -136,7 +136,7 @@ def test_a_model_that_cannot_learn_is_fatal_after_enough_steps(coco, monkeypatch
 def test_when_time_is_short_few_steps_are_judged_mildly(coco):
     found = examine(coco, steps=100, seconds=0)
     assert found.healthy and len(found.losses) == 1
-    assert "in 1 steps on one batch, too few" in "".join(texts(found, "warning"))
+    assert "in 1 step on one batch, too few" in "".join(texts(found, "warning"))
     assert "1 of 6 images checked" in found.table()
 
 
@@ -159,7 +159,7 @@ def test_the_time_that_a_training_takes(coco, monkeypatch):
     (text,) = (text for text in texts(found, "ok") if text.startswith("training takes"))
     # 9 x 120 s, and 3 x 12 images of which each takes a third of 20 s
     assert text == (
-        "training takes about 22 minutes: 9 epochs of 1 steps, about 120 s each, and 3 evaluations"
+        "training takes about 22 minutes: 9 epochs of 1 step, about 120 s each, and 3 evaluations"
     )
     assert not any(t.startswith("training takes") for t in texts(examine(coco), "ok"))
 

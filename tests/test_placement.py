@@ -149,4 +149,4 @@ def test_a_transform_that_leaves_labels_behind_is_fatal(coco):
     content["annotations"][1]["image_id"] = 100
     path.write_text(json.dumps(content))
     level, text = examined(coco, Parted(lambda image: image, first))
-    assert level == "fatal" and "leaves 1 boxes and 2 labels of image 100, expected one" in text
+    assert level == "fatal" and "leaves 1 box and 2 labels of image 100, expected one" in text

@@ -126,7 +126,7 @@ def test_threshold_and_top_k(finder):
     assert nothing.to_coco(1) == [] and nothing.draw().size[0] >= 64
     with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got 1.5"):
         predict(finder, picture(), threshold=1.5)
-    with pytest.raises(ValueError, match="the model has 3 classes, got 1 categories"):
+    with pytest.raises(ValueError, match="the model has 3 classes, got 1 category"):
         predict(finder.model, picture(), categories=CATEGORIES[:1])
 
 

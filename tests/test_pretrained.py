@@ -245,9 +245,9 @@ def official(tmp_path):
 
 LEVELS = "transformer.level_embed"
 DAMAGE = {
-    r"lacks 1 tensors, such as query_embed.weight": lambda s: s.pop("query_embed.weight"),
+    r"lacks 1 tensor, such as query_embed.weight": lambda s: s.pop("query_embed.weight"),
     r"lacks 'transformer.level_embed'": lambda s: s.pop(LEVELS),
-    r"has left over 1 tensors, such as extra": lambda s: s.update(extra=torch.ones(1)),
+    r"has left over 1 tensor, such as extra": lambda s: s.update(extra=torch.ones(1)),
     r"tensor input_proj.0.0.bias has shape \(3,\), expected \(32,\)": lambda s: s.update(
         {"input_proj.0.0.bias": torch.ones(3)}
     ),

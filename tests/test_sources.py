@@ -78,7 +78,7 @@ def test_files_that_cannot_be_read(finder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no image in the folder .*empty"):
         predict(finder, tmp_path / "empty")
     (tmp_path / "empty" / "deeper").mkdir()
-    with pytest.raises(FileNotFoundError, match="its 1 subfolders are not searched"):
+    with pytest.raises(FileNotFoundError, match="1 subfolder in it not searched"):
         predict(finder, tmp_path / "empty")
     for wrong in ({}, 7, None, bytearray(b"x")):
         with pytest.raises(TypeError, match=f"got {type(wrong).__name__}"):
@@ -154,7 +154,7 @@ def test_a_folder_says_what_it_passes_over(finder, tmp_path):
         picture().save(tmp_path / name)
     (tmp_path / "d.heic").write_bytes(b"something")
     (tmp_path / "annotations.json").write_text("{}")
-    with pytest.warns(UserWarning, match=r"^1 files passed over: .*d\.heic") as warned:
+    with pytest.warns(UserWarning, match=r"^1 file passed over: .*d\.heic") as warned:
         found = predict(finder, tmp_path)
     assert len(warned) == 1 and [each.path.name for each in found] == ["a.jfif", "b.avif", "c.jp2"]
 

@@ -373,7 +373,7 @@ def test_two_processes_step_as_one_with_the_double_batch_and_stop_together(coco,
     for process in (0, 1):
         assert f"process {process}: stopped at step 4 of 6" in printed
         assert f"process {process}: processes would continue from steps [4, 0]" in printed
-        assert f"process {process}: 1 fatal faults in the data" in printed
+        assert f"process {process}: 1 fatal fault in the data" in printed
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 4 and state["identity"]["processes"] == 2
     assert len(state["random_states"]) == 2

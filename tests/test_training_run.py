@@ -252,7 +252,7 @@ def test_every_evaluation_is_told_and_the_best_epoch_named(coco, tmp_path, monke
     assert lines[-2].startswith(last)
     assert lines[-1] == f"{folder}/best.safetensors: averaged weights of epoch 2, AP 0.300"
     watched(coco, folder, dataclasses.replace(RECIPE, epochs=3, evaluate_every=1, ema_decay=0.9))
-    assert "all 3 epochs are done: --epochs N continues to a larger number" in said(capsys)
+    assert "all 3 epochs done: --epochs N continues to a larger number" in said(capsys)
 
 
 def test_nobody_who_does_not_want_to_hear_is_told(coco, tmp_path, capsys):

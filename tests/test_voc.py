@@ -67,8 +67,8 @@ def test_all_splits_have_one_order_of_classes(tmp_path, layout):
     lines = convert_voc(tmp_path / "voc", tmp_path / "coco")
     assert lines == [
         "train: 3 images, 3 boxes",
-        "val: 1 images, 2 boxes",
-        "test: 1 images, 1 boxes",
+        "val: 1 image, 2 boxes",
+        "test: 1 image, 1 box",
         "4 classes, in all splits: bird, cat, dog, zebra",
     ]
     dataset = CocoDataset(*find_split(tmp_path / "coco", "train"))
@@ -105,9 +105,9 @@ def test_what_belongs_to_nothing_is_said_and_left_out(tmp_path, capsys):
     assert main(["convert", str(source), str(tmp_path / "coco")]) == 0
     text = capsys.readouterr().out
     assert "train: 2 images, 2 boxes, 1 of them difficult, which become crowds\n" in text
-    assert "train: 1 pictures without an XML file are left out: alone.png; " in text
-    assert "train: 1 XML files without a picture are left out: lost.xml\n" in text
-    assert "1 classes, in all splits: dog\n" in text
+    assert "train: 1 picture without an XML file left out: alone.png; " in text
+    assert "train: 1 XML file without a picture left out: lost.xml\n" in text
+    assert "1 class, in all splits: dog\n" in text
     assert sorted(p.name for p in (tmp_path / "coco" / "train").iterdir()) == [
         *("hard.png", "train_0.png")
     ]

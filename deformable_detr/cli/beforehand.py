@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from deformable_detr.data.faults import Fault, told
+from deformable_detr.data.names import counted
 from deformable_detr.data.places import Place
 from deformable_detr.data.split_checks import check_data
 from deformable_detr.files import first_line
@@ -36,9 +37,8 @@ def print_fatal(split: str, faults: list[Fault]) -> int:
 def refuse_any(count: int, data: Path) -> None:
     """ValueError if there are fatal faults."""
     if count:
-        raise ValueError(
-            f"{count} fatal faults in the data; all of them: deformable-detr check {data}"
-        )
+        faults = counted(count, "fatal fault")
+        raise ValueError(f"{faults} in the data; all of them: deformable-detr check {data}")
 
 
 def refuse_targets(*paths: Path | None) -> None:

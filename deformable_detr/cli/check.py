@@ -45,11 +45,12 @@ def run(args: argparse.Namespace) -> int:
 def print_faults(split: str, faults: list, every: bool) -> int:
     """A line for each fault, or for each kind; the number of fatal ones."""
     from deformable_detr.data.faults import told
+    from deformable_detr.data.names import counted
 
     for line in map(str, faults) if every else told(faults):
         print(f"{split}: {line}")
     fatal = sum(fault.fatal for fault in faults)
-    print(f"{split}: {len(faults)} faults, {fatal} of them fatal")
+    print(f"{split}: {counted(len(faults), 'fault')}, {fatal} of them fatal")
     return fatal
 
 

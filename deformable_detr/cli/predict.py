@@ -137,11 +137,12 @@ def run(args: argparse.Namespace) -> int:
 
 def write_results(results: list[dict], path: Path) -> None:
     """--json."""
+    from deformable_detr.data.names import counted
     from deformable_detr.files import write_atomically
 
     text = json.dumps(results) + "\n"
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
-    print(f"{len(results)} detections: {path}")
+    print(f"{counted(len(results), 'detection')}: {path}")
 
 
 def describe(found: "Prediction", saved: Path | None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torchvision
 
 from deformable_detr.data.coco import CocoDataset
+from deformable_detr.data.names import counted
 from deformable_detr.data.preparation import PREPARATIONS
 from deformable_detr.models import BaseDetector, build_model, model_name
 from deformable_detr.options import checked, parse_settings, types_of
@@ -46,7 +47,10 @@ def new_model(
     model = with_options(loaded.model, same) if same else loaded.model
     model, report = with_classes(model, loaded.categories, dataset.categories, queries)
     recipe, said = prepared_alike(recipe, loaded.card, args.short_side is None)
-    lines = [f"{weights}: kept {len(report.kept)} tensors", *report.classes().splitlines()]
+    lines = [
+        f"{weights}: kept {counted(len(report.kept), 'tensor')}",
+        *report.classes().splitlines(),
+    ]
     return model, recipe, [*lines, *(f"{weights}: {text}" for text in said)]
 
 
@@ -120,6 +124,6 @@ def load_backbone(model: BaseDetector, path: Path) -> None:
     for problem, names in (("lacks", missing), ("has left over", unexpected)):
         if names:
             raise ValueError(
-                f"{path} does not fit the backbone: it {problem} {len(names)} tensors, "
+                f"{path} does not fit the backbone: it {problem} {counted(len(names), 'tensor')}, "
                 f"such as {names[0]}"
             )

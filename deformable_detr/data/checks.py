@@ -11,7 +11,7 @@ from deformable_detr.data.annotations import read_annotations
 from deformable_detr.data.crowding import QUERIES, crowding
 from deformable_detr.data.duplicates import duplicate_boxes
 from deformable_detr.data.faults import Fault
-from deformable_detr.data.names import id_order, listed, printable
+from deformable_detr.data.names import counted, id_order, listed, printable
 from deformable_detr.data.picture_checks import look_at_all, picture_faults, stated
 from deformable_detr.data.places import Pictures, pictures_in, plain_name
 
@@ -60,9 +60,10 @@ def summary(images_dir: Path | str, content: dict) -> str:
     named = {pictures.path(image["file_name"]) for image in content["images"]}
     unnamed = sum(path not in named for path in pictures_in(Path(images_dir)))
     return (
-        f"{len(content['images'])} images, {len(empty)} of them without boxes; "
-        f"{len(annotations) - crowds} boxes, and {crowds} of crowds, which training leaves out; "
-        f"{unnamed} pictures in the folder that no entry names"
+        f"{counted(len(content['images']), 'image')}, {len(empty)} of them without boxes; "
+        f"{counted(len(annotations) - crowds, 'box')}, and {crowds} of crowds, which training "
+        "leaves out; "
+        f"{counted(unnamed, 'picture')} in the folder that no entry names"
     )
 
 
@@ -114,7 +115,9 @@ def _duplicate_files(content: dict) -> Iterator[Fault]:
         }
         if found:
             name, of_file = next(iter(found.items()))
-            text = f"{len(found)} files are under several ids, such as {printable(name)} under "
+            text = (
+                f"{counted(len(found), 'file')} under several ids, such as {printable(name)} under "
+            )
             text += listed(of_file, 3)
             text += ": each has only part of the boxes" if fatal else ", with the same boxes"
             yield Fault("one file, two ids", fatal, text, next(iter(of_file)))
@@ -139,7 +142,8 @@ def _nothing_to_learn(content: dict) -> Iterator[Fault]:
     elif not boxes:
         yield Fault("no box", True, "no image has a box: there is nothing to learn")
     elif all(a.get("iscrowd") for a in boxes):
-        text = f"all {len(boxes)} boxes are of crowds (iscrowd: 1): there is nothing to learn"
+        count = counted(len(boxes), "box")
+        text = f"of {count} all are crowds' (iscrowd: 1): there is nothing to learn"
         yield Fault("no box", True, text)
 
 

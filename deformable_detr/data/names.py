@@ -27,6 +27,15 @@ def listed(names: Iterable[object], most: int = 10) -> str:
     return ", ".join(printable(name, 60) for name in names[:most]) + more
 
 
+def counted(count: int, noun: str) -> str:
+    """Such as "1 class" and "2 classes"."""
+    if count == 1:
+        return f"1 {noun}"
+    if noun.endswith("y"):
+        return f"{count} {noun[:-1]}ies"
+    return f"{count} {noun}{'es' if noun.endswith(('s', 'x')) else 's'}"
+
+
 def id_order(key: Hashable) -> tuple:
     """What ids are sorted by: numbers come first, then texts, and nothing else is compared."""
     return (isinstance(key, str), key) if isinstance(key, int | str) else (2, repr(key))

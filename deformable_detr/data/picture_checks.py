@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from deformable_detr.data.faults import Fault
 from deformable_detr.data.images import open_image
-from deformable_detr.data.names import listed, printable
+from deformable_detr.data.names import counted, listed, printable
 from deformable_detr.data.places import Pictures, pictures_in
 from deformable_detr.data.transforms import SMALLEST_SIDE
 
@@ -106,7 +106,9 @@ def _size_fault(seen: Seen) -> Fault | None:
 def _all_missing(pictures: Pictures, seen: list[Seen]) -> Fault:
     """One line for 612 files that are not where they are expected."""
     there = [path.relative_to(pictures.folder) for path in pictures_in(pictures.folder)]
-    holds = f"{len(there)} pictures, such as {listed(there[:1])}" if there else "no picture"
+    holds = (
+        f"{counted(len(there), 'picture')}, such as {listed(there[:1])}" if there else "no picture"
+    )
     text = (
         f"none of {len(seen)} images is there; the first, {printable(seen[0].entry['file_name'])}, "
         f"was expected at {printable(seen[0].path)}; {printable(pictures.folder)} holds {holds}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from deformable_detr.data.images import SUFFIXES
-from deformable_detr.data.names import listed, printable
+from deformable_detr.data.names import counted, listed, printable
 
 SPLITS = {  # by the names under which they are found
     "train": ("train", "training"),
@@ -60,7 +60,7 @@ def without_annotations(data_dir: Path | str, split: str) -> str:
         for name in SPLITS.get(split, (split,)):
             for folder in (root / name, root / f"{name}2017", root / "images" / name):
                 if count := count_pictures(folder):
-                    return f"{folder} has {count} pictures, but no annotation file"
+                    return f"{folder} has {counted(count, 'picture')}, but no annotation file"
     return ""
 
 

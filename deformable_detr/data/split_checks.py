@@ -8,7 +8,7 @@ from pathlib import Path
 from deformable_detr.data.annotations import read_annotations
 from deformable_detr.data.checks import check_dataset, label_histogram
 from deformable_detr.data.faults import Fault
-from deformable_detr.data.names import listed, printable
+from deformable_detr.data.names import counted, listed, printable
 from deformable_detr.data.places import (
     Pictures,
     Place,
@@ -122,6 +122,6 @@ def _unlearned(contents: dict[str, dict]) -> Iterator[Fault]:
             (there - learned, other, first, "cannot be learned"),
         ):
             if names and learned and there:
-                count = f"{len(names)} classes have boxes in {has} and none in {lacks}"
+                count = f"{counted(len(names), 'class')} with boxes in {has} and none in {lacks}"
                 text = f"{count}, so that their AP {then}: {listed(sorted(names))}"
                 yield Fault("class in one split", False, text)

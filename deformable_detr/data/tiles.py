@@ -7,7 +7,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from deformable_detr.data.coco import CocoDataset
-from deformable_detr.data.names import printable
+from deformable_detr.data.names import counted, printable
 from deformable_detr.data.places import Place, plain_name
 from deformable_detr.files import write_json, writing
 
@@ -72,8 +72,10 @@ def tile_dataset(
     kinds = {"images": images, "annotations": annotations, "categories": dataset.categories}
     write_json(target[1], {"info": dataset.info} | kinds)
     parts = sum(annotation["iscrowd"] for annotation in annotations)
-    boxes = f"{len(annotations) - parts} boxes, and {parts} of crowds and of parts of objects"
-    return f"{len(dataset)} images, {len(images)} tiles; {boxes}"
+    boxes = (
+        f"{counted(len(annotations) - parts, 'box')}, and {parts} of crowds and of parts of objects"
+    )
+    return f"{counted(len(dataset), 'image')}, {counted(len(images), 'tile')}; {boxes}"
 
 
 def _cut(annotations: list[dict], tile: Tile) -> Iterator[dict]:

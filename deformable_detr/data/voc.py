@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deformable_detr.data.names import listed, printable
+from deformable_detr.data.names import counted, listed, printable
 from deformable_detr.data.places import SPLITS, pictures_in
 from deformable_detr.files import write_json
 
@@ -49,7 +49,7 @@ def convert_voc(source: Path | str, target: Path | str) -> list[str]:
             shutil.copy(picture, target / name)
         write_json(target / "annotations" / f"{name}.json", as_coco(pairs, categories))
     lines = [line for name in splits for line in _said(name, splits[name], read[name])]
-    return [*lines, f"{len(categories)} classes, in all splits: {listed(categories, 30)}"]
+    return [*lines, f"{counted(len(categories), 'class')}, in all splits: {listed(categories, 30)}"]
 
 
 def find_voc(source: Path) -> dict[str, VocSplit]:
@@ -177,11 +177,13 @@ def _said(name: str, split: VocSplit, pairs: list[tuple[Path, dict]]) -> Iterato
     boxes = [each for _, content in pairs for each in content["boxes"]]
     difficult = sum(each["difficult"] for each in boxes)
     crowds = f", {difficult} of them difficult, which become crowds" if difficult else ""
-    yield f"{name}: {len(pairs)} images, {len(boxes)} boxes{crowds}"
+    yield f"{name}: {counted(len(pairs), 'image')}, {counted(len(boxes), 'box')}{crowds}"
     if alone := split.pictures_alone:
+        count = counted(len(alone), "picture")
         yield (
-            f"{name}: {len(alone)} pictures without an XML file are left out: {listed(alone, 3)}; "
-            "for one that shows nothing, write an XML file without objects"
+            f"{name}: {count} without an XML file left out: {listed(alone, 3)}; for one that "
+            "shows nothing, write an XML file without objects"
         )
     if alone := split.files_alone:
-        yield f"{name}: {len(alone)} XML files without a picture are left out: {listed(alone, 3)}"
+        count = counted(len(alone), "XML file")
+        yield f"{name}: {count} without a picture left out: {listed(alone, 3)}"

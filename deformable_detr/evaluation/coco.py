@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from deformable_detr.data.coco import CocoDataset
-from deformable_detr.data.names import printable
+from deformable_detr.data.names import counted, printable
 from deformable_detr.data.split_checks import category_difference
 from deformable_detr.evaluation.detections import predict_dataset
 from deformable_detr.models.base import BaseDetector
@@ -60,7 +60,7 @@ class Metrics:
             f"{printable(name):28}{'n/a' if np.isnan(value) else f'{value:.3f}':>7}"
             for name, value in self.rows().items()
         ]
-        return "\n".join([f"{self.images} images", *lines])
+        return "\n".join([counted(self.images, "image"), *lines])
 
 
 def without_nan(value: object) -> object:
@@ -93,8 +93,8 @@ def check_classes(model: BaseDetector, dataset: CocoDataset) -> None:
     """ValueError unless the model has as many classes as the data has categories."""
     if model.config.num_classes != len(dataset.categories):
         raise ValueError(
-            f"the model has {model.config.num_classes} classes, "
-            f"the data has {len(dataset.categories)} categories"
+            f"the model has {counted(model.config.num_classes, 'class')}, "
+            f"the data has {counted(len(dataset.categories), 'category')}"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from deformable_detr.data.names import counted
 from deformable_detr.evaluation.mistakes import FOUND, KINDS, ImageReport, Judged
 from deformable_detr.evaluation.report import MEASURES, OVER_ALL, Confusion, Curve, Report, figure
 from deformable_detr.files import write_atomically
@@ -71,7 +72,7 @@ def page(report: Report) -> str:
     metrics = [(name, figure(value)) for name, value in report.metrics.rows().items()]
     at = f"at IoU {FOUND} and scores from {report.threshold:.3f} on"
     sections = [
-        f"<h1>Detections on {report.metrics.images} images</h1>{_about(report)}",
+        f"<h1>Detections on {counted(report.metrics.images, 'image')}</h1>{_about(report)}",
         f"<h2>COCO metrics, {OVER_ALL}</h2>{_remarks(report)}"
         f"{_table(('figure', 'value'), metrics)}",
         f"<h2>Detections and errors</h2><p>Counts {at}. The last column is the AP50 that would be "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torchvision.transforms import v2
 
-from deformable_detr.data.names import listed
+from deformable_detr.data.names import counted, listed
 from deformable_detr.data.preparation import DEFAULT as PREPARATION
 from deformable_detr.data.preparation import PREPARATIONS, preparation_of
 from deformable_detr.data.transforms import SHORT_SIDE, SMALLEST_SIDE
@@ -51,8 +51,9 @@ class Detector:
     def __repr__(self) -> str:
         names = listed((category["name"] for category in self.categories), 5)
         size = f" at short side {self.short_side}" if self.resizes else ""
+        count = counted(len(self.categories), "class")
         return (
-            f"Detector({type(self.model).__name__}, {len(self.categories)} classes: {names}; "
+            f"Detector({type(self.model).__name__}, {count}: {names}; "
             f"threshold {self.threshold:.3f}; images as {self.transforms}{size})"
         )
 

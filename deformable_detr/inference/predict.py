@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deformable_detr.data.crowding import TOP_K
+from deformable_detr.data.names import counted
 from deformable_detr.data.preparation import preparation_of
 from deformable_detr.data.transforms import SMALLEST_SIDE
 from deformable_detr.evaluation_mode import evaluating
@@ -85,7 +86,7 @@ def predict(
     )
     predictions = list(found)
     if skipped:
-        notes.append(f"{len(skipped)} files passed over: {'; '.join(skipped)}")
+        notes.append(f"{counted(len(skipped), 'file')} passed over: {'; '.join(skipped)}")
     for line in notes:
         warnings.warn(line, stacklevel=2)
     return predictions
@@ -275,5 +276,7 @@ def _as_detector(
     classes = model.config.num_classes
     categories = categories or plain_categories(classes)
     if len(categories) != classes:
-        raise ValueError(f"the model has {classes} classes, got {len(categories)} categories")
+        raise ValueError(
+            f"the model has {counted(classes, 'class')}, got {counted(len(categories), 'category')}"
+        )
     return Detector(model, categories, transforms=preparation_of(model.config.backbone))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from deformable_detr.data.images import SUFFIXES, read_image
-from deformable_detr.data.names import printable
+from deformable_detr.data.names import counted, printable
 
 # pictures by their names, which are not read here
 UNREAD = (".arw", ".cr2", ".dcm", ".dng", ".exr", ".heic", ".heif", ".jxl", ".nef", ".psd", ".svg")
@@ -98,7 +98,7 @@ def _files(path: Path) -> Iterator[Source]:
         folders = sum(p.is_dir() for p in path.iterdir())
         raise FileNotFoundError(
             f"no image in the folder {path}: expected {', '.join(SUFFIXES)}"
-            + f"; its {folders} subfolders are not searched" * bool(folders)
+            + f"; {counted(folders, 'subfolder')} in it not searched" * bool(folders)
         )
     yield from (Source(file, named=False) for file in files)
 

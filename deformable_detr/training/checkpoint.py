@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 
 from deformable_detr.data.coco import CocoDataset
+from deformable_detr.data.names import counted
 from deformable_detr.files import first_line
 from deformable_detr.models import DEFAULT, MODELS, BaseDetector, model_name
 from deformable_detr.training.config import TrainConfig
@@ -66,8 +67,9 @@ def read_checkpoint(path: Path, identity: dict, model: BaseDetector) -> dict:
         ) from None
     changed = differences(before, identity)
     if len(changed) == 1 and changed[0].startswith(EPOCHS):
+        epochs = counted(before[EPOCHS], "epoch")
         raise ValueError(
-            f"{path} is of this run with {before[EPOCHS]} epochs, at step {saved['step']}: it is "
+            f"{path} is of this run with {epochs}, at step {saved['step']}: it is "
             f"continued for more epochs, not for fewer, got {identity[EPOCHS]}. Its weights so far "
             "are in last.safetensors; --fresh starts anew"
         )

@@ -3,13 +3,16 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from deformable_detr.data.names import counted
+
 
 @dataclass
 class Finding:
-    """One line of a diagnosis. level: "ok", "warning" or "fatal"."""
+    """One line of a diagnosis. level: "ok", "warning" or "fatal". count: of the faults it is on."""
 
     level: str
     text: str
+    count: int = 1
 
 
 @dataclass
@@ -30,12 +33,14 @@ class Diagnosis:
     def table(self) -> str:
         """All findings, a line each, and a verdict."""
         lines = [f"{finding.level:8} {finding.text}" for finding in self.findings]
-        count = Counter(finding.level for finding in self.findings)
+        count: Counter = Counter()
+        for finding in self.findings:
+            count[finding.level] += finding.count
         verdict = "ready to train" if self.healthy else "do not train yet"
         return "\n".join(
-            [*lines, f"{verdict}: {count['fatal']} fatal, {count['warning']} warnings"]
+            [*lines, f"{verdict}: {count['fatal']} fatal, {counted(count['warning'], 'warning')}"]
         )
 
-    def add(self, bad: str, text: str, good: bool = False) -> None:
-        """A finding that is "ok" if good, else of the level `bad`."""
-        self.findings.append(Finding("ok" if good else bad, text))
+    def add(self, bad: str, text: str, good: bool = False, count: int = 1) -> None:
+        """A finding that is "ok" if good, else of the level `bad`, on so many faults."""
+        self.findings.append(Finding("ok" if good else bad, text, count))

@@ -9,6 +9,7 @@ import torch
 from deformable_detr.boxes import cxcywh_to_xyxy
 from deformable_detr.data.checks import check_annotations
 from deformable_detr.data.coco import CocoDataset, collate
+from deformable_detr.data.names import counted
 from deformable_detr.data.picture_checks import look_at, picture_faults
 from deformable_detr.models import BaseDetector
 from deformable_detr.structures import Batch
@@ -48,7 +49,7 @@ def doctor(
     diagnosis = Diagnosis()
     check_data(diagnosis, dataset, model.config.num_queries, time.monotonic() + seconds / 6)
     classes, categories = model.config.num_classes, len(dataset.categories)
-    text = f"the model has {classes} classes, the data {categories} categories"
+    text = f"the model has {counted(classes, 'class')}, the data {counted(categories, 'category')}"
     diagnosis.add("fatal", text, classes == categories)
     plan = make_plan(diagnosis, dataset, config, val_images)
     if not diagnosis.healthy:
@@ -100,8 +101,10 @@ def check_data(diagnosis: Diagnosis, dataset: CocoDataset, num_queries: int, end
     for fault in faults:
         kinds.setdefault((fault.kind, fault.fatal), []).append(fault.message)
     for (kind, fatal), messages in kinds.items():
-        diagnosis.add("fatal" if fatal else "warning", f"{len(messages)} x {kind}: {messages[0]}")
-    text = f"{len(content['annotations'])} annotations and {len(seen)} of {len(images)} images"
+        text = f"{len(messages)} x {kind}, the first: " * (len(messages) > 1) + messages[0]
+        diagnosis.add("fatal" if fatal else "warning", text, count=len(messages))
+    text = counted(len(content["annotations"]), "annotation")
+    text += f" and {len(seen)} of {counted(len(images), 'image')}"
     diagnosis.add("ok", f"{text} checked", good=True)
     if not any(kind == "unused category" for kind, _ in kinds):
         text = f"each of {len(dataset.categories)} categories has boxes"
@@ -158,7 +161,7 @@ def check_targets(diagnosis: Diagnosis, batch: Batch, categories: int) -> None:
     labels = torch.cat([target.labels for target in batch.targets])
     corners = cxcywh_to_xyxy(boxes)
     inside = (corners > -1e-3).all() and (corners < 1 + 1e-3).all() and (boxes[:, 2:] > 0).all()
-    text = f"{len(boxes)} boxes of the batch in [0, 1] and of some size"
+    text = f"{counted(len(boxes), 'box')} of the batch in [0, 1] and of some size"
     diagnosis.add("fatal", text, bool(inside))
     known = bool(((labels >= 0) & (labels < categories)).all())
     diagnosis.add("fatal", f"their labels in [0, {categories})", known)
@@ -172,9 +175,10 @@ def estimate(diagnosis: Diagnosis, plan: Plan, per_image: float, loading: float)
     config = plan.config
     per_image += 0 if config.num_workers else loading  # workers load while the model learns
     per_step = per_image * config.batch_size * config.accumulate
-    text = f"{config.epochs} epochs of {plan.steps_per_epoch} steps, about {per_step:.3g} s each"
+    text = f"{counted(config.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}, "
+    text += f"about {per_step:.3g} s each"
     if plan.evaluations():
-        text += f", and {plan.evaluations()} evaluations"
+        text += f", and {counted(plan.evaluations(), 'evaluation')}"
     diagnosis.add("ok", f"training takes about {duration(plan.seconds(per_step))}: {text}", True)
 
 

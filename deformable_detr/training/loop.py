@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from deformable_detr.data.coco import CocoDataset
+from deformable_detr.data.names import counted
 from deformable_detr.evaluation.coco import Metrics
 from deformable_detr.interrupts import CatchInterrupt, Interrupted
 from deformable_detr.losses.criterion import count_boxes
@@ -79,7 +80,7 @@ def make_steps(training: Training, on_step: OnStep | None = None) -> None:
             end_epoch(training)  # whose evaluation failed before the resumption
         for batches in training.batches():
             if training.out_of_patience():
-                run.say(f"stopped: no better AP in {training.config.patience} evaluations")
+                run.say(f"stopped: no better AP in {counted(training.stale, 'evaluation')}")
                 break
             losses = train_step(training, batches)
             training.step += 1

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from deformable_detr.boxes import cxcywh_to_xyxy
 from deformable_detr.data.coco import CocoDataset
+from deformable_detr.data.names import counted
 from deformable_detr.evaluation.coco import score
 from deformable_detr.inference.postprocess import as_results, postprocess
 from deformable_detr.losses.criterion import SetCriterion
@@ -86,7 +87,7 @@ def judge_gradients(diagnosis: Diagnosis, model: nn.Module, touched: set[str]) -
     diagnosis.add(bad, text, not silent)
     still = [name for name in learning if name not in touched and name.split(".")[0] not in silent]
     if still:
-        text = f"{len(still)} parameters had no gradient, such as {still[0]}"
+        text = f"{counted(len(still), 'parameter')} had no gradient, such as {still[0]}"
         diagnosis.add("warning", text)
 
 
@@ -95,7 +96,7 @@ def judge_learning(diagnosis: Diagnosis) -> None:
     losses, ap = diagnosis.losses, diagnosis.ap
     enough = len(losses) >= ENOUGH_STEPS
     last = sum(losses[-5:]) / len(losses[-5:])
-    text = f"loss from {losses[0]:.2f} to {last:.2f} in {len(losses)} steps on one batch"
+    text = f"loss from {losses[0]:.2f} to {last:.2f} in {counted(len(losses), 'step')} on one batch"
     if not enough:
         text += f", too few to expect what {ENOUGH_STEPS} bring"
     bad = "fatal" if enough else "warning"

@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from deformable_detr.data.coco import CocoDataset
-from deformable_detr.data.names import printable
+from deformable_detr.data.names import counted, printable
 
 SAMPLES = 5000  # pixels that the fit sees, at most
 LIMITS = 1.0, 0.1  # pixels by which a fit may miss one that the next fit shall see
@@ -74,7 +74,8 @@ def placements(dataset: CocoDataset, index: int) -> Iterator[Placement]:
     given = image, boxes, torch.arange(len(found)), Coordinates.of(*size)
     _, moved, rows, coordinates = dataset.transform(*given)
     if len(moved) != len(rows):
-        text = f"the transform leaves {len(moved)} boxes and {len(rows)} labels of image"
+        counts = f"{counted(len(moved), 'box')} and {counted(len(rows), 'label')}"
+        text = f"the transform leaves {counts} of image"
         raise ValueError(f"{text} {printable(image_id)}, expected one label for each box")
     boxes, moved, coordinates = (x.as_subclass(Tensor) for x in (boxes, moved, coordinates))
     expected = place(boxes[rows].double(), coordinates.double())

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from deformable_detr.data.crowding import crowding
+from deformable_detr.data.names import counted
 from deformable_detr.training.optimiser import lr_factor
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ def at_the_start(training: Training) -> Iterator[str]:
     if training.epochs_before < config.epochs:
         yield continued(training)
     if training.step == total:
-        yield f"all {config.epochs} epochs are done: --epochs N continues to a larger number"
+        yield f"all {counted(config.epochs, 'epoch')} done: --epochs N continues to a larger number"
     if training.step:  # the rest was said when the run began
         return
     yield from training.notes
-    warm_up = f"the warm-up has {config.warmup_steps} steps (--warmup-steps)"
+    warm_up = f"the warm-up has {counted(config.warmup_steps, 'step')} (--warmup-steps)"
     if config.warmup_steps > total:
         yield f"{warm_up}, the training only {total}: it never reaches its learning rate"
     elif config.warmup_steps > epoch:
@@ -47,7 +48,7 @@ def at_the_start(training: Training) -> Iterator[str]:
 def continued(training: Training) -> str:
     """What becomes of the schedule where a run is continued for more epochs."""
     config, step = training.config, training.step
-    text = f"continued to {config.epochs} epochs, after {training.epochs_before}: "
+    text = f"continued to {counted(config.epochs, 'epoch')}, after {training.epochs_before}: "
     if config.schedule == "step":
         dropped = step >= config.drop_epoch * training.steps_per_epoch
         then = "dropped to a tenth for good" if dropped else "will drop to a tenth"

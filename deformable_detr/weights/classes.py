@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from deformable_detr.data.names import printable
+from deformable_detr.data.names import counted, printable
 from deformable_detr.models import BaseDetector, build_model
 from deformable_detr.models.base import DetectorConfig
 from deformable_detr.models.heads import ClassHead
@@ -64,8 +64,8 @@ def with_classes(
     """
     config = model.config
     if from_categories is not None and len(from_categories) != config.num_classes:
-        given = f"{len(from_categories)} categories"
-        raise ValueError(f"the model has {config.num_classes} classes, got {given}")
+        given = counted(len(from_categories), "category")
+        raise ValueError(f"the model has {counted(config.num_classes, 'class')}, got {given}")
     rows = _rows(from_categories or [], to_categories)
     wanted = dataclasses.replace(
         config, num_classes=len(rows), num_queries=num_queries or config.num_queries

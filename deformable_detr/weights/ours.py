@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from deformable_detr.data.names import counted
 from deformable_detr.files import first_line, write_atomically
 from deformable_detr.models import DEFAULT, MODELS, BaseDetector, build_model, model_name
 from deformable_detr.models.base import DetectorConfig
@@ -57,7 +58,8 @@ def save_model(
     """
     if len(categories) != model.config.num_classes:
         raise ValueError(
-            f"the model has {model.config.num_classes} classes, got {len(categories)} categories"
+            f"the model has {counted(model.config.num_classes, 'class')}, got "
+            f"{counted(len(categories), 'category')}"
         )
     require_names(categories)
     metadata = {

@@ -18,6 +18,7 @@ import huggingface_hub
 import torch
 from safetensors.torch import save_file
 
+from deformable_detr.data.names import counted
 from deformable_detr.files import first_line, write_atomically
 from deformable_detr.models import BaseDetector
 from deformable_detr.weights.classes import Adaptation, plain_categories, with_classes
@@ -77,7 +78,9 @@ def load_pretrained(
     wanted = categories or known
     if num_classes is not None and num_classes != len(wanted):
         if categories:
-            raise ValueError(f"got num_classes={num_classes} and {len(categories)} categories")
+            raise ValueError(
+                f"got num_classes={num_classes} and {counted(len(categories), 'category')}"
+            )
         known, wanted = None, plain_categories(num_classes)
     model, report = with_classes(model, known, wanted, num_queries)
     if report.fresh:

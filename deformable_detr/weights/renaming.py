@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deformable_detr.data.names import counted
 from deformable_detr.options import checked, types_of
 from deformable_detr.weights.reading import State, as_weights, shown
 
@@ -111,7 +112,9 @@ def require_same(missing: Iterable[str], left_over: Iterable[str], source: objec
     """ValueError where there are names in either."""
     for problem, names in (("lacks", sorted(missing)), ("has left over", sorted(left_over))):
         if names:
-            raise ValueError(f"{source} {problem} {len(names)} tensors, such as {shown(names[0])}")
+            raise ValueError(
+                f"{source} {problem} {counted(len(names), 'tensor')}, such as {shown(names[0])}"
+            )
 
 
 def to_their_options(config: object, form: str) -> dict[str, object]:
