@@ -55,7 +55,7 @@ def open_gradient(model: BaseDetector) -> None:
 
 STUDY = Study(
     name="ablations",
-    question="what each choice is worth, against two maps with two stages, after 400 steps",
+    question="what each choice is worth, against two maps with two stages, after 300 steps",
     configurations={
         "base": BASE,
         "one map": with_settings("model.num_levels=1"),
@@ -73,7 +73,7 @@ STUDY = Study(
     },
     seeds=(0, 1, 2, 3, 4),
     trial=train_detector,
-    seconds=dict.fromkeys(("one map",), 55) | dict.fromkeys(("three maps",), 140),
+    seconds={"one map": 45, "three maps": 100},
     describe=describe,
     data=DATA,
 )

@@ -18,20 +18,20 @@ STUDY = Study(
     question="AP against images: deformable attention on one map, on two, with refinement, "
     "with two stages",
     configurations={
-        "one map": Detector(settings=ONE_MAP, steps=600, evaluations=6),
-        "two maps": Detector(settings=TWO_MAPS + LEARNED, steps=600, evaluations=6),
+        "one map": Detector(settings=ONE_MAP, steps=450, evaluations=6),
+        "two maps": Detector(settings=TWO_MAPS + LEARNED, steps=450, evaluations=6),
         "two maps, refinement": Detector(
-            settings=(*TWO_MAPS, "model.two_stage=false"), steps=600, evaluations=6
+            settings=(*TWO_MAPS, "model.two_stage=false"), steps=450, evaluations=6
         ),
-        "two maps, two stages": Detector(settings=TWO_MAPS, steps=600, evaluations=6),
+        "two maps, two stages": Detector(settings=TWO_MAPS, steps=450, evaluations=6),
     },
     seeds=(0, 1, 2, 3, 4),
     trial=train_detector,
     seconds={
-        "one map": 75,
-        "two maps": 110,
-        "two maps, refinement": 110,
-        "two maps, two stages": 110,
+        "one map": 65,
+        "two maps": 95,
+        "two maps, refinement": 95,
+        "two maps, two stages": 95,
     },
     describe=describe,
     data=DATA,

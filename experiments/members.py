@@ -12,7 +12,7 @@ TWO_MAPS = ("model.num_levels=2",)
 
 STUDY = Study(
     name="members",
-    question="AP after 400 steps: each member against Deformable DETR, on two maps",
+    question="AP after 300 steps: each member against Deformable DETR, on two maps",
     configurations={
         "Deformable DETR, two stages": BASE,
         "Deformable DETR, refinement": Detector(settings=(*TWO_MAPS, "model.two_stage=false")),

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = ROOT / "runs" / "studies", ROOT / "data" / "results"
 STUDIES = ("convergence", "detr", "ablations", "members")
 COLUMNS = ("configuration", "seed", "status", "split", "step", "metric", "value")
-USUAL = 80.0  # seconds of a core, about, for a trial of which nothing is known
+USUAL = 60.0  # seconds of a core, about, for a trial of which nothing is known
 DONE, BUSY, STOPPED = "done", "in use", "unfinished"
 CODES = {0: DONE, 3: "not finite", 4: "disk full", 5: BUSY, 6: STOPPED}
 
@@ -121,6 +121,7 @@ def run_studies(studies: list[Study], jobs: int) -> bool:
         while waiting or running:
             while waiting and len(running) < jobs:
                 place = waiting.pop(0)
+                print(f"{place.study.name}: {place.name}, seed {place.seed}", flush=True)
                 running[start(place)] = place
             for process in [p for p in running if not p.is_alive()]:
                 finish(running.pop(process), process.exitcode)
@@ -149,7 +150,6 @@ def forecast(total: int, waiting: list[Place], jobs: int) -> str:
 
 def start(place: Place) -> BaseProcess:
     """A process for the trial, which finds the study by its module's name."""
-    print(f"{place.study.name}: {place.name}, seed {place.seed}", flush=True)
     process = multiprocessing.get_context("spawn").Process(target=attempt, args=(place,))
     process.start()
     return process
