@@ -1,0 +1,311 @@
+"""Studies: what is missing is run, what died is marked, and nothing is dropped."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deformable_detr.training.lock import locked
+from tests import trials
+from tests.conftest import write_coco
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+NAMES = ("ablations", "convergence", "detr", "members")
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """The runner, which writes its tables into the test's folder."""
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = set(sys.modules)
+    module = importlib.import_module("study")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    yield module
+    for name in {path.stem for path in FOLDER.glob("*.py")} - before:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def make(study, tmp_path):
+    """A study of the trials named, with two seeds unless others are given."""
+
+    def make(*configurations, seeds=(0, 1), name="quick"):
+        return study.Study(
+            name=name,
+            question="does it run?",
+            configurations={each: each for each in configurations},
+            seeds=seeds,
+            trial=trials.trial,
+            seconds={},
+            describe=trials.describe,
+            runs=tmp_path / "runs",
+        )
+
+    return make
+
+
+@pytest.fixture
+def here(study, monkeypatch):
+    """Trials run in this process, one after another, where none of them is to die of a signal."""
+
+    class Done:
+        def __init__(self, code):
+            self.exitcode = code
+
+        def is_alive(self):
+            return False
+
+    def start(place):
+        try:
+            study.attempt(place)
+        except SystemExit as end:
+            return Done(end.code)
+        return Done(0)
+
+    monkeypatch.setattr(study, "start", start)
+
+
+def table(tmp_path, name="quick"):
+    with open(tmp_path / "results" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def card(tmp_path, name="quick"):
+    return json.loads((tmp_path / "results" / f"{name}.json").read_text())
+
+
+def test_two_configurations_from_end_to_end_in_processes(study, make, tmp_path, capsys):
+    """One of them is killed, then resumed: the study says so, and ends whole."""
+    quick = make("runs", "is killed once", seeds=(0,))
+    assert not study.run_studies([quick], jobs=2)
+    said = capsys.readouterr()
+    assert said.out.startswith("2 of 2 trials to run, about 2 minutes of a core, 1 with 2 side")
+    assert "is killed once, seed 0: killed by signal 9" in said.err
+    rows = table(tmp_path)
+    assert [row["status"] for row in rows] == ["done", "done", "killed by signal 9"]
+    assert not card(tmp_path)["finished"]
+
+    assert study.run_studies([quick], jobs=2)
+    assert capsys.readouterr().out.startswith("1 of 2 trials to run")
+    rows = table(tmp_path)
+    begun = {row["configuration"]: row["value"] for row in rows if row["metric"] == "begun"}
+    assert begun == {"runs": "1", "is killed once": "2"}
+    assert card(tmp_path)["finished"] and card(tmp_path)["missing"] == []
+
+
+def test_the_table_is_tidy(study, make, here, tmp_path):
+    """A row has one value; configuration, seed, split, step and metric say which."""
+    study.run_studies([make("a", "b")], jobs=1)
+    rows = table(tmp_path)
+    assert tuple(rows[0]) == study.COLUMNS
+    keys = [tuple(row[column] for column in study.COLUMNS if column != "value") for row in rows]
+    assert len(set(keys)) == len(keys) == 8
+    assert all(float(row["value"]) >= 0.5 for row in rows)
+    before = (tmp_path / "results" / "quick.csv").read_bytes()
+    study.run_studies([make("a", "b")], jobs=1)
+    assert (tmp_path / "results" / "quick.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("configuration", "status", "again"),
+    [
+        ("is not finite", "not finite", 1),
+        ("fills the disk", "disk full", 2),
+        ("has a fault", "failed", 2),
+    ],
+)
+def test_a_trial_that_died_is_marked_and_stays_in_the_table(
+    study, make, here, tmp_path, capsys, configuration, status, again
+):
+    """It is tried again at the next command, unless it would die in the same way."""
+    quick = make("fine", configuration, seeds=(0,))
+    for _ in range(2):
+        assert not study.run_studies([quick], jobs=1)
+    assert f"quick: {configuration}, seed 0: {status}" in capsys.readouterr().err
+    assert {row["configuration"]: row["status"] for row in table(tmp_path)} == {
+        "fine": "done",
+        configuration: status,
+    }
+    assert card(tmp_path)["missing"] == [f"{configuration}, seed 0: {status}"]
+    place = study.Place(quick, configuration, 0)
+    assert json.loads((place.folder / "begun.json").read_text()) == again
+
+
+def test_what_was_not_begun_has_a_row_too(study, make, tmp_path):
+    study.write_tables([make("a", "b", seeds=(0,))])
+    assert [row["status"] for row in table(tmp_path)] == ["missing", "missing"]
+    assert card(tmp_path)["missing_cpu_minutes"] == round(2 * study.USUAL / 60)
+
+
+def test_a_trial_in_use_is_left_to_its_process(study, make, here, tmp_path, capsys):
+    quick = make("a", seeds=(0,))
+    place = study.Place(quick, "a", 0)
+    place.folder.mkdir(parents=True)
+    with locked(place.folder / ".lock"):
+        assert not study.run_studies([quick], jobs=1)
+        assert "quick: a, seed 0: in use" in capsys.readouterr().err
+        assert not (place.folder / "begun.json").exists()
+        assert table(tmp_path)[0]["status"] == "unfinished"
+    assert study.run_studies([quick], jobs=1)
+
+
+def test_a_trial_that_two_studies_need_runs_once(study, make, here, tmp_path, capsys):
+    studies = make("a", "b", name="one"), make("b", "c", name="two")
+    study.run_studies(list(studies), jobs=1)
+    assert "6 of 8 trials to run" in capsys.readouterr().out
+    assert {row["value"] for row in table(tmp_path, "two") if row["metric"] == "begun"} == {"1"}
+
+
+def test_seeds_come_before_configurations(study, make, here, capsys):
+    """So that a study that is stopped has something of everything."""
+    study.run_studies([make("a", name="one"), make("b", name="two")], jobs=1)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines == ["one: a, seed 0", "two: b, seed 0", "one: a, seed 1", "two: b, seed 1"]
+
+
+def test_what_took_long_before_is_expected_to_again(study, make, here):
+    quick = make("a", "b")
+    study.run_studies([dataclasses.replace(quick, seeds=(0,))], jobs=1)
+    done = study.Place(quick, "a", 0).folder / "done.json"
+    done.write_text(json.dumps({"cpu_seconds": 600, "rows": []}))
+    waiting = [study.Place(quick, "a", 1)]
+    assert "about 10 minutes of a core, 5 with 2" in study.forecast(2, waiting, 2)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGTERM ends a process of Windows at once")
+def test_a_command_that_is_ended_takes_its_trials_with_it(tmp_path):
+    """And says that it can go on."""
+    code = f"""
+import signal, sys
+sys.path[:0] = [{str(FOLDER)!r}, {str(FOLDER.parent)!r}]
+import study
+from pathlib import Path
+from tests import trials
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    study.RESULTS = Path({str(tmp_path)!r})
+    one = study.Study("quick", "?", {{"takes long": "takes long"}}, (0,), trials.trial, {{}},
+                      trials.describe, runs=study.RESULTS / "runs")
+    study.run_studies([one], 1)
+"""
+    script = tmp_path / "command.py"
+    script.write_text(code)
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if list(tmp_path.glob("runs/*/begun.json")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command continues" in said
+    (folder,) = tmp_path.glob("runs/*")
+    with locked(folder / ".lock"):  # nobody has it any more
+        assert "unfinished" in (tmp_path / "quick.csv").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_study_is_a_table_that_can_be_built(study, name):
+    """All settings exist, and each change can be made to its model."""
+    each = importlib.import_module(name).STUDY
+    assert each.name == name and name in study.STUDIES
+    folders = {study.Place(each, key, 0).folder for key in each.configurations}
+    assert len(folders) == len(each.configurations), "two are the same"
+    for configuration in each.configurations.values():
+        configuration.build(0)
+        assert configuration.steps % configuration.evaluations == 0
+
+
+@pytest.fixture
+def small(study, monkeypatch, tmp_path):
+    """A training of four steps, on coloured squares."""
+    detectors = importlib.import_module("detectors")
+    for split, images in (("train", 6), ("val", 3), ("test", 3)):
+        write_coco(tmp_path / "data", split, images)
+    monkeypatch.setattr(detectors, "DATA", tmp_path / "data")
+    settings = ("num_levels=1", "embed_dim=32", "num_heads=2", "num_queries=5", "ffn_dim=32")
+    settings = [f"model.{each}" for each in (*settings, "encoder_layers=1", "decoder_layers=1")]
+    settings = (*settings, "train.batch_size=2")
+    return detectors, detectors.Detector(settings=settings, steps=4, evaluations=2)
+
+
+def without_times(rows):
+    return [row for row in rows if "seconds" not in row["metric"]]
+
+
+def test_a_training_goes_on_where_it_was_killed(small, monkeypatch, tmp_path):
+    """Its rows are those of one that was not."""
+    detectors, detector = small
+    whole = detectors.train_detector(detector, 0, tmp_path / "whole")
+    measure, calls = detectors.measure, []
+
+    def killed_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(detectors, "measure", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        detectors.train_detector(detector, 0, tmp_path / "killed")
+    assert len((tmp_path / "killed" / "curve.jsonl").read_text().splitlines()) == 1
+    rows = detectors.train_detector(detector, 0, tmp_path / "killed")
+    assert without_times(rows) == without_times(whole)
+    assert len(calls) == 4  # val twice, of which one was cut off and came again, and test
+
+
+def test_what_a_training_measures(small, tmp_path):
+    detectors, detector = small
+    rows = detectors.train_detector(detector, 0, tmp_path / "run")
+    found = {(row["split"], row["step"], row["metric"]): row["value"] for row in rows}
+    for key in (("val", 2, "ap"), ("val", 4, "object_ap50"), ("test", 4, "ap_small")):
+        assert key in found
+    assert found["val", 4, "decoder_effective_keys"] <= 4  # four points
+    assert 0 <= found["val", 4, "instability"] <= 1
+    assert found["model", 4, "cpu_seconds_in_all"] >= found["train", 4, "cpu_seconds"] > 0
+    assert not list((tmp_path / "run").glob("checkpoint.pt"))
+
+
+def test_seeds_draw_other_images_and_epochs_too(small):
+    detectors, _ = small
+    from deformable_detr.training.batches import SeededDataset
+
+    draws = detectors.Draws(*detectors.find_split(detectors.DATA, "train"))
+    draws.length = 3
+    assert len(draws) == 3
+
+    def ids(seed, epoch):
+        dataset = SeededDataset(draws, seed)
+        return [dataset[epoch, i][1].image_id for i in range(30)]
+
+    assert ids(0, 0) == ids(0, 0)
+    assert ids(0, 0) != ids(1, 0) and ids(0, 0) != ids(0, 1)
+    assert set(ids(0, 0)) == set(draws.image_ids)  # of the whole split
+
+
+def test_share_of_matches_that_changed(study):
+    detectors = importlib.import_module("detectors")
+    assert detectors.changed([[0, 1], [2]], [[0, 3], [2]]) == pytest.approx(1 / 3, abs=1e-4)
+
+
+def test_dense_attention_spreads_over_all_tokens(study):
+    """An untrained DETR looks at nearly all of the keys; deformable attention, at its samples."""
+    detectors = importlib.import_module("detectors")
+    dense = detectors.Detector("digits-detr").build(0)
+    sampling = detectors.Detector(settings=("model.num_levels=2",)).build(0)
+    import torch
+
+    from deformable_detr.structures import Batch
+
+    batch = Batch.from_images([torch.rand(3, 128, 128)])
+    assert 50 < detectors.effective_keys(dense, batch)["decoder_effective_keys"] <= 64
+    assert detectors.effective_keys(sampling, batch)["decoder_effective_keys"] == 8
