@@ -8,6 +8,7 @@ from deformable_detr.cli import (
     convert,
     doctor,
     evaluate,
+    explain,
     export,
     info,
     options,
@@ -17,7 +18,10 @@ from deformable_detr.cli import (
     train,
 )
 
-COMMANDS = (convert, tile, check, sheet, doctor, options, train, evaluate, predict, export, info)
+COMMANDS = (
+    *(convert, tile, check, sheet, doctor, options, train),
+    *(evaluate, predict, explain, export, info),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="deformable-detr",
         description="Train, evaluate and use Deformable DETR and its family: detectors of objects "
         "in images.",
-        epilog="With new data: check, sheet, doctor, train, evaluate, predict, in this order.",
+        epilog="With new data: check, sheet, doctor, train, evaluate, predict, in this order. "
+        "What it looked at: explain.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,6 +1,20 @@
 """What a detector looks at, data first and figures second. Chapter looking.
 
-sampling: where deformable attention sampled, in any model. attention: the weights of dense
-attention. gradients: which pixels move a detection. figures: all three, drawn over the image.
-pictures: boxes on images, of detections and of data sets.
+explain: all of it by one call (asking, explanation). sampling: where deformable attention sampled,
+in any model. attention: the weights of dense attention. gradients: which pixels move a detection.
+figures, overlays: drawn over the image. page: as one HTML page. pictures: boxes on images, of
+detections and of data sets.
 """
+
+from typing import Any
+
+__all__ = ["explain"]
+
+
+def __getattr__(name: str) -> Any:
+    """`explain`, imported when it is asked for: whoever draws boxes needs no models."""
+    if name != "explain":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from deformable_detr.look.asking import explain
+
+    return explain
