@@ -14,9 +14,9 @@
 # You will be able to
 # - **compute** attention by hand, for one query, for many, and for several heads,
 # - **match** the paper's Eq. 1 with the matrices inside `torch.nn.MultiheadAttention`,
-# - **predict** how evenly attention is spread before training, and what that does to gradients,
-# - **count** the work and the memory of attention on a feature map, at any stride,
-# - **say** why small objects suffer first, and what can be done about it.
+# - **turn** a feature map into a list of cells, and give each cell its place,
+# - **predict** how evenly attention is spread before training,
+# - **explain** what that evenness does to the gradients, and so to learning.
 #
 # You should know: PyTorch tensors, `softmax`, matrix products, autograd.
 #
@@ -25,19 +25,18 @@
 # {{map}}
 
 # %% [markdown]
-# {{chapter sampling}} read a feature map at one place that somebody named. Attention
-# {cite}`vaswani2017attention` reads **every** place and decides afterwards how much each one
-# counts. That is its strength. On images it is also its cost, and this chapter measures both.
+# {{chapter sampling}} read a picture at one place, and somebody had to say which. Attention
+# {cite}`vaswani2017attention` works the other way round: it looks at **every** place, compares each of
+# them with what it is looking for, and then decides how much each one counts.
 #
-# DETR {cite}`carion2020detr`, the first detector made of attention, needed 500 epochs to train and
-# was weak on small objects. Deformable DETR {cite}`zhu2021deformable` blames two properties of
-# dense attention for it. We find both of them here with numbers of our own.
+# DETR {cite}`carion2020detr` was the first detector built on attention. It was elegant, but it needed
+# 500 epochs of training and was weak on small objects. Deformable DETR {cite}`zhu2021deformable` was
+# made to mend this, and its authors found the cause in attention itself. To judge that, we first need
+# to know attention well. This chapter builds it, up to the moment before training begins. The next
+# one, {{chapter attention_on_images}}, trains it and measures its price.
 
-# %%
-import itertools
-import json
+# %% tags=["hide-input"]
 import math
-import time
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -53,8 +52,25 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## {{n}}.1 One query, three keys, by hand
 #
-# A **query** is a vector that asks. **Keys** are vectors that may answer; each key has a **value**,
-# which is what the query takes home. Here keys have 4 numbers and values have 2.
+# Attention has three kinds of vectors, named as in a library:
+# - A **query** is a vector that asks for something.
+# - A **key** is a vector by which something can be found. The query is compared with every key.
+# - A **value** belongs to each key. It is what the query takes home from there.
+#
+# Here is one query with three keys and their values, and everything that happens, in numbers.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A query of four numbers is compared with three keys of four numbers. The scores are 2, 1 and 0. The weights, drawn as bars, are 0.665, 0.245 and 0.090. Each weight multiplies a value of two numbers, and the sum is the output, 5.75 and 1.55."}}
+from schematics.attention import query_key_value
+
+query_key_value()
+
+# %% [markdown]
+# *Figure {{n}}.1. What to see: from left to right, the query is compared with each key, which gives a
+# score; the scores become weights that sum to 1; the output is the average of the values under these
+# weights. Blue is what belongs to the query, green what belongs to the keys. The numbers in brackets
+# are shapes.*
+#
+# Now the same in code, step by step.
 
 # %%
 query = torch.tensor([1.0, 2.0, 0.0, 1.0])
@@ -62,9 +78,9 @@ keys = torch.tensor([[2.0, 1.0, 3.0, 0.0], [0.0, 1.0, 1.0, 0.0], [1.0, -1.0, 0.0
 values = torch.tensor([[10.0, 0.0], [0.0, 10.0], [-10.0, -10.0]])
 
 # %% [markdown]
-# Three steps. First, a **score** for each key: its dot product with the query, divided by the root
-# of the width, $\sqrt{4} = 2$. Do it in your head: $1 \cdot 2 + 2 \cdot 1 + 0 \cdot 3 + 1 \cdot 0$
-# is 4, and half of that is 2.
+# First, a **score** for each key: its dot product with the query, divided by the square root of their
+# length, $\sqrt{4} = 2$. (Why we divide comes below.) The first key gives
+# $1 \cdot 2 + 2 \cdot 1 + 0 \cdot 3 + 1 \cdot 0 = 4$, and half of that is 2.
 
 # %%
 scores = [(query @ key).item() / math.sqrt(4) for key in keys]
@@ -72,8 +88,8 @@ print(scores)
 assert scores == [2.0, 1.0, 0.0]
 
 # %% [markdown]
-# Second, **weights**: the exponential of each score, divided by their sum. That is a softmax. All
-# weights are positive and together they make 1.
+# Second, **weights**: the exponential of each score, divided by the sum of all exponentials. That is
+# the softmax. All weights are positive, and together they make 1.
 
 # %%
 exponentials = [math.exp(score) for score in scores]
@@ -84,22 +100,23 @@ assert math.isclose(sum(weights), 1)
 # %% [markdown]
 # Third, the **output**: the average of the values under these weights.
 #
-# **Before you run**: the first value is (10, 0), and the first key has the largest weight. Is the
-# first number of the output above or below 6.65?
+# **Before you run**: the first value is (10, 0) and has the weight 0.665, so it contributes 6.65 to the
+# first number of the output. Is that number above or below 6.65 in the end?
 
 # %%
 output = sum(weight * value for weight, value in zip(weights, values, strict=True))
-print([round(number, 3) for number in output.tolist()])
+print([round(number, 2) for number in output.tolist()])
 assert output[0] < 6.65  # the third value pulls it down by 0.9
 
 # %% [markdown]
-# Attention never picks a key. It *mixes*, and every key has its part, however small. Remember that
-# for section {{n}}.6.
+# It is below, because the third value, (-10, -10), has a part in it too. Attention never picks one key.
+# It *mixes* all of them, and even the worst key has a share, however small. This will matter in
+# section {{n}}.6.
 #
 # ## {{n}}.2 Many queries: a loop, then matrices
 #
-# Now 2 queries, 5 keys, width 3, values of width 4. No two sizes are the same, so that a mistake in
-# the axes cannot hide.
+# Now 2 queries, 5 keys of length 3, and values of length 4. No two of these sizes are the same, so that
+# a mistake in the axes cannot hide.
 
 
 # %%
@@ -115,8 +132,8 @@ def attend_loop(queries, keys, values):
 
 
 # %% [markdown]
-# All scores at once are one matrix product. The softmax runs along the keys, the **last** axis:
-# each query shares out its own 1.
+# All scores at once are one matrix product, with one row per query and one column per key. The softmax
+# runs along the keys, which is the **last** axis, because each query distributes its own weights.
 
 
 # %%
@@ -126,19 +143,23 @@ def attend(queries, keys, values):
     return scores.softmax(-1) @ values
 
 
+# %% [markdown]
+# PyTorch has this as a function, `F.scaled_dot_product_attention`. All three must agree:
+
 # %%
 queries, keys, values = torch.randn(2, 3), torch.randn(5, 3), torch.randn(5, 4)
 by_loop, by_matrix = attend_loop(queries, keys, values), attend(queries, keys, values)
 by_torch = F.scaled_dot_product_attention(queries[None], keys[None], values[None])[0]
 assert torch.allclose(by_loop, by_matrix, atol=1e-6)
 assert torch.allclose(by_torch, by_matrix, atol=1e-6)
-print(tuple(by_matrix.shape))
+print(tuple(by_matrix.shape), "loop, matrices and PyTorch agree")
 
 # %% [markdown]
 # ### Why divide by $\sqrt{D}$?
 #
-# A dot product of two random vectors is a sum of $D$ terms, so its spread grows like $\sqrt{D}$.
-# Dividing brings it back to 1, whatever the width.
+# A dot product of two random vectors of length $D$ is a sum of $D$ random terms. Such a sum spreads like
+# $\sqrt{D}$: the longer the vectors, the larger the scores. Dividing by $\sqrt{D}$ brings the spread
+# back to 1, whatever the length.
 
 # %%
 for D in (4, 64, 256):
@@ -147,9 +168,12 @@ for D in (4, 64, 256):
     assert math.isclose(products.std().item(), math.sqrt(D), rel_tol=0.03)
 
 # %% [markdown]
-# Without the division the softmax would be almost a hard choice before anything has been learned.
+# And why should the spread be 1? Because the softmax takes exponentials. If scores differ by 8, their
+# weights differ by a factor of $e^8$, which is about 3,000. Then one key gets everything before the
+# network has learned anything, and the others are as good as lost. Here are ten random keys of length
+# 64, with and without the division.
 
-# %% mystnb={"image": {"alt": "Two bar charts of the attention weights of ten keys. Without the division two keys share five sixths of the weight. With it, eight of the ten keys have a visible part, the largest a fifth."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two bar charts of the attention weights of ten keys. Without the division two keys share five sixths of the weight. With it, eight of the ten keys have a visible part, the largest a fifth."}}
 D = 64
 wide_query, wide_keys = torch.randn(D), torch.randn(10, D)
 raw = wide_keys @ wide_query
@@ -161,16 +185,18 @@ axes[0].set(ylabel="weight", ylim=(0, 1))
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.1. What to see: the same ten keys of width 64. Undivided scores let two random keys take
-# five sixths of the weight (left); divided by $\sqrt{64}$ they leave the choice open (right).*
+# *Figure {{n}}.2. What to see: the same query and the same ten keys of length 64. From undivided scores
+# two random keys take five sixths of the weight (left). Divided by $\sqrt{64} = 8$, the choice is still
+# open (right).*
 
-# %%
+# %% tags=["hide-input"]
 top_two = [(raw / scale).softmax(0).topk(2).values.sum() for scale in (1, math.sqrt(D))]
 assert top_two[0] > 0.8 and top_two[1] < 0.5
 many = torch.randn(500, D) @ wide_keys.T  # and on average over 500 queries
 largest_undivided = many.softmax(-1).amax(-1).mean()
 largest_divided = (many / math.sqrt(D)).softmax(-1).amax(-1).mean()
-print(f"largest of ten weights: {largest_undivided:.2f} undivided, {largest_divided:.2f} divided")
+print("the largest of the ten weights, on average over 500 random queries:")
+print(f"{largest_undivided:.2f} undivided, {largest_divided:.2f} divided")
 assert largest_undivided > 0.85 and largest_divided < 0.45
 
 # %% [markdown]
@@ -178,11 +204,10 @@ assert largest_undivided > 0.85 and largest_divided < 0.45
 #
 # *difficulty ●○○ · 8 minutes · 3 lines*
 #
-# Images of different size are padded to one size, and nobody may look at the padding. Write
-# attention that gives padded keys **no** weight. In this book a mask is True on padding.
+# The images of a batch have different sizes. They are padded to one size, and no query may look at the
+# padding. Write attention that gives padded keys **no** weight. In this book a mask is True on padding.
 #
-# Take care with the library: `F.scaled_dot_product_attention` wants a boolean mask that is True
-# where one *may* look, `nn.MultiheadAttention` wants one that is True where one may *not*.
+# The checker asks that the output is as if the padded keys did not exist, whatever numbers stand there.
 
 
 # %% tags=["exercise"]
@@ -217,19 +242,21 @@ check("attention.1", masked_attention)
 # <details><summary>I pass the first check but fail the second</summary>
 #
 # The first check has no padding. If the second fails, you either set the *weights* to zero after
-# the softmax, so that they no longer add up to 1, or the *scores* to zero. A score of zero is not
-# "no": $e^0 = 1$.
+# the softmax, so that they no longer add up to 1, or the *scores* to zero. But a score of zero is not
+# a weight of zero: $e^0 = 1$.
 #
 # </details>
 #
 # {{solution}}
 
 # %% [markdown]
-# The two conventions of the library, side by side, on the vectors from above:
+# PyTorch has two conventions for such masks, and they are opposite. `F.scaled_dot_product_attention`
+# wants True where a query *may* look. `nn.MultiheadAttention` wants True where it may *not*. The result
+# must be the same as if the padded keys did not exist:
 
 # %%
 padding = torch.tensor([False, True, False, False, True])
-expected = attend(queries, keys[~padding], values[~padding])  # as if they did not exist
+expected = attend(queries, keys[~padding], values[~padding])
 fused = F.scaled_dot_product_attention(
     queries[None], keys[None], values[None], attn_mask=~padding[None]
 )
@@ -239,14 +266,30 @@ layer = nn.MultiheadAttention(3, 1, batch_first=True)
 masked, _ = layer(queries[None], keys[None], keys[None], key_padding_mask=padding[None])
 shorter, _ = layer(queries[None], keys[None, ~padding], keys[None, ~padding])
 assert torch.allclose(masked, shorter, atol=1e-6)
+print("both agree with leaving the padded keys out")
 
 # %% [markdown]
 # ## {{n}}.3 Several heads, and the paper's Eq. 1
 #
-# So far the vectors themselves were query, key and value. In a network each of the three is a
-# *learned projection* of the features: one matrix says what to ask for, one what to be found by,
-# one what to hand over. And there are several sets of such matrices, the **heads**, so that a query
-# can ask several questions at once. The paper writes it so:
+# So far somebody gave us queries, keys and values. In a network there are only features: a vector
+# $z_q$ for the query, and a vector $x_k$ for each place that it may look at. Query, key and value are
+# *learned projections* of them. One matrix, $U$, says what to ask for. A second, $V$, says what each
+# place is found by. A third, $W'$, says what it hands over.
+#
+# A query may have several questions at once: is there an edge on the left? is there one on the right?
+# So there are $M$ such sets of matrices, the **heads**. Each head works with $D = C / M$ channels, and
+# a last matrix $W$ combines what they found.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Blocks with arrows. Queries z of shape (Q, C) go through U and become (M, Q, D). Features x of shape (N, C) go through V and through W' and become (M, N, D) each. The first two give scores and, by a softmax, the weights A of shape (M, Q, N). The weighted sum of the third is (M, Q, D), which is (Q, C), and goes through W to the output of shape (Q, C)."}}
+from schematics.attention import heads
+
+heads()
+
+# %% [markdown]
+# *Figure {{n}}.3. What to see: $Q$ queries look at $N$ places with $M$ heads. Filled blocks are learned
+# matrices. The heads stay apart from $U$, $V$ and $W'$ on, and meet again in $W$.*
+#
+# The paper writes the same in one line, for one query $q$:
 #
 # $$
 # \text{MultiHeadAttn}(z_q, x) = \sum_{m=1}^{M} W_m \Big[ \sum_{k \in \Omega_k} A_{mqk} \cdot
@@ -254,18 +297,18 @@ assert torch.allclose(masked, shorter, atol=1e-6)
 # A_{mqk} \propto \exp\Big\{ \frac{z_q^\top U_m^\top V_m x_k}{\sqrt{C_v}} \Big\}
 # $$
 #
-# with $\sum_k A_{mqk} = 1$. Read it from the inside:
+# with $\sum_k A_{mqk} = 1$. This is the paper's Eq. 1. Read it from the inside:
 #
-# | symbol | what it does | shape |
+# | symbol | what it is | shape |
 # |:--|:--|:--|
-# | $U_m z_q$ | what head $m$ of query $q$ asks | $U_m$ is $D \times C$ |
-# | $V_m x_k$ | what key $k$ is found by | $V_m$ is $D \times C$ |
-# | $A_{mqk}$ | the weight, softmax over $k$ | a number |
-# | $W'_m x_k$ | what key $k$ hands over | $W'_m$ is $D \times C$ |
+# | $U_m z_q$ | the query: what head $m$ asks for | $U_m$ is $D \times C$ |
+# | $V_m x_k$ | the key: what place $k$ is found by | $V_m$ is $D \times C$ |
+# | $A_{mqk}$ | the weight, a softmax over $k$ | a number |
+# | $W'_m x_k$ | the value: what place $k$ hands over | $W'_m$ is $D \times C$ |
 # | $W_m$ | back to the full width | $W_m$ is $C \times D$ |
 #
-# $\Omega_k$ is the set of all keys, $N_k$ of them. $C_v$ is the width of one head; this book calls
-# it $D = C / M$.
+# $\Omega_k$ is the set of all places, and $N_k$ is how many there are. $C_v$ is the width of one head;
+# this book calls it $D$.
 
 
 # %%
@@ -281,9 +324,10 @@ def equation_1(z_q, x, U, V, W_prime, W):
 
 
 # %% [markdown]
-# PyTorch's module holds the same four sets of matrices, packed. `in_proj_weight` stacks all $U_m$,
-# then all $V_m$, then all $W'_m$; head $m$ owns $D$ rows of each. `out_proj.weight` has the $W_m$
-# side by side, $D$ columns each.
+# Is this what `nn.MultiheadAttention` computes? It holds the same four sets of matrices, but packed into
+# two tensors. `in_proj_weight` has all $U_m$ on top, then all $V_m$, then all $W'_m$, and each head owns
+# $D$ rows of each. `out_proj.weight` has the $W_m$ side by side, $D$ columns each. We unpack them and
+# compare. (Eq. 1 has no bias vectors, so we switch the module's off.)
 
 # %%
 C, M = 12, 3
@@ -297,18 +341,16 @@ z, x = torch.randn(num_queries, C), torch.randn(num_keys, C)
 by_hand = torch.stack([equation_1(z_q, x, U, V, W_prime, W) for z_q in z])
 by_module, _ = module(z[None], x[None], x[None])  # query, key, value
 assert torch.allclose(by_module[0], by_hand, atol=1e-6)
-print(tuple(by_hand.shape))
+print(tuple(by_hand.shape), "Eq. 1 and the module agree")
 
 # %% [markdown]
-# Eq. 1 has no bias vectors; the module has them unless told otherwise, and they start at zero.
-#
 # ## Exercise {{n}}.2  Split the heads
 #
 # *difficulty ●○○ · 6 minutes · 2 lines*
 #
-# Vectorised, all heads are projected by one $C \times C$ matrix: the rows of head 0 on top, those
-# of head 1 below, and so on. Its output must be cut into heads. Head $m$ gets the channels from
-# $mD$ to $(m + 1)D$ of **every** token.
+# A fast module does not loop over heads. It projects for all heads at once by one $C \times C$ matrix,
+# with the rows of head 0 on top, those of head 1 below, and so on. Then the $C$ channels that come out
+# must be split into heads. Head $m$ gets the channels from $mD$ to $(m + 1)D$ of **every** token.
 
 
 # %% tags=["exercise"]
@@ -325,7 +367,7 @@ check("attention.2", split_heads)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Cutting $C$ channels into $M$ groups of $D$ touches only the last axis. Moving the heads to the
+# Splitting $C$ channels into $M$ groups of $D$ touches only the last axis. Moving the heads to the
 # front is a second step.
 #
 # </details>
@@ -338,17 +380,17 @@ check("attention.2", split_heads)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# The shape is right but the numbers are not: you reshaped to $(B, M, N, D)$ at once. `reshape`
-# keeps the order in memory, so "head 0" then holds all channels of the first few *tokens*. Nothing
-# crashes, and a network even trains like this, just badly.
+# The shape is right but the numbers are not, because you reshaped to $(B, M, N, D)$ at once. `reshape`
+# (and `view`) keeps the order in memory, so "head 0" then holds all channels of the first few *tokens*.
+# Nothing crashes, and a network even trains like this, only badly.
 #
 # </details>
 #
 # {{solution}}
 
 # %% [markdown]
-# Now the module in full, in our own code. It returns the weights too, since we want to look at
-# them.
+# With this, the whole module fits on a page. Ours returns the weights $A$ as well, because we want to
+# look at them.
 
 
 # %%
@@ -371,10 +413,13 @@ class Attention(nn.Module):
         return self.W((A @ v).transpose(1, 2).flatten(2)), A
 
 
+# %% [markdown]
+# We copy PyTorch's weights into it, and both must give the same outputs and the same $A$:
+
 # %%
 attention = Attention(C, M)
-with torch.no_grad():  # copy the weights of the module: U, V, W' and W
-    packed = module.in_proj_weight.chunk(3)
+with torch.no_grad():
+    packed = module.in_proj_weight.chunk(3)  # U, V and W'
     for linear, weight in zip(attention.children(), (*packed, module.out_proj.weight), strict=True):
         linear.weight.copy_(weight)
     ours, A = attention(z[None], x[None])
@@ -384,13 +429,37 @@ assert torch.allclose(ours[0], by_hand, atol=1e-6)
 print("weights", tuple(A.shape), "= (B, M, Q, N_k)")
 
 # %% [markdown]
-# Four rungs, one result: hand, loop, matrices, module. When queries come from somewhere else than
-# the keys, this is **cross-attention**; when $z$ and $x$ are the same tokens, **self-attention**.
+# By hand, as a loop, with matrices, as a module: four ways, one result. Two names for its use: when $z$
+# and $x$ are the same vectors, it is **self-attention**; when the queries come from somewhere else, it is
+# **cross-attention**.
 #
 # ## {{n}}.4 A feature map is a list of cells
 #
-# An image network gives a map $(C, H, W)$. Attention wants a list. So the map is flattened, row
-# after row: cell $(i, j)$ becomes token $iW + j$, and there are $H \cdot W$ tokens.
+# Attention wants a list of vectors. An image network gives a *map*, of shape $(C, H, W)$. So we write
+# the cells of the map one after another, row by row, and call each of them a **token**.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Upper left: the running example with a grid of 4 by 4 cells of 32 pixels. Upper right: the same averaged over each cell, numbered 0 to 15, row by row; cells 9, 10 and 13, which hold most of the seven, are outlined. Below: the 16 cells side by side in one row, with 9, 10 and 13 outlined; the last is apart from the other two."}}
+from schematics.attention import list_of_cells
+
+list_of_cells()
+
+# %% [markdown]
+# *Figure {{n}}.4. What to see: the running example at stride 32, where a cell stands for 32 x 32 pixels.
+# (A network would put $C$ numbers into each cell; here we see just its average colour.) Most of the
+# seven lies in cells 9, 10 and 13, outlined in orange. On the map, 9 and 13 are neighbours. In the list
+# they are four places apart.*
+
+# %%
+picture = torch.tensor(plt.imread("../data/samples/000010.png")[..., :3]).permute(2, 0, 1)
+is_green = picture[1] - picture[0] > 0.15
+per_cell = is_green.view(4, 32, 4, 32).sum((1, 3))  # green pixels in each cell of stride 32
+tokens = F.avg_pool2d(picture, 32).flatten(1).T  # (C, 4, 4) -> (C, 16) -> (16, C)
+print(tuple(tokens.shape), "green pixels per token:", per_cell.flatten().tolist())
+assert set(per_cell.flatten().topk(3).indices.tolist()) == {9, 10, 13}
+
+# %% [markdown]
+# The general rule is that the cell in row $i$ and column $j$ becomes token $iW + j$. From here on we use
+# a map that is not square, with 3 rows and 5 columns.
 
 # %%
 height, width = 3, 5
@@ -400,8 +469,10 @@ assert torch.equal(tokens[2 * width + 1], feature_map[:, 2, 1])  # row 2, column
 print(tuple(feature_map.shape), "->", tuple(tokens.shape))
 
 # %% [markdown]
-# **Before you run**: we shuffle the cells of the map, as if the image had been cut up and thrown on
-# the table. What happens to the output of self-attention?
+# Does attention know that the list was once a map? We can test it.
+#
+# **Before you run**: we shuffle the cells, as if the image had been cut up and thrown on the table. What
+# happens to the output of self-attention?
 
 # %%
 order = torch.randperm(height * width)
@@ -409,13 +480,15 @@ with torch.no_grad():
     straight, _ = attention(tokens[None], tokens[None])
     shuffled, _ = attention(tokens[order][None], tokens[order][None])
 assert torch.allclose(shuffled[0], straight[0, order], atol=1e-6)
+print("the output is shuffled in the same way, and otherwise unchanged")
 
 # %% [markdown]
-# It is shuffled in the same way, and nothing else. To attention a map is a *bag* of cells: left,
-# right, near and far do not exist. A convolution could not have survived this.
+# So to attention a map is a *bag* of cells. Left and right, near and far do not exist. A convolution
+# would have given something else altogether, because it reads neighbours.
 #
-# So each cell must carry its place. DETR adds a code made of sines and cosines, for $y$ and for
-# $x$, at many wavelengths. For one cell, by hand, in Deformable DETR's form:
+# If places are to matter, each cell must carry its place among its numbers. DETR adds a code made of
+# sines and cosines, half of its channels for $y$ and half for $x$. Some of the waves go once around over
+# the whole map, others are much longer. Here is the code of one cell, by hand, in Deformable DETR's form:
 
 
 # %%
@@ -431,8 +504,8 @@ def place_code(row, column, height, width, num_features, temperature=10_000):
 
 
 # %% [markdown]
-# The library's encoding does this for all cells at once. Its argument is a mask, because only cells
-# that are not padding count.
+# The library's encoding does this for all cells at once. Its argument is a mask, True on padding,
+# because only the cells of the image count.
 
 # %%
 from deformable_detr.layers.position import SinePositionEncoding
@@ -440,7 +513,7 @@ from deformable_detr.layers.position import SinePositionEncoding
 no_padding = torch.zeros(1, 4, 7, dtype=torch.bool)
 codes = SinePositionEncoding(num_features=6)(no_padding)  # (B, 2 * num_features, H, W)
 assert torch.allclose(codes[0, :, 1, 5], place_code(1, 5, 4, 7, num_features=6), atol=1e-5)
-print(tuple(codes.shape))
+print(tuple(codes.shape), "the library's code of row 1, column 5 is the one by hand")
 
 # %% mystnb={"image": {"alt": "Four maps of 14 by 22 cells. The first changes from top to bottom like one sine wave, the second from left to right like one cosine wave, the third hardly from top to bottom. The fourth is a hill of similarity with its peak in the marked cell."}}
 codes = SinePositionEncoding(128)(torch.zeros(1, 14, 22, dtype=torch.bool))[0]  # (256, 14, 22)
@@ -458,19 +531,19 @@ for axis in axes:
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.2. What to see: three channels of the code (red positive, blue negative) and, on the
-# right, the dot product of one cell's code with every other. It is largest at home and falls with
-# distance: with codes, near and far exist.*
+# *Figure {{n}}.5. What to see: three of the 256 channels of the code, on a map of 14 x 22 cells (red
+# positive, blue negative). On the right, the dot product of one cell's code with that of every other
+# cell: it is largest at the cell itself and falls with distance. So with codes, near and far exist.*
 
-# %%
+# %% tags=["hide-input"]
 assert similarity.argmax() == 4 * 22 + 15 and math.isclose(similarity[4, 15], 1, rel_tol=1e-4)
 assert torch.allclose(codes[0, :, 0], codes[0, :, 21])  # channel 0 knows nothing of x
-assert similarity[4, 14] > 0.98  # ... but the neighbour's code is nearly the same
+print(f"similarity of a cell with itself: 1, with its left neighbour: {similarity[4, 14]:.2f}")
+assert similarity[4, 14] > 0.98
 
 # %% [markdown]
-# Look at the last line: the similarity of next-door cells is above 0.98. The code makes it
-# *possible* to look at one exact cell, but $U$ and $V$ must grow large before attention is that
-# sharp.
+# The neighbour's code is nearly the same, with a similarity of 0.99. So the code makes it *possible* to
+# look at one exact cell, but $U$ and $V$ must grow large before attention becomes that sharp.
 #
 # With places, shuffling the contents is no longer harmless:
 
@@ -481,20 +554,24 @@ with torch.no_grad():
     straight, _ = attention((tokens + place)[None], (tokens + place)[None])
     moved = tokens[order] + place
     shuffled, _ = attention(moved[None], moved[None])
-assert not torch.allclose(shuffled[0], straight[0, order], atol=0.01)
+difference = (shuffled[0] - straight[0, order]).abs().max().item()
+print("largest difference:", round(difference, 1))
+assert difference > 0.01
 
 # %% [markdown]
 # ## Exercise {{n}}.3  Look one cell further
 #
 # *difficulty ●●● · 20 minutes · 7 lines*
 #
-# Sines and cosines were not chosen for their looks: **moving by a fixed distance is a matrix**.
-# Write the matrix $R$ that turns the code of a phase $\varphi$ into the code of $\varphi + \delta$,
-# whatever $\varphi$ is. With $U_m = \beta R$, $V_m = \beta I$ and a large $\beta$, head $m$ of
-# every cell looks at the cell $\delta$ further on. This is how attention *can* act like a
-# convolution.
+# Why sines and cosines? Because with them, **moving by a fixed distance is a matrix**. If $c(\varphi)$
+# is the code of a place $\varphi$ along one axis, there is a matrix $R$ with
+# $R\, c(\varphi) = c(\varphi + \delta)$ for *every* $\varphi$. Write it.
 #
-# The code is that of one axis:
+# What is it good for? If a head has $U_m = \beta R$ and $V_m = \beta I$ with a large $\beta$, every
+# cell looks at the cell that lies $\delta$ further on. A few such heads side by side read fixed
+# neighbours, as a convolution does. (The checker's last test does this.)
+#
+# The code of one axis with $F$ features is
 # $\sin(\varphi/p_0), \cos(\varphi/p_0), \sin(\varphi/p_1), \cos(\varphi/p_1), \dots$ with
 # $p_j = 10000^{2j/F}$.
 
@@ -542,9 +619,11 @@ check("attention.3", shift_matrix)
 # %% [markdown]
 # ## {{n}}.5 Before training, every key gets $1/N_k$
 #
-# Take features of mean 0 and variance 1. Xavier's initialisation gives a $C \times C$ matrix
-# entries of variance $1/C$, so the numbers in $U_m z_q$ and $V_m x_k$ have mean 0 and variance 1 as
-# well. Then scores have variance 1. This is the situation that the paper describes.
+# How does a query spread its attention when nothing has been learned yet? We need the size of the
+# scores. Take features of mean 0 and variance 1, as a normalisation layer delivers them. The matrices
+# get random entries at first, by Xavier's rule: a $C \times C$ matrix gets entries of variance $1/C$. So the numbers in $U_m z_q$ and
+# $V_m x_k$ have mean 0 and variance 1 again. Then, after the division by $\sqrt{D}$, the scores have
+# variance 1 too. This is the situation that the paper describes.
 
 # %%
 C, M = 256, 8
@@ -553,19 +632,21 @@ z, x = torch.randn(1, 40, C), torch.randn(1, 3000, C)
 with torch.no_grad():
     asked, found_by = attention.U(z), attention.V(x)
     scores = attention.heads(asked) @ attention.heads(found_by).transpose(-1, -2) / math.sqrt(C / M)
-for numbers in (asked, found_by, scores):
+for name, numbers in {"U z": asked, "V x": found_by, "scores": scores}.items():
+    print(f"{name:6} mean {abs(numbers.mean()):.1f}, variance {numbers.var():.1f}")
     assert abs(numbers.mean()) < 0.05 and math.isclose(numbers.var(), 1, rel_tol=0.1)
 
 # %% [markdown]
-# How evenly does a query spread its attention then? **Entropy** measures it: $-\sum_k A_k \ln A_k$.
-# If all keys are equal it is $\ln N_k$; if one key has everything it is 0. Its exponential is the
-# *effective number of keys*.
+# How even are the weights then? A measure of evenness is the **entropy**, $-\sum_k A_k \ln A_k$. If all
+# $N_k$ keys have the same weight, it is $\ln N_k$. If one key has all of it, it is 0. So its exponential
+# can be read as the number of keys that a query *effectively* looks at.
 #
-# For scores of variance $\sigma^2$ theory gives $\ln N_k - \sigma^2/2$ when there are many keys.
-# (The sum of $e^s$ over the keys is about $N_k e^{\sigma^2/2}$, and the average of $s$ under the
-# weights is $\sigma^2$.)
+# For scores of variance $\sigma^2$ and many keys, theory gives $\ln N_k - \sigma^2/2$. (In short: the
+# sum of $e^s$ over the keys is about $N_k e^{\sigma^2/2}$, and the average of $s$ under the weights is
+# $\sigma^2$.)
 #
-# **Before you run**: at 4,096 keys, how many does a query effectively look at? Ten? A hundred?
+# **Before you run**: at 4,096 keys, how many does a query effectively look at? Ten? A hundred? We measure
+# it for our module and for PyTorch's, with $C = 256$ and 8 heads.
 
 # %%
 packed = nn.MultiheadAttention(C, M, batch_first=True)  # PyTorch's own initialisation
@@ -578,8 +659,10 @@ with torch.no_grad():
         _, A_packed = packed(z, x, x, average_attn_weights=False)
         for found, weights in zip(measured.values(), (A, A_packed), strict=True):
             found.append(-(weights * weights.log()).sum(-1).mean().item())
+for name, found in measured.items():
+    print(f"{name}: {math.exp(found[-1]) / 4096:.1f} times the 4,096 keys in effect")
 
-# %% mystnb={"image": {"alt": "Entropy of the attention weights against the number of keys. Both measured curves run parallel to the line of equal weights, half a unit and an eighth of a unit below it."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Entropy of the attention weights against the number of keys. Both measured curves run parallel to the line of equal weights, half a unit and an eighth of a unit below it."}}
 figure, axis = plt.subplots()
 axis.plot(sizes, np.log(sizes), "k--", label=r"all equal: $\ln N_k$")
 for (name, found), marker in zip(measured.items(), "os", strict=True):
@@ -591,34 +674,33 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.3. What to see: before training the entropy stays just below that of equal weights,
-# however many keys there are. Attention starts as an average over the whole map.*
+# *Figure {{n}}.6. What to see: however many keys there are, the entropy before training stays just below
+# that of equal weights. Attention starts as an average over the whole map.*
 
-# %%
-for (name, found), variance in zip(measured.items(), (1, 1 / 4), strict=True):
+# %% tags=["hide-input"]
+for found, variance in zip(measured.values(), (1, 1 / 4), strict=True):
     for num_keys, entropy in zip(sizes[2:], found[2:], strict=True):
         assert math.isclose(entropy, math.log(num_keys) - variance / 2, abs_tol=0.04)
-    print(f"{name}: {math.exp(found[-1]) / 4096:.1f} times the 4,096 keys in effect")
+third = packed.in_proj_weight.detach().var().item() * C
+print("variance of PyTorch's entries, times C:", round(third, 2))
+assert math.isclose(third, 0.5, rel_tol=0.02)
 
 # %% [markdown]
-# About 2,500 of 4,096, or six tenths. And what people really train starts even flatter: PyTorch
-# keeps $U$, $V$ and $W'$ in one $3C \times C$ matrix, Xavier's formula looks at that shape, and
-# each variance becomes $1/(2C)$. Queries and keys shrink, scores have variance $\tfrac14$, and nine
+# With Eq. 1 as the paper assumes it, a query effectively looks at six tenths of all keys: about 2,500 of
+# 4,096. What people really train starts even flatter. PyTorch keeps $U$, $V$ and $W'$ in *one* matrix of
+# $3C \times C$, and Xavier's formula looks at that shape, so each entry has the variance $1/(2C)$ instead
+# of $1/C$. Therefore queries and keys come out smaller, the scores have variance $\tfrac14$, and nine
 # tenths of all keys take part.
-
-# %%
-third = packed.in_proj_weight.detach().var().item() * C
-print("variance of the entries, times C:", round(third, 2))
-assert math.isclose(third, 0.5, rel_tol=0.02)
 
 # %% [markdown]
 # ## Exercise {{n}}.4  What a score is told
 #
 # *difficulty ●●○ · 12 minutes · 3 lines*
 #
-# What does this evenness do to learning? Follow the gradient back. For one query with weights $A_k$
-# and output $o = \sum_k A_k v_k$, let $g$ be the gradient of the loss by $o$. Write the gradient of
-# the loss by the scores, without autograd.
+# Let us follow the gradient back by hand. One query has the scores $s_k$, the weights
+# $A = \text{softmax}(s)$ and the output $o = \sum_k A_k v_k$. The gradient of the loss by the output is
+# given: $g = \partial \mathcal{L} / \partial o$. Write the gradient of the loss by the scores,
+# $\partial \mathcal{L} / \partial s_k$, without autograd.
 
 
 # %% tags=["exercise"]
@@ -660,33 +742,59 @@ check("attention.4", score_gradient)
 # %% [markdown]
 # ## {{n}}.6 What that does to gradients
 #
-# The chain rule gives two lines, and both begin with $A_k$:
+# The chain rule gives two lines, one for the values and one for the scores (the second is exercise
+# {{n}}.4), and both begin with $A_k$:
 #
 # $$
 # \frac{\partial \mathcal{L}}{\partial v_k} = A_k \, g, \qquad
 # \frac{\partial \mathcal{L}}{\partial s_k} = A_k \; g \cdot (v_k - o)
 # $$
 #
-# At the start $A_k \approx 1/N_k$. So on a map of 4,096 cells the one cell that matters is told a
-# 4,096th of what the output is told. Let us measure it: 300 random queries, and a loss that is low
-# when the output points along the value of **key 0**, the right key. The query hears all keys at
-# once, $\partial \mathcal{L} / \partial q = \sum_k (\partial \mathcal{L} / \partial s_k) \, k_k / \sqrt D$, and
-# the term of $k = 0$ is the right key's.
+# Before training, $A_k$ is about $1/N_k$. So the gradient $g$ that arrives at the output is shared out
+# evenly among all keys. On a map of 4,096 cells, the one cell that matters receives a 4,096th of it.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two drawings of an output whose gradient g is shared out among the keys below it. Left: 4 keys, each connected by a thick line, with g / 4. Right: 24 keys, each connected by a thin line, with g / 24. One key in each is orange."}}
+from schematics.attention import who_hears
+
+who_hears()
+
+# %% [markdown]
+# *Figure {{n}}.7. What to see: the orange key is the right one, and the others are not. But before
+# training nothing distinguishes it. Its share of the gradient is as large as any other's, and the more
+# keys there are, the smaller that share is.*
+
+# %% [markdown]
+# Let us measure this. For 300 random queries we take a loss that is low when the output points along the
+# value of **key 0**, which is then the right key. We ask three things: how large is the gradient of its
+# value? How large is that of its score? And what reaches the *query*? The query receives a sum over all
+# keys,
+#
+# $$
+# \frac{\partial \mathcal{L}}{\partial q} =
+# \frac{1}{\sqrt D} \sum_k \frac{\partial \mathcal{L}}{\partial s_k} \, k_k,
+# $$
+#
+# and we compare its term of the right key with the sum of all other terms.
 
 
 # %%
 def gradients(num_keys, draws=50, D=32):
-    """Sizes, (draws, 4): what the right key's value and score hear, and the query's two parts."""
+    """Sizes, (draws, 4): gradients of the right key's value and score, and the query's two parts."""
     q, k, v = (torch.randn(draws, n, D) for n in (1, num_keys, num_keys))
     scores = (q @ k.transpose(1, 2) / math.sqrt(D)).requires_grad_()  # (draws, 1, N_k)
     output = scores.softmax(-1) @ v.requires_grad_()
     loss = -(output[:, 0] * v[:, 0].detach()).sum()
     by_scores, by_values = torch.autograd.grad(loss, (scores, v))
-    right = by_scores[:, 0, :1] * k[:, 0]  # what key 0 tells the query
-    others = (by_scores @ k)[:, 0] - right  # what all the other keys tell it
-    heard = (by_values[:, 0], by_scores[:, 0, :1], right, others)
-    return torch.stack([gradient.norm(dim=-1) for gradient in heard], -1)
+    right = by_scores[:, 0, :1] * k[:, 0]  # the right key's term in the query's gradient
+    others = (by_scores @ k)[:, 0] - right  # the sum of all other terms
+    sizes = (by_values[:, 0], by_scores[:, 0, :1], right, others)
+    return torch.stack([gradient.norm(dim=-1) for gradient in sizes], -1)
 
+
+# %% [markdown]
+# **Before you run**: on a double logarithmic scale a line of slope $-1$ means that four times the keys
+# leave a quarter. The gradients of value and score should have that slope. And the ratio of the right
+# key's term to that of all others, in the query?
 
 # %%
 torch.manual_seed(1)
@@ -696,9 +804,9 @@ slopes = np.polyfit(np.log(sizes), np.log(told), 1)[0]
 print("slopes", slopes.round(1))
 assert np.allclose(slopes, [-1, -1, -0.5], atol=0.1)
 
-# %% mystnb={"image": {"alt": "Two charts with logarithmic axes. Left: the gradients of the right key's value and score fall along lines of slope minus one from 16 to 4096 keys. Right: the ratio of the right key's pull to that of all others falls along a line of slope minus one half, from about 1 to about 0.05."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two charts with logarithmic axes. Left: the gradients of the right key's value and score fall along lines of slope minus one from 16 to 4096 keys. Right: the ratio of the right key's term to that of all others falls along a line of slope minus one half, from about 1 to about 0.05."}}
 figure, axes = plt.subplots(1, 2)
-names = ("gradient of its value", "gradient of its score", "right key / all others")
+names = ("gradient of its value", "gradient of its score", "right key's term / all others")
 for i, (axis, name) in enumerate(zip((axes[0], axes[0], axes[1]), names, strict=True)):
     slope = -0.5 if i == 2 else -1
     line = told[2, i] * (np.array(sizes) / sizes[2]) ** slope
@@ -712,256 +820,186 @@ for axis, title in zip(axes, ("what reaches the right key", "what reaches the qu
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.4. What to see: four times the keys, a quarter of the gradient for the one that matters
-# (left, slope $-1$). The query hears it in a crowd that gets louder (right, slope $-\frac12$).*
-#
-# The right-hand picture matters more. A small gradient by itself would do no harm: AdamW
-# {cite}`loshchilov2019adamw` divides every gradient by its usual size. But the query learns from
-# the sum over all keys. The right key's part of it is of size $1/N_k$. The others have random
-# signs, and a sum of $N_k$ random terms of size $1/N_k$ has the size $1/\sqrt{N_k}$. Their ratio is
-# $1/\sqrt{N_k}$, and no optimiser can repair that. It can only average over many steps.
+# *Figure {{n}}.8. What to see: with four times the keys, the right key's value and score receive a quarter
+# of the gradient (left, slope $-1$). In what the query receives, the right key's part shrinks against
+# that of all the others (right, slope $-\frac12$).*
 
-# %%
+# %% tags=["hide-input"]
 print("at 4,096 keys the right key's part is", round(told[-1, 2], 2), "of the others'")
 assert told[-1, 2] < 0.07 < 0.7 < told[0, 2]
 
 # %% [markdown]
-# The paper says it in two words: "ambiguous gradients".
+# The left panel is what the paper means by "ambiguous gradients for input features": the gradient that
+# reaches the features $x_k$ through their values is nearly the same for every cell, so it does not say
+# which cell mattered. By itself, a *small* gradient does no great harm. Optimisers such as AdamW
+# {cite}`loshchilov2019adamw` divide every gradient by its usual size.
 #
-# ## {{n}}.7 A task whose answer we know
+# The right panel matters more, because dividing does not change a ratio. Why is its slope $-\frac12$?
+# The right key's part has the size $1/N_k$. Each of the other keys contributes about $1/N_k$ too, but
+# with random signs, and a sum of $N_k$ random terms of size $1/N_k$ has the size $1/\sqrt{N_k}$. So in
+# what the query learns from one image, the right answer is drowned by the wrong ones.
 #
-# If that is right, one should *see* learning slow down when a map has more cells, although the task
-# stays the same. Here is a task for which we know where attention must look.
-#
-# Every cell of a map holds a **shape** (8 kinds) and a **colour** (5 kinds). Shapes 0, 1 and 2 are
-# the marks: each stands in exactly one cell. All other cells are clutter. Query $i$ must name the
-# colour of mark $i$. Nobody tells it where the mark is, nor even what it looks like.
+# What does help is averaging. Over many images the right key says the same every time, while the other
+# keys say something different each time and cancel. It does not matter whether the images come one after
+# another, as steps of training, or together, as a larger batch. Here we keep the query and the right
+# key, draw the 1,023 others anew for each image, and average the query's gradient over the batch.
+
 
 # %%
-SHAPES, MARKS, COLOURS, WIDTH = 8, 3, 5, 32
+def averaged(batch, cases, num_keys=1024):
+    """Mean sizes of the right key's term and of all others', averaged over a batch of images."""
+    right, others, D = [], [], cases.shape[-1]
+    for q, right_key, right_value in cases:
+        k, v = torch.randn(2, batch, num_keys, D)
+        k[:, 0], v[:, 0] = right_key, right_value
+        A = (k @ q / math.sqrt(D)).softmax(-1)  # (batch, num_keys)
+        o = (A[..., None] * v).sum(1, keepdim=True)
+        by_scores = -A * ((v - o) @ right_value)
+        right.append((by_scores[:, :1] * k[:, 0]).mean(0).norm())
+        others.append((by_scores[:, 1:, None] * k[:, 1:]).sum(1).mean(0).norm())
+    return torch.stack(right).mean().item(), torch.stack(others).mean().item()
 
 
-def draw_maps(num_cells, generator, count=32):
-    """Random maps: content (count, N), which is shape * COLOURS + colour; places (count, 3)."""
-    shape = torch.randint(MARKS, SHAPES, (count, num_cells), generator=generator)
-    places = torch.rand(count, num_cells, generator=generator).topk(MARKS).indices
-    shape.scatter_(1, places, torch.arange(MARKS).expand(count, -1))
-    colour = torch.randint(COLOURS, (count, num_cells), generator=generator)
-    return shape * COLOURS + colour, places
-
-
-# %% mystnb={"image": {"alt": "A map of 4 rows and 16 columns. Each cell holds a symbol in one of five colours. A star, a plus and a cross, each present once, are circled; all other symbols are squares, triangles, diamonds and hexagons."}}
-rows, columns = 4, 16
-contents, places = draw_maps(rows * columns, torch.Generator().manual_seed(3), count=1)
-figure, axis = plt.subplots(figsize=(7, 2))
-for cell, content in enumerate(contents[0].tolist()):
-    marker, colour = "*PXs^vDh"[content // COLOURS], f"C{content % COLOURS}"
-    axis.plot(cell % columns, cell // columns, marker, color=colour, ms=9)
-for place in places[0].tolist():
-    axis.plot(place % columns, place // columns, "o", ms=19, mfc="none", mec="k", mew=1.5)
-axis.set(xlim=(-0.7, columns - 0.3), ylim=(rows - 0.3, -0.7), xticks=[], yticks=[], aspect="equal")
-plt.show()
+# %%
+cases = torch.randn(60, 3, 32)  # a query, its right key and that key's value
+parts = {batch: averaged(batch, cases) for batch in (1, 4, 16)}
+for batch, (right, others) in parts.items():
+    against_one = right / parts[1][0], others / parts[1][1]
+    print("batch {:2}: right key x {:.1f}, all others x {:.1f}".format(batch, *against_one))
+    assert math.isclose(against_one[0], 1, abs_tol=0.1)
+    assert math.isclose(against_one[1], batch**-0.5, rel_tol=0.15)
 
 # %% [markdown]
-# *Figure {{n}}.5. What to see: a map of 64 cells. The three queries must find the star, the plus and
-# the cross (circled for us, not for them) and name their colours.*
-
-# %%
-for mark, place in enumerate(places[0].tolist()):
-    assert contents[0, place] // COLOURS == mark
-    assert (contents[0] // COLOURS == mark).sum() == 1  # exactly once
+# Averaging leaves the right key's part as it is, and with four times the images the others' part is
+# halved: averaging over $b$ images gains $\sqrt b$. To make up for four times the *keys*, which halve the
+# ratio, one therefore needs four times the images. This is the price of looking everywhere: the more
+# cells, the more images it takes until the right one is heard. Whether training really slows
+# down like that is the next chapter's first question.
 
 # %% [markdown]
-# The model is one head of Eq. 1 with three learned queries, then a linear layer to the colours. A
-# cell's feature is a fixed random vector for its shape plus one for its colour.
+# ## {{n}}.7 The module as detectors use it
 #
-# With three queries and many cells it is cheaper to carry each query over to the keys than to
-# project every key: $(U z)^\top (V x) = (V^\top U z)^\top x$. Same numbers, less work.
-
+# Three things are missing from our `Attention` before it could stand in DETR: bias vectors, padding,
+# and places. The last needs a decision: to what should the place codes be added? DETR adds them to what
+# becomes queries and keys, so that places are compared. It does **not** add them to what becomes values,
+# so that the output is a mixture of contents alone.
+#
+# The library does this in `DenseAttention`, which is PyTorch's module with the places added:
 
 # %%
-class Finder(nn.Module):
-    """Three queries look for three marks. content: (B, N) -> (B, 3, COLOURS), A: (B, 3, N)."""
+from deformable_detr.layers.dense_attention import DenseAttention
 
-    def __init__(self):
+print("DenseAttention is nn.MultiheadAttention:", issubclass(DenseAttention, nn.MultiheadAttention))
+assert issubclass(DenseAttention, nn.MultiheadAttention)
+
+# %% [markdown]
+# ## Exercise {{n}}.5  The module, complete
+#
+# *difficulty ●●● · 30 minutes · 14 lines*
+#
+# Complete a module that you can keep: multi-head attention with biases, padding and places, which can
+# take over the weights of PyTorch's. There are two gaps to fill:
+# - `forward` computes Eq. 1 for a batch. Places are added to what becomes queries and keys, not to what
+#   becomes values. Padding is given per image.
+# - `load` copies the weights and biases of an `nn.MultiheadAttention(C, M, batch_first=True)`. Its
+#   biases are packed as its weights are: `in_proj_bias` has those of $U$, $V$ and $W'$ one after another.
+#
+# The checker asks for agreement with PyTorch's module: without places and padding; with places; with
+# padding that differs between the images.
+
+
+# %% tags=["exercise"]
+class PlacedAttention(nn.Module):
+    """Multi-head attention with places and padding, as DETR uses it."""
+
+    def __init__(self, C, M):
         super().__init__()
-        features = torch.randn(SHAPES, 1, WIDTH) + torch.randn(COLOURS, WIDTH)
-        self.register_buffer("features", features.flatten(0, 1) / math.sqrt(2))  # variance 1
-        self.queries = nn.Parameter(torch.randn(MARKS, WIDTH))
-        self.attention = Attention(WIDTH, 1)
-        self.name_colour = nn.Linear(WIDTH, COLOURS)
+        self.num_heads = M
+        self.U, self.V, self.W_prime, self.W = (nn.Linear(C, C) for _ in range(4))
 
-    def forward(self, content):
-        x, head = self.features[content], self.attention  # (B, N, WIDTH)
-        carried = head.U(self.queries) @ head.V.weight  # (3, WIDTH)
-        A = (carried @ x.transpose(1, 2) / math.sqrt(WIDTH)).softmax(-1)
-        return self.name_colour(head.W(head.W_prime(A @ x))), A
+    def forward(self, z, x, z_place, x_place, padding):
+        """z, z_place: (B, Q, C). x, x_place: (B, N, C). padding: (B, N), True on padding.
 
+        Returns (B, Q, C).
+        """
 
-# %%
-finder = Finder()
-contents, places = draw_maps(64, torch.Generator().manual_seed(3), count=2)
-with torch.no_grad():
-    _, A = finder(contents)
-    _, A_full = finder.attention(finder.queries.expand(2, -1, -1), finder.features[contents])
-assert torch.allclose(A, A_full[:, 0], atol=1e-6)  # carrying the query changes nothing
+        def heads(x):
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, N, D)
 
+        # BEGIN SOLUTION
+        q = heads(self.U(z + z_place))
+        k = heads(self.V(x + x_place))
+        v = heads(self.W_prime(x))
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        scores = scores.masked_fill(padding[:, None, None], -math.inf)
+        mixed = scores.softmax(-1) @ v
+        return self.W(mixed.transpose(1, 2).flatten(2))
+        # END SOLUTION
 
-# %% [markdown]
-# Training: 32 fresh maps a step, AdamW, cross-entropy on the colour. At each step we note how much
-# weight the right cells get, and how many colours are right.
-
-
-# %%
-def train_finder(num_cells, seed, steps=400, watch=None):
-    """Returns the finder and (steps, 2): weight on the right cells, share of right colours."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(1000 + seed)
-    finder, history = Finder(), []
-    optimizer = torch.optim.AdamW(finder.parameters(), lr=4e-3)
-    for step in range(steps):
-        if watch:
-            watch(step, finder)
-        contents, places = draw_maps(num_cells, generator)
-        wanted = contents.gather(1, places) % COLOURS  # (B, 3)
-        logits, A = finder(contents)
-        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        on_mark = A.detach().gather(2, places[..., None]).mean()
-        history.append((on_mark.item(), (logits.argmax(-1) == wanted).float().mean().item()))
-    return finder, torch.tensor(history)
-
-
-# %% [markdown]
-# Maps of 2 × 8, 4 × 16, 8 × 32 and 16 × 64 cells, five seeds each. Every step shows the same number
-# of maps and asks as many questions, 96. Only the amount of clutter differs.
-#
-# **Before you run**: with 64 times the cells, how many times longer does it take to learn? And how
-# good is a query that has not found its mark?
-
-# %%
-finders, histories = {}, {}
-for num_cells in (16, 64, 256, 1024):
-    finders[num_cells], curves = zip(*(train_finder(num_cells, s) for s in range(5)), strict=True)
-    histories[num_cells] = torch.stack(curves)  # (5 seeds, steps, 2)
-
-# %% mystnb={"image": {"alt": "Two charts against the training step, with a band over five seeds for each map size. With 16 cells the right weight and the right colours reach one within a few dozen steps, with 64 and 256 cells later each time; with 1024 cells they stay at zero and at chance for more than a hundred steps, and some leave it only near the end."}}
-figure, axes = plt.subplots(1, 2, sharex=True)
-for i, (num_cells, history) in enumerate(histories.items()):
-    smooth = F.avg_pool1d(history.transpose(1, 2), 10, stride=5)  # (5, 2, steps / 5)
-    step = 5 + 5 * np.arange(smooth.shape[-1])
-    for axis, curves in zip(axes, smooth.unbind(1), strict=True):
-        axis.fill_between(step, curves.amin(0), curves.amax(0), color=f"C{i}", alpha=0.25, lw=0)
-        axis.plot(step, curves.median(0).values, color=f"C{i}", label=f"{num_cells} cells")
-axes[0].set(xlabel="step", ylabel="weight on the right cell", ylim=(0, 1.03))
-axes[1].axhline(1 / COLOURS, color="k", ls=":", lw=1)
-axes[1].set(xlabel="step", ylabel="right colours", ylim=(0, 1.03))
-figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-plt.show()
-
-# %% [markdown]
-# *Figure {{n}}.6. What to see: median of five seeds, band from the worst to the best. More cells, later
-# learning. With 1,024 cells the queries guess (dotted: chance) for a long time, and in 400 steps most
-# seeds do not find all three marks.*
-
-# %%
-# NBVAL_IGNORE_OUTPUT
-half_way = {}
-for num_cells, history in histories.items():
-    found = [(curve > 0.5).nonzero() for curve in history[..., 0]]
-    steps = [int(hit[0]) if len(hit) else 400 for hit in found]  # 400: not yet
-    half_way[num_cells] = sorted(steps)[2]
-    shown = [step if step < 400 else "-" for step in sorted(steps)]
-    print(f"{num_cells:5} cells: step", *shown, "median", half_way[num_cells])
-
-# %%
-assert half_way[16] < half_way[64] < half_way[256] < half_way[1024]
-assert half_way[1024] > 4 * half_way[16]
-assert histories[16][:, -20:, 1].mean() > 0.98  # all right in the end
-assert histories[1024][:, :40, 1].mean() < 0.25  # chance is 0.2
-
-# %% [markdown]
-# In our runs, 64 times the cells took about twenty times as many steps (the medians). Note the
-# shape of the slow curves, too: a long flat piece, then stairs. Each stair is one query that finds
-# its mark, by itself and rather suddenly.
-#
-# Now look *inside*, at a run with 256 cells: where do the queries look at steps 0, 180 and 399? We
-# test on 200 maps that were never trained on, and draw one on which all three marks are found.
-
-# %%
-test_contents, test_places = draw_maps(256, torch.Generator().manual_seed(5), count=200)
-looks = {}
-
-
-def watch(step, finder):
-    if step in (0, 180, 399):
+    def load(self, theirs):
+        """Copy the weights and biases of nn.MultiheadAttention into the four linear layers."""
+        # BEGIN SOLUTION
+        weights = [*theirs.in_proj_weight.chunk(3), theirs.out_proj.weight]
+        biases = [*theirs.in_proj_bias.chunk(3), theirs.out_proj.bias]
+        layers = (self.U, self.V, self.W_prime, self.W)
         with torch.no_grad():
-            looks[step] = finder(test_contents)[1]  # (200, 3, 256)
+            for layer, weight, bias in zip(layers, weights, biases, strict=True):
+                layer.weight.copy_(weight)
+                layer.bias.copy_(bias)
+        # END SOLUTION
 
 
-_ = train_finder(256, seed=4, watch=watch)
-found = {step: A.argmax(-1) == test_places for step, A in looks.items()}  # (200, 3)
-shown = int(found[399].all(1).nonzero()[0])
-
-# %% mystnb={"image": {"alt": "Nine maps of 8 by 32 cells: three queries at steps 0, 180 and 399. At step 0 the weight is spread over the whole map, later it gathers in fewer cells, and at step 399 it stands in a single cell, the one that is circled."}}
-figure, axes = plt.subplots(3, 3, figsize=(9, 3.4))
-for row, (step, A) in zip(axes, looks.items(), strict=True):
-    for i, axis in enumerate(row):
-        axis.imshow(A[shown, i].view(8, 32), vmin=0)
-        place = int(test_places[shown, i])
-        axis.plot(place % 32, place // 32, "o", ms=10, mfc="none", mec="C1", mew=1.8)
-        weight = A[shown, i, place]
-        axis.set(xticks=[], yticks=[], title=f"step {step}, query {i}: {weight:.3f}")
-plt.show()
+check("attention.5", PlacedAttention)
 
 # %% [markdown]
-# *Figure {{n}}.7. What to see: the weights of three queries on one map (each panel has its own scale;
-# the number is the weight in the right cell, circled). Noise becomes a point, and the point is
-# right.*
-
-# %%
-weight = {step: A.gather(2, test_places[..., None]).mean() for step, A in looks.items()}
-assert weight[0] < 3 / 256 and found[0].float().mean() < 0.1  # about one part in 256
-assert weight[0] < weight[180] < weight[399] and weight[399] > 0.5
-assert found[399].float().mean() > 0.85  # of 600 lookups
-
-# %% [markdown]
-# **A right answer is not a right look.** All runs with 256 cells ended with (nearly) all colours
-# right. Did they all look at the right cell? For the run with the worst gap we sort the lookups by
-# mark and by the colour that the mark had.
-
-# %%
-gaps, wanted = [], test_contents.gather(1, test_places) % COLOURS  # (200, 3)
-for finder in finders[256]:
-    with torch.no_grad():
-        logits, A = finder(test_contents)
-    on_mark = A.gather(2, test_places[..., None])[..., 0]
-    table = [[on_mark[wanted[:, i] == c, i].mean() for c in range(COLOURS)] for i in range(MARKS)]
-    right = (logits.argmax(-1) == wanted).float().mean()
-    gaps.append((np.array(table), right.item()))
-assert all(right > 0.95 for _, right in gaps)
-table, right = min(gaps, key=lambda gap: gap[0].min())
-
-# %% mystnb={"image": {"alt": "A table of three marks by five colours. Nearly all entries, the weight on the right cell, are close to one; one entry is close to zero."}}
-figure, axis = plt.subplots(figsize=(4.5, 2.3))
-axis.imshow(table, vmin=0, vmax=1)
-for (i, colour), number in np.ndenumerate(table):
-    ink = "k" if number > 0.5 else "w"
-    axis.text(colour, i, f"{number:.2f}", ha="center", va="center", color=ink)
-axis.set(xlabel="colour of the mark", ylabel="mark", xticks=range(5), yticks=range(3))
-axis.set_title(f"weight on the right cell; {right:.0%} of the colours right")
-plt.show()
+# <details><summary>Hint 1</summary>
+#
+# `forward` is that of `Attention` above with three changes: what goes into `U`, what goes into `V`, and
+# a `masked_fill` before the softmax. `load` is the cell that copied weights into `attention`, with
+# biases.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The scores are (B, M, Q, N) and the padding is (B, N). It needs two axes of length 1 in the middle:
+# `padding[:, None, None]`.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# You add the places to the values too, or to the keys alone. Only the inputs of `U` and `V` get them:
+# `W_prime` sees `x` as it is.
+#
+# </details>
+#
+# {{solution}}
 
 # %% [markdown]
-# *Figure {{n}}.8. What to see: for one mark in one colour the query sees nothing at all, and yet its
-# answer is right.*
-
-# %%
-assert table.min() < 0.2 and np.median(table) > 0.9
-
-# %% [markdown]
-# How can it be right? By elimination: it finds the mark in all colours but one, and so "found
-# nothing" *means* that colour. Keep this in mind when an attention map is shown as an explanation.
-
+# ## Summary
+#
+# - Attention: scores are dot products divided by $\sqrt{D}$, weights are their softmax over the keys,
+#   and the output is the average of the values. Heads do this side by side.
+# - Eq. 1 *is* `nn.MultiheadAttention` without biases.
+# - On a map the keys are the cells. To attention they are a bag: without a code of its place, no cell
+#   has neighbours.
+# - Before training each key has a weight of about $1/N_k$. So the right key's gradient falls like
+#   $1/N_k$, and its part in what the query learns from one image like $1/\sqrt{N_k}$.
+# - Only averaging over more images, in steps or in a batch, makes up for that.
+#
+# > **Differs from the paper.** Eq. 1 has no biases, the code has. In Eq. 1 key and value are made from
+# > the same $x_k$; DETR and the official code add the place code to what becomes queries and keys, not to
+# > what becomes values. The paper assumes queries and keys of variance 1; Xavier's formula on PyTorch's
+# > packed matrix gives $\tfrac12$, so weights start flatter still.
+# >
+# > **Differs from the official code.** Deformable DETR uses dense attention only among the queries in
+# > the decoder, by `nn.MultiheadAttention` with dropout 0.1. This chapter's `Attention` has no dropout;
+# > the library's detector has it.
+#
+# ## Further reading
+#
+# - {cite}`vaswani2017attention`: attention, $\sqrt{D}$ and the sine code.
+# - {cite}`wang2018nonlocal`: dense attention on feature maps, before DETR.
+# - {cite}`carion2020detr`: attention as a detector.
+# - {cite}`zhu2021deformable`, section 3: Eq. 1 and the argument that this chapter measures.

@@ -1,11 +1,10 @@
-"""Checkers of chapter attention, "Attention, and what it costs on images"."""
+"""Checkers of chapter attention, "Attention"."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from deformable_detr.exercises import checks, expect
 from deformable_detr.layers.position import sine_embedding
@@ -51,7 +50,7 @@ def check_split_heads(split_heads):
     expect(torch.cat(list(heads.unbind(1)), -1), x)
     yield "a tensor that does not lie in one piece in memory works too"
     crossed = torch.randn(M * D, N, B).permute(2, 1, 0)
-    expect(split_heads(crossed, M)[:, 2], crossed[..., 2 * D :], "reshape, not view")
+    expect(split_heads(crossed, M)[:, 2], crossed[..., 2 * D :], hint)
 
 
 def _code(phase: Tensor, num_features: int) -> Tensor:
@@ -108,50 +107,34 @@ def check_score_gradient(score_gradient):
     expect(score_gradient(scores, values, g).sum(), torch.tensor(0.0), "the sum must be zero")
 
 
-@checks("attention_on_images.1")
-def check_attention_flops(attention_flops):
-    def counted(num_queries, num_keys, C, M):
-        layer = nn.MultiheadAttention(C, M, batch_first=True, device="meta")
-        z = torch.empty(1, num_queries, C, device="meta")
-        x = torch.empty(1, num_keys, C, device="meta")
-        with FlopCounterMode(display=False) as counter:
-            layer(z, x, x)
-        return counter.get_total_flops()
+@checks("attention.5")
+def check_placed_attention(module):
+    C, M = 12, 3
+    theirs = nn.MultiheadAttention(C, M, batch_first=True)
+    nn.init.normal_(theirs.in_proj_bias)
+    nn.init.normal_(theirs.out_proj.bias)
+    ours = module(C, M)
+    ours.load(theirs)
+    z, z_place = torch.randn(2, 2, 4, C)
+    x, x_place = torch.randn(2, 2, 7, C)
+    nowhere = torch.zeros(2, 7, dtype=torch.bool)
 
-    yield "one head, as many queries as keys"
-    hint = "four projections, the scores and the sum; 2 FLOPs for each multiply-add"
-    expect(attention_flops(10, 10, 16, 1), 4 * 2 * 10 * 16**2 + 2 * 2 * 10**2 * 16, hint)
-    yield "more keys than queries, as PyTorch counts it"
-    hint = "U and W act on the queries, V and W' on the keys"
-    expect(attention_flops(7, 30, 16, 1), counted(7, 30, 16, 1), hint)
-    yield "the number of heads does not matter"
-    hint = "M heads of width D = C / M make C channels, not M * C"
-    expect(attention_flops(7, 30, 16, 4), counted(7, 30, 16, 4), hint)
-    yield "DETR's decoder: 100 queries on a map of 25 x 34"
-    expect(attention_flops(100, 850, 256, 8), counted(100, 850, 256, 8))
+    def compare(z_place, x_place, padding, hint):
+        given = ours(z, x, z_place, x_place, padding)
+        expect(given, theirs(z + z_place, x + x_place, x, key_padding_mask=padding)[0], hint)
 
-
-@checks("attention_on_images.2")
-def check_window_mask(window_mask):
-    H, W = 3, 5
-    mask = window_mask(H, W, 1)
-
-    def seen_by(i, j):
-        return [divmod(token, W) for token in mask[i * W + j].nonzero().flatten().tolist()]
-
-    yield "a cell in the middle sees nine cells"
-    expect(tuple(mask.shape), (H * W, H * W), "one row and one column for each of the H * W tokens")
-    expect(mask.dtype, torch.bool, "a boolean mask")
-    hint = "(row, column) of the cells; True where rows and columns are both within the radius"
-    expect(seen_by(1, 2), [(i, j) for i in (0, 1, 2) for j in (1, 2, 3)], hint)
-    yield "the window does not wrap around at the end of a row"
-    hint = "the top right cell sees itself and three others"
-    expect(seen_by(0, 4), [(0, 3), (0, 4), (1, 3), (1, 4)], hint)
-    yield "any map, any radius: equal to a loop"
-    for H, W, radius in ((4, 3, 0), (2, 7, 2), (6, 4, 1)):
-        cells = [(i, j) for i in range(H) for j in range(W)]
-        near = [[max(abs(i - a), abs(j - b)) <= radius for a, b in cells] for i, j in cells]
-        expect(window_mask(H, W, radius), torch.tensor(near), "token = row * W + column")
+    yield "without places and padding it is nn.MultiheadAttention"
+    hint = "load: rows of in_proj_weight are U, V, W'; the biases belong to it too"
+    compare(0 * z_place, 0 * x_place, nowhere, hint)
+    yield "places count for queries and keys, not for values"
+    hint = "U sees z + z_place, V sees x + x_place, W' sees x"
+    compare(z_place, x_place, nowhere, hint)
+    yield "padding is each image's own"
+    padding = torch.tensor([[False] * 5 + [True] * 2, [True] + [False] * 6])
+    compare(z_place, x_place, padding, "padding (B, N) masks the last axis of scores (B, M, Q, N)")
+    yield "what was loaded can still be trained"
+    ours(z, x, z_place, x_place, padding).sum().backward()
+    expect(all(p.grad is not None for p in ours.parameters()), True, "copy into the parameters")
 
 
 def _attention(before=None, after=None):
@@ -191,36 +174,35 @@ def _plain_mean(scores, values, grad_output):
     return scores.softmax(0) * (along - along.mean())
 
 
-def _flops(per_multiply_add=2, scores_for_each_head=False, values_projected=True):
-    def attention_flops(num_queries, num_keys, embed_dim, num_heads):
-        by_keys = 2 if values_projected else 1
-        projections = (2 * num_queries + by_keys * num_keys) * embed_dim**2
-        heads = num_heads if scores_for_each_head else 1
-        return per_multiply_add * (projections + 2 * heads * num_queries * num_keys * embed_dim)
+def _placed(value=lambda x, place: x, key=lambda x, place: x + place, mask=True, biases=True):
+    """Attention with places whose parts are exchanged for wrong ones."""
 
-    return attention_flops
+    class PlacedAttention(nn.Module):
+        def __init__(self, C, M):
+            super().__init__()
+            self.num_heads = M
+            self.U, self.V, self.W_prime, self.W = (nn.Linear(C, C) for _ in range(4))
 
+        def forward(self, z, x, z_place, x_place, padding):
+            inputs = (z + z_place, key(x, x_place), value(x, x_place))
+            layers = (self.U, self.V, self.W_prime)
+            q, k, v = (
+                layer(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                for layer, tokens in zip(layers, inputs, strict=True)
+            )
+            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+            if mask:
+                scores = scores.masked_fill(padding[:, None, None], -math.inf)
+            return self.W((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
-def _keys_projected_as_queries(num_queries, num_keys, embed_dim, num_heads):
-    return 8 * num_queries * embed_dim**2 + 4 * num_queries * num_keys * embed_dim
+        def load(self, theirs):
+            weights = [*theirs.in_proj_weight.chunk(3), theirs.out_proj.weight]
+            given = [*theirs.in_proj_bias.chunk(3), theirs.out_proj.bias]
+            for layer, weight, bias in zip(self.children(), weights, given, strict=True):
+                layer.weight.data.copy_(weight)
+                layer.bias.data.copy_(bias if biases else torch.zeros_like(bias))
 
-
-def _window(divisor=lambda H, W: W, both=True):
-    def window_mask(H, W, radius):
-        token = torch.arange(H * W)
-        row, column = token // divisor(H, W), token % divisor(H, W)
-        near_rows = (row[:, None] - row).abs() <= radius
-        near_columns = (column[:, None] - column).abs() <= radius
-        return near_rows & near_columns if both else near_rows | near_columns
-
-    return window_mask
-
-
-def _flat_window(H, W, radius):
-    token = torch.arange(H * W)
-    steps = torch.arange(-radius, radius + 1)
-    offsets = (steps[:, None] * W + steps).flatten()
-    return torch.isin(token - token[:, None], offsets)
+    return PlacedAttention
 
 
 WRONG = {
@@ -248,16 +230,10 @@ WRONG = {
         ("the weight forgotten", lambda s, v, g: v @ g - s.softmax(0) @ (v @ g)),
         ("the gradient by the weights", lambda s, v, g: v @ g),
     ],
-    "attention_on_images.1": [
-        ("a multiply-add counted once", _flops(per_multiply_add=1)),
-        ("scores of full width for each head", _flops(scores_for_each_head=True)),
-        ("values not projected", _flops(values_projected=False)),
-        ("keys projected as often as there are queries", _keys_projected_as_queries),
-    ],
-    "attention_on_images.2": [
-        ("distance in the flat list", _flat_window),
-        ("height and width exchanged", _window(divisor=lambda H, W: H)),
-        ("near in one direction is enough", _window(both=False)),
-        ("True where one may not look", lambda H, W, r: ~_window()(H, W, r)),
+    "attention.5": [
+        ("places added to the values", _placed(value=lambda x, place: x + place)),
+        ("keys without places", _placed(key=lambda x, place: x)),
+        ("no mask", _placed(mask=False)),
+        ("biases forgotten", _placed(biases=False)),
     ],
 }
