@@ -1,4 +1,4 @@
-"""What a detector looked at: the data, and Figs. 5 and 6 of the paper drawn from it. Chapter looking."""
+"""What a detector looked at, and Figs. 5 and 6 of the paper drawn from it. Chapter looking."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Points and gradient norms over a picture that stays visible, legible in grey too. Chapter looking."""
+"""Points and gradient norms over a picture that stays visible, in grey too. Chapter looking."""
 
 import numpy as np
 from matplotlib import patheffects
