@@ -23,8 +23,6 @@ SIZES = dict(
 OTHERS: dict[str, dict] = {  # options that differ from a member's defaults, beside SIZES
     "deformable_detr": {"refine": True},
     "efficient_detr": {"encoder_layers": 3, "decoder_layers": 1},
-    "lite_detr": {"coarse_levels": 2},
-    "lite_dino": {"coarse_levels": 2},
 }
 
 

@@ -265,7 +265,7 @@ def test_pipes_and_devices(tmp_path, hub):
 
 def test_files_of_other_models_say_what_they_seem_to_be(tmp_path, hub):
     torch.save({"model": {"conv1.weight": torch.ones(3)}}, tmp_path / "x.pth")
-    with refused("is of none of deformable_detr, detr: its tensors are called conv1..."):
+    with refused("sparse_detr, deformable_detr, detr: its tensors are called conv1..."):
         load_pretrained(tmp_path / "x.pth")
     with refused("it looks like one of Hugging Face's: give its folder, with config.json"):
         load_pretrained(hub / "model.safetensors")

@@ -60,11 +60,11 @@ def test_blocks_of_one_layer_are_the_dense_encoder(name):
 
 
 @each_member
-@pytest.mark.parametrize("coarse_levels", [1, 2])
-def test_fine_tokens_are_touched_by_the_last_layer_of_a_block_alone(name, coarse_levels):
-    model = built(name, coarse_levels=coarse_levels)
+@pytest.mark.parametrize("fine_levels", [1, 2])
+def test_fine_tokens_are_touched_by_the_last_layer_of_a_block_alone(name, fine_levels):
+    model = built(name, fine_levels=fine_levels)
     tokens = model.tokens(make_batch(1, 1))
-    fine = sum(h * w for h, w in tokens.spatial_shapes[: 3 - coarse_levels])
+    fine = sum(h * w for h, w in tokens.spatial_shapes[:fine_levels])
     seen, memory = [], model.encode(tokens)[0].features
     for layer in model.encoder.layers:
         layer.register_forward_hook(lambda _, given, made: seen.append((given, made)))
@@ -82,7 +82,7 @@ def test_fine_tokens_are_touched_by_the_last_layer_of_a_block_alone(name, coarse
 def by_the_authors_loop(model, tokens):
     """The encoder as their code has it: fine tokens stand aside until a block ends."""
     c, S = model.config, tokens.features.shape[1]
-    fine = sum(h * w for h, w in tokens.spatial_shapes[: -c.coarse_levels])
+    fine = sum(h * w for h, w in tokens.spatial_shapes[: c.fine_levels])
     centres = token_centres(tokens.spatial_shapes, tokens.valid_ratios)
     source = tokens.features
     for i, layer in enumerate(model.encoder.layers):
@@ -191,10 +191,10 @@ def test_key_awareness_is_counted():
     ("changes", "message"),
     [
         (
-            {"coarse_levels": 3},
-            r"at least one level must be fine, got coarse_levels=3 of num_levels=3",
+            {"fine_levels": 3},
+            r"at least one level must be coarse, got fine_levels=3 of num_levels=3",
         ),
-        ({"coarse_levels": 0}, r"these must be at least 1: {'coarse_levels': 0}"),
+        ({"fine_levels": 0}, r"these must be at least 1: {'fine_levels': 0}"),
         ({"block_layers": 0}, r"these must be at least 1: {'block_layers': 0}"),
     ],
 )

@@ -21,7 +21,7 @@ class ResNetBackbone(Stack):
     The stem and the first stage are frozen too. With dilation (DC5) the last stage keeps stride 16.
     The 3x3 convolutions of the last deformable_stages stages are modulated deformable ones: 3 for
     C3 to C5, as "ResNeXt-101 + DCN" in Table 3 of the paper. The official code has no such model,
-    nor the ResNeXt without it (issues 12, 34, 63).
+    nor the ResNeXt without it (issues 12, 34, 63). With stride_4 the map of C2 comes before C3's.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class ResNetBackbone(Stack):
         dilation: bool = False,
         pretrained: bool = False,
         deformable_stages: int = 0,
+        stride_4: bool = False,
     ) -> None:
         super().__init__()
         if dilation and name in BASIC:
@@ -53,16 +54,20 @@ class ResNetBackbone(Stack):
         width = resnet.fc.in_features
         self.channels = [width // 4, width // 2, width]
         self.strides = [8, 16, 16 if dilation else 32]
+        self.mapped = STAGES
+        if stride_4:
+            self.mapped = ("layer1", *STAGES)
+            self.channels, self.strides = [width // 8, *self.channels], [4, *self.strides]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: (B, 3, H, W). Returns three maps (B, channels[i], H_i, W_i), finest first."""
+        """images: (B, 3, H, W). Returns maps (B, channels[i], H_i, W_i), finest first."""
         if images.device.type == "cpu" and not torch.is_grad_enabled():
             # convolutions are a fifth faster so, but a backward pass is slower
             images = images.contiguous(memory_format=torch.channels_last)
         x, maps = images, []
         for name, stage in self.body.items():
             x = self.run(stage, x) if name in STAGES else stage(x)
-            if name in STAGES:
+            if name in self.mapped:
                 maps.append(x)
         return maps
 

@@ -65,9 +65,7 @@ class DeformableDetector(BaseDetector):
     ) -> None:
         super().__init__(config, scoring)
         C = config.embed_dim
-        self.backbone = build_backbone(
-            config.backbone, config.dilation, pretrained_backbone, config.deformable_stages
-        )
+        self.backbone = self.make_backbone(pretrained_backbone)
         parts = self.backbone.channels, config.num_levels, C, self.position_encoding()
         if config.exact_padding:
             self.neck = ExactTokens(*parts, self.backbone.strides)
@@ -87,6 +85,11 @@ class DeformableDetector(BaseDetector):
         )
         self.box_heads = nn.ModuleList(BoxHead(C) for _ in heads)
         self.reset_parameters()
+
+    def make_backbone(self, pretrained: bool) -> nn.Module:
+        """From images to maps; pretrained: with torchvision's ImageNet weights."""
+        c = self.config
+        return build_backbone(c.backbone, c.dilation, pretrained, c.deformable_stages)
 
     def layer_sizes(self) -> tuple[int, int, float]:
         """Width, width inside, and dropout of every layer."""

@@ -20,8 +20,8 @@ class LiteOptions:
     """Which tokens are updated when, and how, beside the other options of a configuration; the
     defaults are those of the authors' best model, H3L1-(2+1)x3."""
 
-    coarse_levels: int = option(
-        3, "levels, the last, whose tokens every layer of the encoder updates"
+    fine_levels: int = option(
+        1, "levels, the first, whose tokens are fine; the others every layer of the encoder updates"
     )
     block_layers: int = option(
         2, "layers of a block, the last of which updates all tokens; 1 is the dense encoder"
@@ -31,27 +31,27 @@ class LiteOptions:
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.coarse_levels < self.num_levels:
-            given = f"got coarse_levels={self.coarse_levels} of num_levels={self.num_levels}"
-            raise ValueError(f"at least one level must be fine, {given}")
+        if not self.fine_levels < self.num_levels:
+            given = f"got fine_levels={self.fine_levels} of num_levels={self.num_levels}"
+            raise ValueError(f"at least one level must be coarse, {given}")
 
 
 class WholeLayer(EncoderLayer):
     """A layer that updates all tokens, the fine ones by a small feed-forward of their own.
 
-    coarse_levels: how many of the last levels are not fine.
+    fine_levels: how many of the levels, the first, are fine.
     """
 
     def __init__(
-        self, attention: nn.Module, embed_dim: int, ffn_dim: int, dropout: float, coarse_levels: int
+        self, attention: nn.Module, embed_dim: int, ffn_dim: int, dropout: float, fine_levels: int
     ) -> None:
         super().__init__(attention, embed_dim, ffn_dim, dropout)
         self.small_ffn = FeedForward(embed_dim, embed_dim, dropout)
-        self.coarse_levels = coarse_levels
+        self.fine_levels = fine_levels
 
     def feed(self, content: Tensor, memory: Tokens) -> Tensor:
         """(B, S, C) to the same."""
-        fine = count_fine(memory, self.coarse_levels)
+        fine = count_fine(memory, self.fine_levels)
         return torch.cat([self.small_ffn(content[:, :fine]), self.ffn(content[:, fine:])], 1)
 
 
@@ -77,17 +77,17 @@ class LiteEncoded(DeformableDetector):
         """One that updates all tokens may have two feed-forward parts."""
         if not (self.config.small_ffn and self.updates_all(index)):
             return super().encoder_layer(index)
-        return WholeLayer(self.attention(), *self.layer_sizes(), self.config.coarse_levels)
+        return WholeLayer(self.attention(), *self.layer_sizes(), self.config.fine_levels)
 
     def encode(self, tokens: Tokens) -> tuple[Tokens, Sets]:
         """The memory."""
         B, S, _ = tokens.features.shape
-        fine = count_fine(tokens, self.config.coarse_levels)
+        fine = count_fine(tokens, self.config.fine_levels)
         coarse = torch.arange(fine, S, device=tokens.features.device).expand(B, -1)
         layers = range(self.config.encoder_layers)
         return self.encoder(tokens, [None if self.updates_all(i) else coarse for i in layers]), {}
 
 
-def count_fine(tokens: Tokens, coarse_levels: int) -> int:
+def count_fine(tokens: Tokens, fine_levels: int) -> int:
     """How many tokens, the first, are on the fine levels."""
-    return sum(height * width for height, width in tokens.spatial_shapes[:-coarse_levels])
+    return sum(height * width for height, width in tokens.spatial_shapes[:fine_levels])

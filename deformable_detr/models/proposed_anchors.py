@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from deformable_detr.backbones import build_backbone
 from deformable_detr.layers.position import build_position_encoding
 from deformable_detr.losses.scoring import FocalScoring
 from deformable_detr.models.anchors import AnchorConfig, TwiceForwardDecoder
@@ -22,6 +23,9 @@ class ProposedAnchorsConfig(AnchorConfig, TwoStageConfig):
     temperature: float = option(
         20.0,
         "of the sine codes of places, which others have at 10,000; the lower, the shorter waves",
+    )
+    stride_4: bool = option(
+        False, "a ResNet's map of stride 4 is the first level: with num_levels 5, DINO-5scale"
     )
     pure_selection: bool = option(
         False, "contents are the chosen tokens, as places are; else learned (mixed selection)"
@@ -41,6 +45,12 @@ class ProposedAnchors(TwoStage):
 
     def __init__(self, config: ProposedAnchorsConfig, pretrained_backbone: bool = False) -> None:
         super().__init__(config, pretrained_backbone, FocalScoring(loss_weight=1.0))
+
+    def make_backbone(self, pretrained: bool) -> nn.Module:
+        """One that may have a finer map."""
+        c = self.config
+        parts = c.backbone, c.dilation, pretrained, c.deformable_stages
+        return build_backbone(*parts, stride_4=c.stride_4)
 
     def position_encoding(self) -> nn.Module:
         """Pixels counted from 1, as in DETR."""

@@ -22,8 +22,10 @@ from deformable_detr.structures import Output, Predictions, Queries, Tokens
 class SparseOptions:
     """How many tokens are updated, beside the other options of a configuration."""
 
-    rho: float = option(0.1, "share of the tokens that the encoder updates, in (0, 1]")
-    encoder_losses: bool = option(True, "layers of the encoder, but the last, predict in training")
+    rho: float = option(0.1, "share of the tokens that the encoder updates, in (0, 1]", "rho")
+    encoder_losses: bool = option(
+        True, "layers of the encoder, but the last, predict in training", "use_enc_aux_loss"
+    )
     scored_padding: bool = option(
         False,
         "padding has its part in the mean over tokens and in the loss of the scorer, as in the "

@@ -6,23 +6,23 @@ from deformable_detr.models.detr import DETRConfig
 from deformable_detr.weights.foreign import Foreign
 from deformable_detr.weights.reading import State
 from deformable_detr.weights.renaming import Layout
+from deformable_detr.weights.tables import (
+    HUGGINGFACE_BACKBONE,
+    HUGGINGFACE_DECODER,
+    HUGGINGFACE_ENCODER,
+    OFFICIAL_BACKBONE,
+    OFFICIAL_ENCODER,
+)
 
 OFFICIAL = Layout(
     whole=[
-        ("backbone.", "backbone.0."),
-        ("neck.position.", "backbone.1."),
-        ("neck.input_proj.", "input_proj."),
+        *OFFICIAL_BACKBONE,
         ("query_embed.", "query_embed."),
         ("class_heads.0.", "class_embed."),
         ("box_heads.0.", "bbox_embed."),
         ("", "transformer."),
     ],
-    encoder=[
-        ("attention.", "self_attn."),
-        ("norm.", "norm1."),
-        ("ffn.norm.", "norm2."),
-        ("ffn.", ""),
-    ],
+    encoder=OFFICIAL_ENCODER,
     decoder=[
         ("self_attention.", "self_attn."),
         ("self_norm.", "norm1."),
@@ -34,9 +34,7 @@ OFFICIAL = Layout(
 )
 HUGGINGFACE = Layout(
     whole=[
-        ("backbone.body.", "model.backbone.conv_encoder.model."),
-        ("neck.position.row_embed.", "model.position_embedding.row_embeddings."),
-        ("neck.position.col_embed.", "model.position_embedding.column_embeddings."),
+        *HUGGINGFACE_BACKBONE,
         ("neck.input_proj.", "model.input_projection."),
         ("query_embed.", "model.query_position_embeddings."),
         ("decoder.norm.", "model.decoder.layernorm."),
@@ -44,20 +42,8 @@ HUGGINGFACE = Layout(
         ("box_heads.0.", "bbox_predictor."),
         ("", "model."),
     ],
-    encoder=[
-        ("attention.", "self_attn."),
-        ("norm.", "self_attn_layer_norm."),
-        ("ffn.linear", "fc"),
-        ("ffn.norm.", "final_layer_norm."),
-    ],
-    decoder=[
-        ("self_attention.", "self_attn."),
-        ("self_norm.", "self_attn_layer_norm."),
-        ("cross_attention.", "encoder_attn."),
-        ("cross_norm.", "encoder_attn_layer_norm."),
-        ("ffn.linear", "fc"),
-        ("ffn.norm.", "final_layer_norm."),
-    ],
+    encoder=HUGGINGFACE_ENCODER,
+    decoder=HUGGINGFACE_DECODER,
     thirds=True,
 )
 

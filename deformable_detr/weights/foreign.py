@@ -3,7 +3,8 @@
 Chapter published_weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 from deformable_detr.models.base import DetectorConfig
 from deformable_detr.weights.reading import State
@@ -11,17 +12,20 @@ from deformable_detr.weights.renaming import Layout
 
 
 class Foreign:
-    """A model as others publish it, "official" and by "huggingface".
+    """A model as others publish it, "official" and, where transformers has it, by "huggingface".
 
-    sign: a tensor that official files of this model have, and those of no other. architecture,
+    sign: a tensor that official files of this model have, and those of no model after it in
+    `formats.FOREIGN`. as_there: options by which the official code computes otherwise than our
+    default; a file from there comes with them, and only a model with them goes there. architecture,
     image_processor: the classes in transformers.
     """
 
     sign: str
+    as_there: ClassVar[Mapping[str, object]] = {}
     architecture: str
     image_processor: str
     official: Layout
-    huggingface: Layout  # as in its files, which all versions of transformers read
+    huggingface: Layout | None = None  # as in its files, which all versions of transformers read
 
     def copies(self, name: str, config: DetectorConfig) -> list[str]:
         """The names, as they would be here, under which they store a tensor: usually its own."""
@@ -33,9 +37,17 @@ class Foreign:
         raise NotImplementedError
 
     def constants(self, config: DetectorConfig) -> Iterator[str]:
-        """Options that have no counterpart: exported models have their defaults."""
+        """Options that have no counterpart: exported models have their defaults, or `as_there`."""
         if config.position == "learned":
             yield "position_size"
+
+    def official_entries(self, config: DetectorConfig) -> dict[str, object]:
+        """Arguments of the official code beside those that stand for one option each."""
+        return {}
+
+    def official_options(self, arguments: Mapping, options: dict) -> dict[str, object]:
+        """Options that such arguments show, beside `options`, which are known."""
+        return {}
 
     def refuse_official(self, config: DetectorConfig) -> None:
         """ValueError where the official code has no such model."""

@@ -21,7 +21,10 @@ from deformable_detr.options import checked, types_of
 from deformable_detr.weights.classes import plain_categories
 from deformable_detr.weights.deformable_detr import ForeignDeformableDETR
 from deformable_detr.weights.detr import ForeignDETR
+from deformable_detr.weights.dino import ForeignDINO
+from deformable_detr.weights.dn_detr import ForeignDNDETR
 from deformable_detr.weights.foreign import Foreign
+from deformable_detr.weights.lite_dino import ForeignLiteDINO
 from deformable_detr.weights.ours import on_meta, require_names, require_tensors
 from deformable_detr.weights.reading import (
     State,
@@ -39,9 +42,14 @@ from deformable_detr.weights.renaming import (
     to_their_options,
     to_theirs,
 )
+from deformable_detr.weights.sparse_detr import ForeignSparseDETR
 
 FOREIGN: dict[str, Foreign] = {  # by our name of a model, which is also transformers' model_type
-    "deformable_detr": ForeignDeformableDETR(),
+    "lite_dino": ForeignLiteDINO(),  # has all that the next one has
+    "dino": ForeignDINO(),
+    "dn_detr": ForeignDNDETR(),
+    "sparse_detr": ForeignSparseDETR(),
+    "deformable_detr": ForeignDeformableDETR(),  # as all before it
     "detr": ForeignDETR(),
 }
 RESNETS = (  # that both formats can have
@@ -72,13 +80,14 @@ def to_official(model: BaseDetector) -> State:
 
 def official_arguments(config: DetectorConfig) -> dict[str, object]:
     """The options of the official code's command line that make this model."""
-    return to_their_options(config, "official")
+    foreign = FOREIGN.get(model_name(config), Foreign())
+    return to_their_options(config, "official") | foreign.official_entries(config)
 
 
 def to_huggingface(model: BaseDetector, categories: list[dict] | None = None) -> tuple[State, dict]:
     """What Hugging Face's save_pretrained would write: the state dict and the content of
     config.json. ValueError where transformers has no such model."""
-    config, foreign = model.config, _foreign(model)
+    config, foreign = model.config, _in_transformers(model)
     state = _renamed(model, foreign, foreign.huggingface)
     names = {i: c["name"] for i, c in enumerate(categories or plain_categories(config.num_classes))}
     backbone = {
@@ -103,7 +112,7 @@ def to_huggingface(model: BaseDetector, categories: list[dict] | None = None) ->
 
 def image_processor(model: BaseDetector) -> str:
     """The class in transformers that prepares its images."""
-    return _foreign(model).image_processor
+    return _in_transformers(model).image_processor
 
 
 def _foreign(model: BaseDetector) -> Foreign:
@@ -113,13 +122,21 @@ def _foreign(model: BaseDetector) -> Foreign:
     return FOREIGN[name]
 
 
+def _in_transformers(model: BaseDetector) -> Foreign:
+    foreign = _foreign(model)
+    if foreign.huggingface is None:
+        name = model_name(model.config)
+        raise ValueError(f"transformers has no {name}: export it as official")
+    return foreign
+
+
 def _renamed(model: BaseDetector, foreign: Foreign, layout: Layout) -> State:
     config, state = model.config, model.state_dict()
     if config.backbone not in RESNETS:
         raise ValueError(f"backbone {config.backbone!r} exists only here: it cannot be exported")
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name in foreign.constants(config):
-        value, only = getattr(config, name), defaults[name]
+        value, only = getattr(config, name), (defaults | foreign.as_there)[name]
         if value != only:
             raise ValueError(f"{name} must be {only} to be exported, as it is there, got {value}")
     return to_theirs(state, layout.table(state, lambda name: foreign.copies(name, config)))
@@ -162,8 +179,9 @@ def from_huggingface(folder: Path, changes: Mapping) -> tuple[BaseDetector, list
 def _huggingface_config(content: dict) -> tuple[Foreign, DetectorConfig, list[dict]]:
     """Ours from the content of a config.json; ValueError where it is of another model."""
     name = content.get("model_type")
-    if not isinstance(name, str) or name not in FOREIGN:
-        raise ValueError(f"its model_type is {name!r:.80}; known are {', '.join(FOREIGN)}")
+    known = [each for each, foreign in FOREIGN.items() if foreign.huggingface]
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"its model_type is {name!r:.80}; known are {', '.join(known)}")
     if content.get("activation_function", "relu") != "relu":
         raise ValueError("its activation_function is not 'relu'")
     foreign, kind = FOREIGN[name], MODELS[name][0]
@@ -208,8 +226,9 @@ def from_official(
         raise ValueError(f"{path} is of none of {', '.join(FOREIGN)}: {_look(state)}")
     foreign, kind = FOREIGN[name], MODELS[name][0]
     try:
-        options = to_our_options(arguments, kind, "official") | _shown_by(state)
+        options = to_our_options(arguments, kind, "official") | foreign.as_there | _shown_by(state)
         options |= foreign.shown_by(state, options)
+        options |= foreign.official_options(arguments, options)
         if "backbone" not in arguments:
             options["backbone"] = _recognise_backbone(state)
         config = kind(**options)
