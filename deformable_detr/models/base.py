@@ -47,7 +47,7 @@ class DetectorConfig:
     )
     position_size: int = option(50, "rows and columns that learned positions cover")
 
-    may_be_zero: ClassVar[tuple[str, ...]] = ()  # of these whole numbers
+    may_be_zero: ClassVar[tuple[str, ...]] = ()  # of the whole numbers of this class itself
 
     def __post_init__(self) -> None:
         check_counts(self)
@@ -188,7 +188,8 @@ def check_counts(config: DetectorConfig) -> None:
     """ValueError where an integer option of a configuration is not positive, or not at least zero
     where it may be that."""
     counts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.type is int}
-    wrong = {n: value for n, value in counts.items() if value < 1 and n not in config.may_be_zero}
+    free = {n for kind in type(config).__mro__ for n in vars(kind).get("may_be_zero", ())}
+    wrong = {name: value for name, value in counts.items() if value < 1 and name not in free}
     if wrong:
         raise ValueError(f"these must be at least 1: {wrong}")
     negative = {name: value for name, value in counts.items() if value < 0}

@@ -3,6 +3,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,8 @@ class ContrastiveOptions(DenoisingOptions):
     crossed_edges: bool = option(
         False, "sides of noised boxes may be negative, as in the official code, which cuts them off"
     )
+
+    may_be_zero: ClassVar[tuple[str, ...]] = ("denoising_pairs",)
 
 
 class Contrastive(Denoised):

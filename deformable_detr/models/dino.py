@@ -6,7 +6,6 @@ Each of its ideas stands in a file of its own: `denoising.Contrastive`, `selecti
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from deformable_detr.models.denoising import Contrastive, ContrastiveOptions
 from deformable_detr.models.proposed_anchors import ProposedAnchors, ProposedAnchorsConfig
@@ -15,11 +14,6 @@ from deformable_detr.models.proposed_anchors import ProposedAnchors, ProposedAnc
 @dataclass(frozen=True)
 class DINOConfig(ContrastiveOptions, ProposedAnchorsConfig):
     """Everything that decides the detector's shape; the defaults are those of DINO-4scale."""
-
-    may_be_zero: ClassVar[tuple[str, ...]] = (
-        *ProposedAnchorsConfig.may_be_zero,
-        "denoising_pairs",
-    )
 
 
 class DINO(Contrastive, ProposedAnchors):

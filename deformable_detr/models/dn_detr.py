@@ -20,7 +20,7 @@ class DNDETRConfig(DenoisingOptions, AnchorConfig):
 
     denoising_groups: int = option(5, "noised copies of all objects in training; 0 is none")
 
-    may_be_zero: ClassVar[tuple[str, ...]] = (*AnchorConfig.may_be_zero, "denoising_groups")
+    may_be_zero: ClassVar[tuple[str, ...]] = ("denoising_groups",)
 
 
 class DNDETR(Denoised, LearnedAnchors):

@@ -1,7 +1,6 @@
 """Lite DETR on DINO (Li et al., 2023). Chapter "Fewer tokens"."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from deformable_detr.models.denoising import Contrastive, ContrastiveOptions
 from deformable_detr.models.lite_encoder import LiteEncoded, LiteOptions
@@ -12,11 +11,6 @@ from deformable_detr.models.proposed_anchors import ProposedAnchors, ProposedAnc
 class LiteDINOConfig(LiteOptions, ContrastiveOptions, ProposedAnchorsConfig):
     """Everything that decides the detector's shape; the defaults are those of the authors' best
     model, H3L1-(2+1)x3."""
-
-    may_be_zero: ClassVar[tuple[str, ...]] = (
-        *ProposedAnchorsConfig.may_be_zero,
-        "denoising_pairs",
-    )
 
 
 class LiteDINO(LiteEncoded, Contrastive, ProposedAnchors):
