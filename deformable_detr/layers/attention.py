@@ -35,8 +35,8 @@ class Sampling:
 class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention, Eq. 3 and Appendix A.4 of "Deformable DETR".
 
-    Each query asks for K points on each of L feature levels, per head; offsets and weights are
-    linear in the query, so there are no keys. Parameter names and initialisation are the official
+    Each query asks for K points on each of L feature levels, per head; offsets are linear in the
+    query, and weights are the softmax of what is, so there are no keys. Parameter names and initialisation are the official
     ones, so published weights load.
     """
 
