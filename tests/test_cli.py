@@ -287,14 +287,38 @@ def test_doctor(coco, capsys):
     content["annotations"][1]["bbox"] = [300, 2, 5, 5]
     path.write_text(json.dumps(content))
     assert main(["doctor", str(coco), *options]) == 1
-    assert "annotation 1001" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "annotation 1001" in told
+    assert told.endswith(f"all faults of the data: deformable-detr check {coco}\n")
+
+
+@pytest.mark.parametrize("command", ["doctor", "sheet", "tile", "evaluate"])
+def test_the_first_fault_says_where_all_are(coco, model_file, tmp_path, capsys, command):
+    for split in ("train", "val"):
+        path = coco / "annotations" / f"{split}.json"
+        content = json.loads(path.read_text())
+        content["annotations"][1]["bbox"] = [1, 2, 3]
+        path.write_text(json.dumps(content))
+    options = {
+        "doctor": ["--recipe", "digits"],
+        "sheet": ["--output", str(tmp_path / "sheet.png")],
+        "tile": ["--output", str(tmp_path / "tiles"), "--side", "40"],
+        "evaluate": ["--model", str(model_file)],
+    }
+    assert main([command, str(coco), *options[command]]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "annotation 1001: bbox must be" in error
+    assert error.endswith(f"; all faults: deformable-detr check {coco}")
+    assert not (tmp_path / "tiles").exists()
 
 
 def test_sheet(coco, tmp_path, capsys):
     (coco / "train" / "103.png").write_bytes(b"no picture")
     target = tmp_path / "new" / "sheet.png"
     assert main(["sheet", str(coco), "--output", str(target), "--count", "5", "--seed", "1"]) == 0
-    assert "5 of 6 images of train" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "5 of 6 images of train" in told
+    assert f"1 of them cannot be read; all: deformable-detr check {coco}\n" in told
     with Image.open(target) as picture:
         assert picture.size == (4 * 384, 2 * 404)
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}

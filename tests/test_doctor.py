@@ -78,7 +78,9 @@ def test_faults_of_the_data_are_counted_by_kind_with_an_example(coco):
     edit(coco, change)
     found = examine(coco)
     (fatal,) = texts(found, "fatal")
-    assert fatal.startswith("2 x box outside, the first: annotation 1000: box [90, 3, 4, 5] lies outside")
+    assert fatal.startswith(
+        "2 x box outside, the first: annotation 1000: box [90, 3, 4, 5] lies outside"
+    )
     assert [text.split(":")[0] for text in texts(found, "warning")] == ["2 x area, the first"]
     assert not found.losses and found.table().endswith("do not train yet: 2 fatal, 2 warnings")
 
@@ -138,6 +140,23 @@ def test_when_time_is_short_few_steps_are_judged_mildly(coco):
     assert found.healthy and len(found.losses) == 1
     assert "in 1 step on one batch, too few" in "".join(texts(found, "warning"))
     assert "1 of 6 images checked" in found.table()
+
+
+def test_images_that_cannot_be_read_are_counted(coco):
+    for name in ("101", "103", "104"):
+        (coco / "train" / f"{name}.png").write_bytes(b"no picture")
+    found = examine(coco)
+    (text,) = texts(found, "fatal")
+    assert text.startswith("3 x corrupt image, the first: image 10")
+    assert found.table().endswith("do not train yet: 3 fatal, 0 warnings")
+
+
+def test_an_image_of_the_batch_that_nobody_had_looked_at(coco, monkeypatch):
+    monkeypatch.setattr("deformable_detr.training.doctor.picture_faults", lambda *_: [])
+    for path in (coco / "train").iterdir():
+        path.write_bytes(b"no picture")
+    (text,) = texts(examine(coco, seconds=0), "fatal")
+    assert text.startswith("cannot read image")
 
 
 def test_it_needs_a_step(coco):

@@ -79,6 +79,18 @@ def test_names_with_folders_do_not_leave_the_target(large, tmp_path):
     assert all("/" not in name for name in names)
 
 
+def test_a_broken_picture_leaves_nothing_behind(large, tmp_path, capsys):
+    (large / "train" / "b.png").write_bytes(b"no picture")  # the second one
+    arguments = ["tile", str(large), "--side", "64", "--output"]
+    assert main([*arguments, str(tmp_path / "new" / "tiles")]) == 2
+    assert "cannot read image" in (error := capsys.readouterr().err.strip().splitlines()[-1])
+    assert error.endswith(f"all faults: deformable-detr check {large}")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "there").mkdir()
+    assert main([*arguments, str(tmp_path / "there")]) == 2
+    assert not list((tmp_path / "there").iterdir())
+
+
 def test_on_the_command_line(large, tmp_path, capsys):
     arguments = ["tile", str(large), "--output", str(tmp_path / "tiles")]
     assert main([*arguments, "--side", "64"]) == 0

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,6 +41,15 @@ def refuse_any(count: int, data: Path) -> None:
     if count:
         faults = counted(count, "fatal fault")
         raise ValueError(f"{faults} in the data; all of them: deformable-detr check {data}")
+
+
+@contextmanager
+def pointing_to_check(data: Path) -> Iterator[None]:
+    """Have a ValueError, which is on the first fault of the data, say what lists all."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; all faults: deformable-detr check {data}") from None
 
 
 def refuse_targets(*paths: Path | None) -> None:

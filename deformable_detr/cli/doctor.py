@@ -35,7 +35,7 @@ def add(commands: argparse.Action) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a diagnosis of data and model."""
-    from deformable_detr.cli.beforehand import choose_device
+    from deformable_detr.cli.beforehand import choose_device, pointing_to_check
     from deformable_detr.cli.starting import chosen_recipe, new_model
     from deformable_detr.data.annotations import read_annotations
     from deformable_detr.data.coco import CocoDataset
@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     from deformable_detr.training.doctor import doctor
 
     recipe = chosen_recipe(args)
-    dataset = CocoDataset(*find_split(args.data, args.split))
+    with pointing_to_check(args.data):
+        dataset = CocoDataset(*find_split(args.data, args.split))
     model, recipe, notes = new_model(args, recipe, dataset)
     print(*notes, sep="\n", end="\n" * bool(notes))
     dataset.transform = recipe.train_transform()
@@ -53,4 +54,7 @@ def run(args: argparse.Namespace) -> int:
     model.to(choose_device(args.device))
     diagnosis = doctor(model, dataset, args.steps, config=recipe.train, val_images=val_images)
     print(diagnosis.table())
-    return 0 if diagnosis.healthy else 1
+    if diagnosis.healthy:
+        return 0
+    print(f"all faults of the data: deformable-detr check {args.data}")
+    return 1

@@ -100,11 +100,12 @@ def run(args: argparse.Namespace) -> int:
 
 def load_data(args: argparse.Namespace, detector: "Detector") -> "CocoDataset":
     """The split as the detector sees images; ValueError on fatal faults in its annotations."""
-    from deformable_detr.cli.beforehand import print_fatal, refuse_any
+    from deformable_detr.cli.beforehand import pointing_to_check, print_fatal, refuse_any
     from deformable_detr.data.checks import check_annotations
     from deformable_detr.data.coco import CocoDataset, find_split
 
-    dataset = CocoDataset(*find_split(args.data, args.split), detector.eval_transform())
+    with pointing_to_check(args.data):
+        dataset = CocoDataset(*find_split(args.data, args.split), detector.eval_transform())
     faults = check_annotations(dataset.coco.dataset)
     refuse_any(print_fatal(args.split, faults), args.data)
     return dataset

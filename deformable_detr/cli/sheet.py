@@ -28,16 +28,22 @@ def add(commands: argparse.Action) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Save a sheet of annotated images."""
+    from deformable_detr.cli.beforehand import pointing_to_check, refuse_targets
     from deformable_detr.data.coco import CocoDataset, find_split
     from deformable_detr.look.pictures import picture_sheet
 
     if args.output.suffix.lower() not in KINDS:
         raise ValueError(f"--output must end in one of {', '.join(KINDS)}, got {args.output}")
-    dataset = CocoDataset(*find_split(args.data, args.split))
-    picture = picture_sheet(dataset, args.count, args.seed)
+    refuse_targets(args.output)
+    with pointing_to_check(args.data):
+        dataset = CocoDataset(*find_split(args.data, args.split))
+    unread: list[str] = []
+    picture = picture_sheet(dataset, args.count, args.seed, unread.append)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.output)
     print(
         f"{min(args.count, len(dataset))} of {len(dataset)} images of {args.split}: {args.output}"
     )
+    if unread:
+        print(f"{len(unread)} of them cannot be read; all: deformable-detr check {args.data}")
     return 0

@@ -36,8 +36,9 @@ def add(commands: argparse.Action) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Cut the splits, and say what is in each now."""
+    from deformable_detr.cli.beforehand import pointing_to_check
     from deformable_detr.data.places import all_splits, find_split
-    from deformable_detr.data.tiles import tile_dataset
+    from deformable_detr.data.tiles import tile_dataset, tile_places
 
     if args.split:
         places = {split: find_split(args.data, split) for split in args.split}
@@ -50,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     for _, file in targets.values():
         if file.exists():
             raise FileExistsError(f"{file} is there already: give another --output")
+    tile_places(1, 1, args.side, args.overlap)  # refuses what makes no tiles
     for split, place in places.items():
-        print(f"{split}: {tile_dataset(place, targets[split], args.side, args.overlap)}")
+        with pointing_to_check(args.data):
+            print(f"{split}: {tile_dataset(place, targets[split], args.side, args.overlap)}")
     print(f"now look at it: deformable-detr sheet {args.output}")
     return 0

@@ -1,6 +1,8 @@
 """Large images in pieces: where these lie, and a data set made of them. Chapter your_own_data."""
 
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -55,27 +57,48 @@ def tile_dataset(
         raise FileExistsError(f"{target[1]} is there already: give another folder")
     dataset = CocoDataset(*source)
     tile_places(1, 1, side, overlap)  # refuses what makes no tiles
-    target[0].mkdir(parents=True, exist_ok=True)
+    with _removed_on_error(target[0]):
+        images, annotations = _cut_all(dataset, target[0], side, overlap, progress)
+        kinds = {"images": images, "annotations": annotations, "categories": dataset.categories}
+        write_json(target[1], {"info": dataset.info} | kinds)
+    parts = sum(annotation["iscrowd"] for annotation in annotations)
+    boxes = (
+        f"{counted(len(annotations) - parts, 'box')}, and {parts} of crowds and of parts of objects"
+    )
+    return f"{counted(len(dataset), 'image')}, {counted(len(images), 'tile')}; {boxes}"
+
+
+@contextmanager
+def _removed_on_error(folder: Path) -> Iterator[None]:
+    """Make a folder, of which nothing stays where what is done then fails."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            shutil.rmtree(new[-1])
+        raise
+
+
+def _cut_all(
+    dataset: CocoDataset, folder: Path, side: int, overlap: float, progress: bool
+) -> tuple[list[dict], list[dict]]:
+    """Write the tiles; their entries of "images" and "annotations"."""
     images, annotations = [], []
     ids = tqdm(dataset.image_ids, "tile", unit="image", leave=False, disable=not progress)
     for number, image_id in enumerate(ids, 1):
         picture = dataset.load_image(image_id)
         for tile in tile_places(*picture.size, side, overlap):
             name = _tile_name(dataset.coco.imgs[image_id]["file_name"], number, tile)
-            _save(picture.crop(tile), target[0] / name)
+            _save(picture.crop(tile), folder / name)
             size = {"width": tile[2] - tile[0], "height": tile[3] - tile[1]}
             whose = {"tile_of": image_id, "tile": list(tile)}
             images.append({"id": len(images) + 1, "file_name": name} | size | whose)
             for annotation in _cut(dataset.coco.imgToAnns[image_id], tile):
                 place = {"id": len(annotations) + 1, "image_id": images[-1]["id"]}
                 annotations.append(annotation | place)
-    kinds = {"images": images, "annotations": annotations, "categories": dataset.categories}
-    write_json(target[1], {"info": dataset.info} | kinds)
-    parts = sum(annotation["iscrowd"] for annotation in annotations)
-    boxes = (
-        f"{counted(len(annotations) - parts, 'box')}, and {parts} of crowds and of parts of objects"
-    )
-    return f"{counted(len(dataset), 'image')}, {counted(len(images), 'tile')}; {boxes}"
+    return images, annotations
 
 
 def _cut(annotations: list[dict], tile: Tile) -> Iterator[dict]:

@@ -3,7 +3,7 @@ Chapters looking and your_own_data."""
 
 import random
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image, ImageDraw
 
@@ -67,12 +67,18 @@ def draw_boxes(
         draw.text((place_x, place_y), text, fill="white" if dark else "black", font=font)
 
 
-def picture_sheet(dataset: CocoDataset, count: int = 24, seed: int = 0) -> Image.Image:
+def picture_sheet(
+    dataset: CocoDataset,
+    count: int = 24,
+    seed: int = 0,
+    on_error: Callable[[str], object] = lambda text: None,
+) -> Image.Image:
     """Random images of a data set with their boxes and names, side by side: the first thing to do
     with new data is to look at it.
 
-    Each image fills a square, its file's name above it; one that cannot be read says why. Crowds
-    are marked as such. ValueError where the data set has no image, or count is below 1.
+    Each image fills a square, its file's name above it; one that cannot be read says why, and
+    on_error is called with that. Crowds are marked as such. ValueError where the data set has no
+    image, or count is below 1.
     """
     if min(count, len(dataset)) < 1:
         raise ValueError(f"a sheet needs at least one image, got {min(count, len(dataset))}")
@@ -88,6 +94,7 @@ def picture_sheet(dataset: CocoDataset, count: int = 24, seed: int = 0) -> Image
         try:
             sheet.paste(_annotated(dataset, image_id, side - 4), (x, y + line))
         except (FileNotFoundError, ValueError) as error:
+            on_error(str(error))
             text = textwrap.fill(str(error), side // 8)
             draw.text((x + 4, y + line), text, "black", caption_font(12, text))
         name = f"{dataset.coco.imgs[image_id]['file_name']} (id {image_id})"

@@ -61,6 +61,8 @@ def doctor(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         check_transform(diagnosis, dataset, indices)
+        if not diagnosis.healthy:  # an image that cannot be read cannot be learned either
+            return diagnosis
         begun = time.monotonic()
         batch = collate([dataset[i] for i in indices])
         loading = (time.monotonic() - begun) / len(indices)
@@ -136,7 +138,7 @@ def check_transform(diagnosis: Diagnosis, dataset: CocoDataset, indices: list[in
     """Whether boxes move with their pixels."""
     try:
         found = [each for index in indices for each in placements(dataset, index)]
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         diagnosis.add("fatal", str(error))
         return
     measured = [each for each in found if not math.isnan(each.error)]
