@@ -18,27 +18,24 @@
 # - **change** the number of classes, and say which tensors survive,
 # - **refuse** a file that would run code, and know what was published and how to repeat it.
 #
-# You should know: {{chapter pixels_to_boxes}} and {{chapter refinement}}.
+# You should know: {{chapter matching_and_loss}} and {{chapter refinement}}.
 #
 # {{measured}}
 #
 # {{map}}
 
 # %% [markdown]
-# Training Deformable DETR on COCO takes over three hundred GPU hours. Nobody should do that twice, so
-# weights are published. A file of weights is names and numbers; whether it *fits* is a question of
-# names, and whether it is *right* a question of every detail of the forward pass.
+# Training Deformable DETR on COCO takes more than three hundred GPU hours. Nobody should have to do that twice, so
+# the weights are published. A file of weights is a list of names and numbers. Two questions decide whether it is of any
+# use: do its names **fit** the model, and is the model **right**, in every detail of the forward pass? The first is a
+# matter of tables, and the second can be tested.
 
-# %%
+# %% tags=["hide-input"]
 import logging
 import os
 import tempfile
-import warnings
 from collections import Counter
 from pathlib import Path
-
-# a library asks for ipywidgets, which this chapter does without
-warnings.filterwarnings("ignore", message="IProgress not found")
 
 import matplotlib.pyplot as plt
 import torch
@@ -57,8 +54,9 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## {{n}}.1 The state dict as a map
 #
-# The paper's base model has 40 million numbers. Where are they? On PyTorch's `meta` device a model
-# has names and shapes and no memory.
+# A model's `state_dict()` lists all its tensors by name, and so it is a map of the model. The paper's base model has
+# 40 million numbers. Where are they? The next cell makes it on PyTorch's `meta` device, where a model has names and
+# shapes but takes no memory, and counts by the first word of each name.
 
 # %%
 with torch.device("meta"):
@@ -71,8 +69,8 @@ for part, size in sizes.most_common():
 print(f"{'all':>17} {sizes.total():>11,}")
 
 # %% [markdown]
-# The official models have exactly as many, and as many tensors in their files. Frozen batch norm has
-# no parameters, only buffers; heads that layers share are stored once for each:
+# A count is a first test of whether a model is the published one. The official repository's three models have 40,069,665,
+# 40,849,660 and 41,181,529 parameters. If ours had one more or one less, it would be another model.
 
 # %%
 published = {"base": 40_069_665, "refinement": 40_849_660, "two stages": 41_181_529}
@@ -87,6 +85,12 @@ for name, option in options.items():
     count = sum(p.numel() for p in variant.parameters())
     print(f"{name:>10} {count:,}", len(to_official(variant)), "tensors")
     assert count == published[name]
+
+# %% [markdown]
+# (The last column counts tensors in a file. There are more of them than parameters, since a frozen batch norm has no
+# parameters but four buffers, and since a head that several layers share is stored once for each layer.)
+#
+# How much of it is deformable attention? The next figure takes it out of the encoder and the decoder.
 
 # %% mystnb={"image": {"alt": "Horizontal bars of the number of parameters by part of the model: the backbone has more than half; the neck (the projections of its maps), the rest of encoder and decoder, and deformable attention follow; heads and queries are thin lines."}}
 attention = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
@@ -103,11 +107,11 @@ axis.set(xlabel="million parameters")
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.1. Deformable attention, taken out of encoder and decoder, has 7 in a hundred of the numbers;
-# most are the ResNet's.*
+# *Figure {{n}}.1. Deformable attention has 7 in a hundred of the numbers. Most of them are the ResNet's.*
 #
-# Where to look takes a linear layer from $C$ numbers to $2 M L K$: with $C = 256$, $M = 8$ heads and
-# $L = K = 4$ that is $(C + 1) \cdot 2 M L K = 65{,}792$ numbers in each of twelve layers.
+# And how much of it decides *where to look*? The sampling offsets come from a linear layer with $C$ inputs and
+# $2 M L K$ outputs. With $C = 256$, $M = 8$ heads and $L = K = 4$, these are $(C + 1) \cdot 2 M L K = 65{,}792$ numbers
+# in each of the twelve layers.
 
 # %%
 share = (
@@ -118,9 +122,22 @@ assert sizes["backbone"] / sizes.total() > 0.5 and share < 0.03
 assert round(share * sizes.total()) == 12 * (256 + 1) * 2 * 8 * 4 * 4 == 12 * 65_792
 
 # %% [markdown]
+# So the part of the model that this book is named after is two numbers in a hundred.
+#
 # ## {{n}}.2 Three dialects
 #
-# The official code, Hugging Face and this library named the same things. One tensor, three names:
+# The official code, Hugging Face and this library have named the same tensors differently. A file can be read by all of
+# them if, for each format, there is a table of names between the file and the model.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three kinds of files, official, Hugging Face and ours, each connected through a table of names with one model. Below the model: missing, left over, other shape are errors."}}
+from schematics.published_weights import parting, three_dialects
+
+three_dialects()
+
+# %% [markdown]
+# *Figure {{n}}.2. One model, three formats. Each table works in both directions, and is strict.*
+#
+# Here is the same tensor in the three dialects, the value projection in the third layer of the encoder.
 
 # %%
 official = list(to_official(base))
@@ -132,18 +149,19 @@ print("official    ", next(x for x in official if x.endswith(end)))
 print("Hugging Face", next(x for x in hub if x.endswith(end)))
 
 # %% [markdown]
-# The names inside the attention module, `sampling_offsets`, `attention_weights`, `value_proj` and
-# `output_proj`, are the same everywhere, because everybody copied the first code. All the rest is a
-# table of beginnings, but for the decoder's self-attention: its `in_proj`, one tensor of $3C$ rows, is
-# three tensors in Hugging Face's files.
-#
+# The last part, `value_proj.weight`, is the same in all three. So are `sampling_offsets`, `attention_weights` and
+# `output_proj`: the names inside the attention module come from the first published code, and everybody kept them. For
+# all the rest the table replaces the beginning of a name. There is one exception: the decoder's self-attention keeps
+# queries, keys and values in one tensor with $3C$ rows (`in_proj`), and Hugging Face keeps three tensors.
+
+# %% [markdown]
 # ## Exercise {{n}}.1  Translate
 #
 # *difficulty ●●○ · 15 minutes · 6 lines*
 #
-# Translate official names of encoder layers into ours: `transformer.` goes away, `self_attn` is
-# `attention`, `norm1` is `norm`, `linear1`, `linear2` and `norm2` live in `ffn` (there `norm2` is
-# called `norm`). A name of anything else is an error, never a guess: ValueError.
+# Translate the official names of encoder layers into ours. `transformer.` goes away; `self_attn` becomes
+# `attention` and `norm1` becomes `norm`; `linear1`, `linear2` and `norm2` move into `ffn`, where `norm2` is
+# called `norm`. The name of anything else must not be guessed: raise a ValueError.
 
 
 # %% tags=["exercise"]
@@ -183,9 +201,10 @@ check("published_weights.1", our_name)
 # {{solution}}
 
 # %% [markdown]
-# Strict in both directions: a tensor that is missing, left over or of another shape is an error with
-# its name. `load_state_dict(strict=False)`, which so many scripts use, would train on with random
-# numbers in the gap.
+# Why strict? Many scripts load with `load_state_dict(strict=False)`, which passes over every name that does not fit. The
+# layer then keeps its random numbers, and the only sign of it is an AP that is too low. Here a tensor that is missing,
+# left over or of another shape is an error that names it. The next cell writes a small model in the official format, adds
+# a tensor that no model has, and loads the file.
 
 # %%
 small = DeformableDETRConfig(
@@ -215,7 +234,7 @@ except ValueError as error:
     print(str(error).replace(f"{folder}/", ""))
 
 # %% [markdown]
-# And there and back, bit for bit:
+# The tables work in both directions. So a model that is written and read again has to be the same, bit for bit.
 
 # %%
 for kind, place in (("official", path), ("huggingface", folder / "hub"), ("ours", folder / "own")):
@@ -227,8 +246,10 @@ for kind, place in (("official", path), ("huggingface", folder / "hub"), ("ours"
 # %% [markdown]
 # ## {{n}}.3 Is it the same model?
 #
-# Names can match while numbers go wrong: an axis swapped, a norm in another place. So run both. Here
-# is Hugging Face's own detector, loaded from the folder that we just wrote:
+# All names can match while the numbers come out wrong, because an axis is swapped or a norm stands in another place. So
+# both models have to be run. Hugging Face's detector is an independent implementation. Here it is loaded from the folder
+# that we have just written, and gets the same two images. They have different sizes, so that the treatment of padding is
+# tested as well.
 
 # %%
 theirs = DeformableDetrForObjectDetection.from_pretrained(folder / "hub").eval()
@@ -247,8 +268,9 @@ assert max(differences.values()) < 1e-4
 # %% [markdown]
 # ## {{n}}.4 Layer by layer, with hooks
 #
-# Had they differed, where? A **hook** is a function that a module calls with its output. Hang one on
-# every encoder and decoder layer of both, and compare.
+# They agree. But suppose that they did not: where would you look? The outputs only say *that* two models differ. To see
+# *where*, compare them after every layer. PyTorch can call a function of ours each time a module has computed its output;
+# such a function is called a **hook**. The next cell hangs one on every layer of encoder and decoder, in both models.
 
 
 # %%
@@ -281,9 +303,8 @@ agreement = compare(model, theirs)
 print([x < 1e-4 for x in agreement])
 
 # %% [markdown]
-# Now somebody's conversion script has swapped x and y in the offsets of the second encoder layer.
-# Shapes fit, names fit, nothing complains. Before you run: at which of the five layers will the two
-# part?
+# Now suppose that a conversion script has swapped x and y in the sampling offsets of the second encoder layer. The shapes
+# fit, the names fit, and nothing complains. Before you run: after which of the five layers will the two models differ?
 
 # %%
 offsets = theirs.model.encoder.layers[1].self_attn.sampling_offsets
@@ -295,13 +316,19 @@ for layer, difference in enumerate(parted):
     print(f"layer {layer}: {'equal' if difference < 1e-4 else 'different'}")
 assert [x < 1e-4 for x in parted] == [True, False, False, False, False]
 
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of five layers. Below, the second encoder layer is marked as wrong. Arrows between the rows: equal after the first layer, unequal after the second and after all that follow."}}
+parting()
+
 # %% [markdown]
+# *Figure {{n}}.3. The layer with the mistake is the first one that differs; all later layers differ too, because they get
+# its output.*
+#
 # ## Exercise {{n}}.2  The first that differs
 #
 # *difficulty ●○○ · 10 minutes · 4 lines*
 #
-# With hundreds of modules one wants a name. Given two dicts of outputs in the order of execution,
-# return the first name at which they differ, or None.
+# In a model with hundreds of modules you want a name and not a list. Given two dicts of outputs in the order in which they
+# were computed, return the first name at which they differ by more than the tolerance, or None if there is none.
 
 
 # %% tags=["exercise"]
@@ -341,9 +368,10 @@ check("published_weights.2", first_difference)
 # %% [markdown]
 # ## {{n}}.5 Other classes
 #
-# The file's five classes become three, its seven queries nine. Everything that fits stays; the class
-# heads begin anew at the prior, and to the seven queries come two new ones. A report says so, tensor by
-# tensor.
+# Most people who load published weights want other classes than COCO's. What can be kept then? Everything but the class
+# heads: backbone, encoder, decoder and box heads know nothing of classes. The next cell loads the file of five classes and
+# seven queries for a model with three classes and nine queries. The loader reports, tensor by tensor, what it kept and
+# what it made anew.
 
 # %%
 logging.getLogger("deformable_detr").setLevel(logging.ERROR)  # the report is printed below
@@ -352,8 +380,11 @@ print(changed.report)
 assert len(changed.report.fresh) < 0.1 * len(changed.report.kept)
 
 # %% [markdown]
-# Where the names of old and new classes are known, less is lost: a class of the same name keeps its row
-# in the class heads, whatever its place and id.
+# The class heads are new and start at the prior ({{chapter matching_and_loss}}), and two new queries come to the seven
+# old ones.
+#
+# Where the names of the classes are known, less is lost. A class with the same name keeps its row in the class heads,
+# whatever its place or id was. In the next cell the owl moves from the fifth place to the first.
 
 # %%
 animals = [{"id": i, "name": name} for i, name in enumerate(("cat", "cow", "dog", "hen", "owl"))]
@@ -368,7 +399,8 @@ assert torch.equal(named.model.class_heads[0].weight[0], model.class_heads[0].we
 #
 # *difficulty ●●○ · 10 minutes · 2 lines*
 #
-# Given two state dicts, return the names whose tensors can be taken over, sorted.
+# Given two state dicts, the file's and the model's, return the sorted names of those tensors of the model that
+# can be taken from the file.
 
 
 # %% tags=["exercise"]
@@ -406,8 +438,9 @@ check("published_weights.3", survivors)
 # %% [markdown]
 # ## {{n}}.6 A file that runs code
 #
-# `torch.load` unpickles, and a pickle can call any function while it is read. This one would make a
-# folder; another would send your keys away.
+# Weights are data, but the usual format is not only data. `torch.load` reads a *pickle*, and a pickle can call any function
+# while it is read. The one in the next cell makes a folder; another one could send your keys away. The library's loader
+# refuses it.
 
 
 # %%
@@ -426,22 +459,81 @@ except ValueError as error:
 print("trapped:", (folder / "trapped").exists())
 assert not (folder / "trapped").exists()
 
+# %% [markdown]
+# A plain load does what the file says:
+
 # %%
 torch.load(folder / "trap.pth", weights_only=False)  # what a careless script does
 print("trapped by a plain load:", (folder / "trapped").exists())
 assert (folder / "trapped").exists()
 
 # %% [markdown]
-# Read with `weights_only=True`, or in the safetensors format, nothing can run.
+# So read other people's files in the safetensors format, which holds nothing but names and numbers, or with
+# `weights_only=True` on PyTorch 2.6 or newer. (In older versions a crafted file could run code even then:
+# CVE-2025-32434.)
+#
+# ## Exercise {{n}}.4  A card for a file
+#
+# *difficulty ●●○ · 30 minutes · 10 lines*
+#
+# Before you trust a file you want to know what is in it. Write a function that takes a state dict and returns a dict with
+# - `"parameters"`: the number of elements in all floating-point tensors together,
+# - `"parts"`: a dict from the first word of each name to the number of its elements, the largest first,
+# - `"odd"`: the sorted names of floating-point tensors that hold a NaN or an infinity, or are zero everywhere although
+#   they have more than one dimension.
+#
+# Integer tensors count for nothing. (In a fresh model, some layers are zero on purpose; in a trained file they would be
+# odd.) Try it on the files of this chapter when the checks pass.
 
-# %%
+
+# %% tags=["exercise"]
+def card_of(state):
+    """state: a dict name -> tensor. Returns a dict as described above."""
+    # BEGIN SOLUTION
+    floats = {name: x for name, x in state.items() if x.is_floating_point()}
+    parts = Counter()
+    for name, tensor in floats.items():
+        parts[name.split(".")[0]] += tensor.numel()
+    odd = [
+        name
+        for name, x in floats.items()
+        if not x.isfinite().all() or (x.dim() > 1 and not x.any())
+    ]
+    return {"parameters": parts.total(), "parts": dict(parts.most_common()), "odd": sorted(odd)}
+    # END SOLUTION
+
+
+check("published_weights.4", card_of)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `tensor.is_floating_point()`, `tensor.isfinite()`, `tensor.any()` and `tensor.numel()` are all you need of PyTorch.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A `collections.Counter` adds by key; its `most_common()` gives the largest first, and `total()` the sum.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# A bias of zeros is not odd: it has one dimension. And integer tensors, such as a count of batches, do not count.
+#
+# </details>
+#
+# {{solution}}
+
+# %% tags=["hide-input"]
 temporary.cleanup()
 
 # %% [markdown]
 # ## {{n}}.7 What was published, and how to repeat it
 #
-# From the README of the official repository {cite}`zhu2021deformable`: 50 epochs, batch 32, COCO
-# val2017.
+# These are the figures of the official repository's README {cite}`zhu2021deformable`: 50 epochs with batches of 32,
+# measured on COCO val2017.
 #
 # | model | AP | small | medium | large | GPU hours | name on the hub, SenseTime/ |
 # |:--|--:|--:|--:|--:|--:|:--|
@@ -451,8 +543,8 @@ temporary.cleanup()
 # | + refinement | 46.2 | 28.3 | 49.2 | 61.5 | 325 | deformable-detr-with-box-refine |
 # | ++ two stages | 46.9 | 29.6 | 50.1 | 61.6 | 340 | deformable-detr-with-box-refine-two-stage |
 #
-# On a machine with a network, COCO and a GPU, these lines would measure one of them again. **They were
-# not run here.**
+# On a machine with a network, COCO and a GPU, the following lines would measure one of them again. **They were
+# not run here.** (`deformable-detr detect` and `explain` need no data set: they take any picture.)
 #
 # ```python
 # from deformable_detr import DeformableDETR
@@ -468,11 +560,11 @@ temporary.cleanup()
 #
 # ## Summary
 #
-# - A state dict is a map: half the numbers are the ResNet's, hardly any the offsets'.
+# - A state dict is a map: more than half of the numbers are the ResNet's, two in a hundred the offsets'.
 # - Names are translated by a table, strictly; a gap is an error, not a random number.
 # - Equal names are not enough: compare outputs, then layers, with hooks.
-# - Other classes cost their rows of the class heads only, and those start at the prior.
-# - Weights are data; a loader that can run code is none.
+# - New classes cost only rows of the class heads, and those start at the prior.
+# - Weights are data. Read them with a loader that cannot run code.
 #
 # > **Differs from the paper.** The published figures are the repository's; the paper's are up to 0.8
 # > lower. **Differs from Hugging Face.** Its model has the right forward pass, and is an oracle for

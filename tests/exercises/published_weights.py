@@ -1,5 +1,8 @@
 """Checkers of chapter published_weights, "Published weights"."""
 
+import math
+from collections import Counter
+
 import torch
 
 from deformable_detr.exercises import checks, expect
@@ -105,6 +108,43 @@ def _prefix_checked(official):
     return _replaced(official)
 
 
+def _state():
+    """A state dict with a part of each kind."""
+    return {
+        "head.weight": torch.ones(3, 4),
+        "head.bias": torch.zeros(3),
+        "backbone.conv.weight": torch.randn(5, 2, 3, 3),
+        "backbone.norm.batches": torch.tensor(7),
+    }
+
+
+@checks("published_weights.4")
+def check_card_of(card_of):
+    yield "a sound file"
+    card = card_of(_state())
+    expect(card["parameters"], 3 * 4 + 3 + 5 * 2 * 9, "floating-point tensors only")
+    expect(list(card["parts"].items()), [("backbone", 90), ("head", 15)], "the largest first")
+    expect(card["odd"], [], "a bias of zeros is usual")
+    yield "what is not a number, not finite, or zero everywhere"
+    state = _state() | {"neck.weight": torch.zeros(2, 2), "a.bias": torch.tensor([0.0, math.nan])}
+    state["head.weight"] = torch.tensor([[1.0, math.inf]])
+    expect(card_of(state)["odd"], ["a.bias", "head.weight", "neck.weight"])
+
+
+def _card(integers=False, biases=False, infinite=True, largest=True):
+    def card_of(state):
+        chosen = {n: x for n, x in state.items() if integers or x.is_floating_point()}
+        parts = Counter()
+        for name, tensor in chosen.items():
+            parts[name.split(".")[0]] += tensor.numel()
+        bad = {n for n, x in chosen.items() if x.isnan().any() or (infinite and x.isinf().any())}
+        bad |= {n for n, x in chosen.items() if (biases or x.dim() > 1) and not x.any()}
+        order = parts.most_common() if largest else sorted(parts.items(), reverse=True)
+        return {"parameters": parts.total(), "parts": dict(order), "odd": sorted(bad)}
+
+    return card_of
+
+
 WRONG = {
     "published_weights.1": [
         ("only the start is looked at", _prefix_checked),
@@ -134,5 +174,11 @@ WRONG = {
             lambda a, b: [n for n in a if n in b and a[n].shape == b[n].shape],
         ),
         ("names only", lambda a, b: sorted(set(a) & set(b))),
+    ],
+    "published_weights.4": [
+        ("integers count", _card(integers=True)),
+        ("zero biases are odd", _card(biases=True)),
+        ("infinities pass", _card(infinite=False)),
+        ("ordered by name", _card(largest=False)),
     ],
 }
