@@ -12,26 +12,140 @@
 # # {{n}}. Matching and loss
 #
 # You will be able to
+# - **say** where the background class went, and why scores start at 0.01,
+# - **compute** the focal loss and the GIoU by hand,
+# - **write** the matcher that decides which query answers for which object,
+# - **add up** the whole loss and turn outputs into detections, without non-maximum suppression,
+# - **test** a detector by letting it learn one batch by heart.
 #
-# You should know: 
+# You should know: {{chapter pixels_to_boxes}} (queries, boxes, decoder layers).
 #
 # {{measured}}
 #
 # {{map}}
 
 # %% [markdown]
-# ## {{n}}.1 The focal loss
+# The detector answers with $Q$ boxes and their class logits, in no order. An image has a few objects,
+# in no order either. Before anything can be learned, somebody must say which answer should have been
+# which object. Deformable DETR {cite}`zhu2021deformable` does this as DETR did {cite}`carion2020detr`:
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left, a picture with four digits; around each a dashed purple box, o0 to o3, and five blue boxes, q0 to q4, four of them near a digit and one beside them. Middle, a table of costs, five rows for the queries and four columns for the objects; the cells q0 o0, q1 o1, q3 o2 and q4 o3 are filled. Right, what each query is taught: class and box of its object, and for q2: no, to every class."}}
+import matplotlib.pyplot as plt
+from schematics import matching_and_loss as draw
+
+plt.style.use("book.mplstyle")
+draw.matching()
+
+# %% [markdown]
+# *Figure {{n}}.1. What to see: five predictions (blue) and four objects (dashed). Every pair has a
+# cost, which is low where the box fits and the class is likely. The pairs of least total cost
+# are chosen (filled). A chosen query is taught its object; all others are taught "no".*
 #
-# Of $Q \times$ classes answers almost all must be no. Summed up, those many easy noes would drown
-# the few yeses. The focal loss {cite}`lin2017focal` turns the easy ones down:
+# To get there we need a price for classes, a price for boxes, and the matching itself.
+
+# %% tags=["hide-input"]
+import itertools
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deformable_detr import DeformableDETR, DeformableDETRConfig
+from deformable_detr.boxes import cxcywh_to_xyxy
+from deformable_detr.data.coco import CocoDataset, collate
+from deformable_detr.data.transforms import digits_eval_transform
+from deformable_detr.exercises import check
+
+_ = torch.set_grad_enabled(False)  # we look; training comes at the end
+
+# %% [markdown]
+# ## {{n}}.1 Classes: sigmoid, and no background
+#
+# DETR {cite}`carion2020detr` has a softmax over the classes and one more for "no object". Deformable
+# DETR has one **sigmoid per class**: every logit answers its own question, "is it a seven?", with yes
+# or no. "No object" then means no to all of them, and there is no logit for background.
+
+# %%
+logits = torch.tensor([2.0, -3.0, 1.5])
+print("sigmoid", [round(v, 2) for v in logits.sigmoid().tolist()], "each for itself")
+print("softmax", [round(v, 2) for v in logits.softmax(0).tolist()], "must sum to 1")
+nothing = torch.full((3,), -5.0)
+print("nothing there: sigmoid", round(nothing.sigmoid().max().item(), 3), end=", ")
+print("softmax", round(nothing.softmax(0).max().item(), 3))
+
+# %% [markdown]
+# With three equally low logits, sigmoids can say "nothing here"; a softmax cannot, unless it has a
+# class for that.
+#
+# > **91 classes, or 80, or 90?** COCO has 80 categories with ids from 1 to 90. The official code uses
+# > the ids themselves as columns, so it needs columns 0 to 90: 91 in all. Column 0 and those of the ten
+# > missing ids are never positive. This is *not* 90 + 1 for background. Here columns are positions in
+# > the sorted list of ids: 10 digits, 10 columns. The ids return when results are written.
+#
+# ## Exercise {{n}}.1  The wanted classes
+#
+# *difficulty ●○○ · 6 minutes · 4 lines*
+#
+# The matching has given object $i$, of COCO category `category_ids[i]`, to query `queries[i]`. Build
+# what the sigmoids should become: a 1 where a query should say yes to a class, 0 elsewhere.
+
+
+# %% tags=["exercise"]
+def class_targets(category_ids, queries, num_queries, categories):
+    """category_ids, queries: lists of N ints. categories: sorted list of the data set's ids.
+
+    Returns (num_queries, number of classes), float, 0 or 1.
+    """
+    # BEGIN SOLUTION
+    wanted = torch.zeros(num_queries, len(categories))
+    for query, category_id in zip(queries, category_ids, strict=True):
+        wanted[query, categories.index(category_id)] = 1
+    return wanted
+    # END SOLUTION
+
+
+check("matching_and_loss.1", class_targets)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# How many columns? As many as there are categories.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `categories.index(category_id)` is the column; `queries[i]`, and not `i`, is the row.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# The shape is right but a 1 stands in the wrong place. `category_id - 1` is right only when ids have no
+# gaps. In COCO it would call every stop sign (13) a parking meter, and id 90 would lie beyond the 80
+# columns: an index error, which a GPU reports long after and elsewhere.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# ## {{n}}.2 The focal loss
+#
+# Of $Q \times$ classes answers almost all should be no. If each counted the same, the many easy
+# negatives would drown the few positives. The focal loss {cite}`lin2017focal` makes an answer count
+# less, the nearer it is to being right:
 #
 # $$
 # \mathrm{FL}(p_t) = -\alpha_t (1 - p_t)^\gamma \ln p_t, \qquad
 # \gamma = 2, \quad
-# \alpha_t = \tfrac14 \text{ for yes}, \ \tfrac34 \text{ for no},
+# \alpha_t = \tfrac14 \text{ for positives}, \ \tfrac34 \text{ for negatives},
 # $$
 #
-# where $p_t$ is the probability of the right answer: $p$ for a yes, $1 - p$ for a no. By hand:
+# where $p_t$ is the probability of the right answer: $p$ for a positive, $1 - p$ for a negative. By
+# hand:
 
 
 # %%
@@ -45,8 +159,8 @@ for p, wanted in [(0.9, 1), (0.1, 1), (0.5, 0), (0.01, 0)]:
     print(f"p = {p:<4}  wanted {wanted}  focal {focal(p, wanted):.7f}")
 
 # %% [markdown]
-# The next rungs: the same in PyTorch, in torchvision, and in the library, on two queries and three
-# classes. Query 1 has an object of class 2.
+# The next rungs are the same in PyTorch, in torchvision and in the library. Two queries, three
+# classes; query 1 has an object of class 2.
 
 # %%
 from torchvision.ops import sigmoid_focal_loss
@@ -64,57 +178,58 @@ labels = torch.tensor([[-1, 2]])  # (B, Q): query 0 has no object, query 1 one o
 in_library = FocalScoring(loss_weight=1).loss(p.logit()[None], labels, num_boxes=1)
 for loss in (in_torch, in_torchvision, in_library):
     assert math.isclose(loss, by_hand, rel_tol=1e-4)
-print(round(by_hand, 4))
+print("four times", round(by_hand, 4))
 
-# %% mystnb={"image": {"alt": "Loss over the probability p on a logarithmic scale. For an object that is not there, cross entropy falls slowly towards p = 0 while the focal loss falls much faster; at p = 0.01 the focal loss is more than ten thousand times smaller. For an object that is there the two are close at small p."}}
-p = torch.linspace(0.002, 0.998, 400)
-no, yes = torch.zeros_like(p), torch.ones_like(p)
-figure, axes = plt.subplots(1, 2, sharey=True)
-for axis, wanted, title in zip(axes, (no, yes), ("wanted: no", "wanted: yes"), strict=True):
-    cross_entropy = F.binary_cross_entropy(p, wanted, reduction="none")
-    axis.semilogy(p, cross_entropy, "--", label="cross entropy")
-    axis.semilogy(p, sigmoid_focal_loss(p.logit(), wanted, alpha=0.25, gamma=2), label="focal")
-    axis.axvline(0.01, c="C6", lw=1, ls=":")
-    axis.set(title=title, xlabel="p", ylim=(1e-8, 10))
-axes[0].set_ylabel("loss")
-axes[0].text(0.03, 3e-8, "p = 0.01 before training", size=9)
-axes[1].legend(loc="lower center")
-plt.show()
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Loss over the probability p on a logarithmic scale. Where no is wanted, cross entropy falls slowly towards p = 0 while the focal loss falls much faster; at p = 0.01 the focal loss is more than ten thousand times smaller. Where yes is wanted the two are close at small p."}}
+draw.focal_and_cross_entropy(sigmoid_focal_loss)
 
 # %% [markdown]
-# *Figure {{n}}.1. What to see: for the many noes (left) the focal loss vanishes once p is small:
-# thousands of easy noes weigh less than one yes that is missed (right, at small p).*
+# *Figure {{n}}.2. What to see: for the many negatives (left) the focal loss nearly vanishes once p is
+# small. For a positive that is missed (right, at small p) it stays large.*
 
 # %%
-easy_no, missed_yes = focal(0.01, 0), focal(0.01, 1)
-assert easy_no / -math.log(0.99) < 1e-4  # against cross entropy
-assert 300 * 91 * easy_no < 0.03 * missed_yes  # all noes of the paper's model, one missed yes
+easy_negative, missed_positive = focal(0.01, 0), focal(0.01, 1)
+print(f"300 · 91 easy negatives: {300 * 91 * easy_negative:.3f}")
+print(f"one missed positive:     {missed_positive:.3f}")
+assert easy_negative / -math.log(0.99) < 1e-4  # against cross entropy
 
 # %% [markdown]
+# All the easy negatives of the paper's model together weigh less than a thirtieth of one missed
+# positive.
+#
 # ### Why scores start at 0.01
 #
-# All class biases start at $-\ln 99 = -4.595$, for $\sigma(-\ln 99) = 0.01$. **Before you run**:
+# All class biases start at $-\ln 99 = -4.595$, because $\sigma(-\ln 99) = 0.01$. **Before you run**:
 # without it, every $p$ would start near 0.5. How large is the class loss of the paper's model
-# ($Q = 300$, 91 columns, weight 2), for an image with 7 objects, with and without?
+# ($Q = 300$, 91 columns, weight 2) for an image with 7 objects, with and without?
 
 # %%
-assert math.isclose(sigmoid(-math.log(99)), 0.01)
 for start in (0.5, 0.01):
     total = 7 * focal(start, 1) + (300 * 91 - 7) * focal(start, 0)
     print(f"p = {start:<4}: class loss {2 * total / 7:.2f}")
 
 # %% [markdown]
 # A thousand against two. Without the prior, training first has to learn "no". Not every port of the
-# model has kept this line, so know what a healthy start looks like: a class loss of about 2.3 for
-# each decoder layer. If yours starts in the hundreds, look here first. Our own model is measured in
-# section {{n}}.4.
+# model has kept this line, so know what a healthy start looks like: a class loss near 2.3 per decoder
+# layer. If yours starts in the hundreds, look here first.
 #
-# ## Exercise {{n}}.1  The class loss, from logits
+# Does a fresh model then see background everywhere? Each class says no with 0.99. **Before you run**:
+# how likely are *all* classes of a query to say no, if each decided for itself: with 10 classes, and
+# with 91?
+
+# %%
+for classes in (10, 91):
+    print(f"{classes} classes: {0.99**classes:.2f}")
+
+# %% [markdown]
+# So "starts at 0.99" is true of each class, and not of the whole query.
+#
+# ## Exercise {{n}}.2  The class loss, from logits
 #
 # *difficulty ●●○ · 10 minutes · 5 lines*
 #
-# Write the focal loss for all logits at once, **summed** over queries and classes and divided by
-# the number of boxes, at least 1. It must stay finite for logits of ±200. (Weight 2 comes later.)
+# Write the focal loss for all logits at once, **summed** over queries and classes and divided by the
+# number of boxes, at least 1. It must stay finite for logits of ±200. (The weight of 2 comes later.)
 
 
 # %% tags=["exercise"]
@@ -129,13 +244,13 @@ def class_term(logits, wanted, num_boxes):
     # END SOLUTION
 
 
-check("matching_and_loss.1", class_term)
+check("matching_and_loss.2", class_term)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# $-\ln p_t$ is the binary cross entropy, and PyTorch computes it from logits without ever forming
-# the probability.
+# $-\ln p_t$ is the binary cross entropy, and PyTorch computes it from logits without ever forming the
+# probability.
 #
 # </details>
 #
@@ -148,19 +263,20 @@ check("matching_and_loss.1", class_term)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# Your $\alpha$ is ¼ for yes and for no. It is ¼ for yes and ¾ for no: with γ = 2 the noes are
-# already turned down so far that they can have the larger weight.
+# Your $\alpha$ is ¼ for positives and for negatives. It is ¼ for positives and ¾ for negatives: with γ = 2
+# the negatives are already turned down so far that they can have the larger weight.
 #
 # </details>
 #
 # {{solution}}
 
 # %% [markdown]
-# ## {{n}}.2 Boxes: L1 and GIoU
+# ## {{n}}.3 Boxes: L1 and GIoU
 #
-# How good is a box? The L1 distance of the four numbers is simple but does not know about size: a
-# shift of 0.05 is little for a large box and a miss for a small one. Intersection over union (IoU)
-# knows. By hand, two boxes as corners `xyxy`:
+# How good is a box? The simplest measure is the L1 distance of the four numbers cx, cy, w and h. But it
+# measures in parts of the *image*: a shift of 0.05 costs the same for every box, although it is little
+# for a large box and a miss for a small one. Intersection over union (IoU) measures in parts of the
+# *box*. By hand, for two boxes as corners `xyxy`:
 
 
 # %%
@@ -173,8 +289,8 @@ def overlap(a, b):
     return intersection, union, hull
 
 
-print(overlap((0, 0, 4, 2), (2, 1, 6, 4)))
-assert overlap((0, 0, 4, 2), (2, 1, 6, 4)) == (2 * 1, 8 + 12 - 2, 6 * 4)
+a, b = (0.0, 0.0, 4.0, 2.0), (2.0, 1.0, 6.0, 4.0)
+print(overlap(a, b), "are 2 · 1, 8 + 12 − 2 and 6 · 4")
 
 # %% [markdown]
 # IoU = 2 / 18. But IoU is 0 for *all* boxes that do not meet, near or far. Generalised IoU
@@ -186,51 +302,29 @@ assert overlap((0, 0, 4, 2), (2, 1, 6, 4)) == (2 * 1, 8 + 12 - 2, 6 * 4)
 from torchvision.ops import box_iou, generalized_box_iou
 
 
+def iou(a, b):
+    intersection, union, _ = overlap(a, b)
+    return intersection / union
+
+
 def giou(a, b):
-    intersection, union, hull = overlap(a, b)
-    return intersection / union - (hull - union) / hull
+    _, union, hull = overlap(a, b)
+    return iou(a, b) - (hull - union) / hull
 
 
-a, b = (0.0, 0.0, 4.0, 2.0), (2.0, 1.0, 6.0, 4.0)
 by_torchvision = generalized_box_iou(torch.tensor([a]), torch.tensor([b]))
-print(round(giou(a, b), 3))
-assert math.isclose(giou(a, b), 2 / 18 - 6 / 24)
 assert math.isclose(by_torchvision, giou(a, b), rel_tol=1e-5)
+print("GIoU = 2/18 − 6/24 =", round(giou(a, b), 3), "as torchvision's")
 
-# %%
-fixed = (0.0, 0.0, 3.0, 2.0)  # and the same box, shifted to the right
-shift = torch.linspace(0, 10, 101)
-row = torch.stack([shift, torch.zeros(101), shift + 3, torch.full((101,), 2.0)], -1)
-iou_curve = box_iou(torch.tensor([fixed]), row)[0]
-giou_curve = generalized_box_iou(torch.tensor([fixed]), row)[0]
-
-# %% mystnb={"image": {"alt": "Top: four pairs of boxes with their hull dashed: one inside the other, overlapping, near each other, far apart; IoU is positive for the first two and 0 for the last two, GIoU falls from 0.33 to minus 0.5. Bottom: IoU and GIoU against the shift of one box; beyond the point where they part IoU stays at 0 and GIoU keeps falling."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Top: four pairs of boxes with their hull dashed: one inside the other, overlapping, near each other, far apart; IoU is positive for the first two and 0 for the last two, GIoU falls from 0.33 to minus 0.5. Bottom: IoU and GIoU against the shift of one box; beyond the point where they part IoU stays at 0 and GIoU keeps falling."}}
 cases = [(0.5, 0.5, 2.5, 1.5), (1.0, 0.5, 4.0, 2.5), (4.0, 0.0, 7.0, 2.0), (9.0, 0.0, 12.0, 2.0)]
-figure, axes = plt.subplot_mosaic("abcd;eeee", figsize=(7, 4), height_ratios=[1, 1.6])
-for axis, moved in zip((axes[k] for k in "abcd"), cases, strict=True):
-    for box, color in ((fixed, "C0"), (moved, "C1")):
-        axis.add_patch(Rectangle(box[:2], box[2] - box[0], box[3] - box[1], fc=color, alpha=0.6))
-    right, bottom = max(fixed[2], moved[2]), max(fixed[3], moved[3])
-    axis.add_patch(Rectangle((0, 0), right, bottom, fill=False, ec="C6", ls="--", lw=1))
-    iou = overlap(fixed, moved)[0] / overlap(fixed, moved)[1]
-    axis.set_title(f"IoU {iou:.2f}\nGIoU {giou(fixed, moved):.2f}")
-    axis.set(xlim=(-0.3, 12.3), ylim=(3, -0.3), aspect="equal", xticks=[], yticks=[])
-axes["e"].plot(shift, iou_curve, label="IoU")
-axes["e"].plot(shift, giou_curve, "--", label="GIoU")
-axes["e"].axvline(3, c="0.6", lw=1)
-axes["e"].set(xlabel="shift of a 3 × 2 box to the right", ylim=(-0.7, 1.05))
-axes["e"].legend()
-plt.show()
+draw.overlap_and_distance(cases, iou, giou)
 
 # %% [markdown]
-# *Figure {{n}}.2. What to see: boxes that no longer meet all have IoU 0; GIoU still says how far apart
-# they are (hull dashed). Below: beyond a shift of 3 the IoU is flat, the GIoU keeps falling.*
-
-# %%
-assert (iou_curve[31:] == 0).all() and (giou_curve.diff() < 0).all()
-
-# %% [markdown]
-# Flat means: no gradient. A prediction beside its object would never learn which way to go.
+# *Figure {{n}}.3. What to see: boxes that do not meet all have IoU 0; GIoU still says how far apart they
+# are (hull dashed). Below: beyond a shift of 3 the IoU is flat, and the GIoU keeps falling.*
+#
+# Flat means that there is no gradient. A prediction beside its object would never learn which way to go.
 # **Before you run**: which edges does GIoU move, and which way?
 
 # %%
@@ -240,27 +334,25 @@ with torch.enable_grad():
         box = torch.tensor([[4.0, 0.0, 7.0, 2.0]], requires_grad=True)
         (1 - measure(box, wanted)).sum().backward()
         print(f"{name:4s}", [round(g, 3) + 0.0 for g in box.grad[0].tolist()])
-        assert (box.grad.abs().sum() > 0) == (name == "GIoU")
-    assert box.grad[0, 0] > 0 > box.grad[0, 2]
 
 # %% [markdown]
-# The four numbers belong to left, top, right and bottom. The left edge has a positive gradient:
-# descent moves it left, towards the object. The right edge moves right, away from it, a little: as
-# long as two boxes are apart, GIoU makes the box *grow*, most of all towards the other.
+# The four numbers belong to left, top, right and bottom. The left edge has a positive gradient, so
+# descent moves it left, towards the object. The right edge moves right, away from it, a little. So here
+# GIoU makes the box *grow*, most of all towards its object.
 #
-# L1 and GIoU make up for each other's blindness. GIoU does not see *where* in a box a smaller one
-# lies, since it is then the ratio of their areas; L1 does. L1 does not see sizes. The same shift of
-# 0.05, on a large and a small box:
+# The two measures complete each other. GIoU does not see *where* in a large box a small one lies, because
+# the hull is then the large box and only the areas count; L1 sees it. L1 does not weigh an error by the
+# size of the box; GIoU does:
 
 # %%
 for size in (0.5, 0.1):
     box, moved = (0.0, 0.0, size, size), (0.05, 0.0, size + 0.05, size)
-    print(f"size {size}: L1 0.05, 1 - GIoU {1 - giou(box, moved):.2f}")
+    print(f"a shift of 0.05 at size {size}: L1 0.05, 1 - GIoU {1 - giou(box, moved):.2f}")
 inside = [giou((x, x, x + 1, x + 1), (0.0, 0.0, 4.0, 4.0)) for x in (0.0, 1.0, 3.0)]
-assert max(inside) - min(inside) < 1e-6  # wherever the small box lies
+print("a small box at three places inside a large one: GIoU", [round(x, 4) for x in inside])
 
 # %% [markdown]
-# ## Exercise {{n}}.2  GIoU, every box with every box
+# ## Exercise {{n}}.3  GIoU, every box with every box
 #
 # *difficulty ●●○ · 12 minutes · 9 lines*
 #
@@ -283,20 +375,20 @@ def pairwise_giou(a, b):
     # END SOLUTION
 
 
-check("matching_and_loss.2", pairwise_giou)
+check("matching_and_loss.3", pairwise_giou)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Corners first. Then give `a` the shape (N, 1, 2) and `b` the shape (1, T, 2), and let broadcasting
-# make the pairs.
+# Corners first. Then give `a` the shape (N, 1, 2) and `b` the shape (1, T, 2), and let broadcasting make
+# the pairs.
 #
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# The sides of the intersection are `minimum(highs) - maximum(lows)`; clamp each at 0 *before* you
-# multiply. The hull is the same with minimum and maximum exchanged, and needs no clamp.
+# The sides of the intersection are `minimum(highs) - maximum(lows)`; clamp each at 0 *before* you multiply.
+# The hull is the same with minimum and maximum exchanged, and needs no clamp.
 #
 # </details>
 #
@@ -309,41 +401,43 @@ check("matching_and_loss.2", pairwise_giou)
 # {{solution}}
 
 # %% [markdown]
-# ## {{n}}.3 Matching: which query answers for which object?
+# ## {{n}}.4 Matching: which query answers for which object?
 #
-# $Q$ predictions, fewer objects, no order on either side. Each object gets **exactly one** query:
-# the assignment with the smallest total cost {cite}`carion2020detr`. The cost of a pair is what we
-# would lose by it:
+# Each object gets **exactly one** query: the assignment with the smallest total cost
+# {cite}`carion2020detr`. The cost of a pair is what its loss would be, or nearly:
 #
 # $$\text{cost} = 2 \cdot \text{class} + 5 \cdot \mathrm{L1} - 2 \cdot \mathrm{GIoU}$$
 #
-# A case small enough for the hand: two objects of class 0 and three queries, all boxes 0.2 × 0.4 in
-# one row, all scores 0.1.
+# A case small enough to do by hand: two objects of class 0 and three queries, all boxes 0.2 × 0.4 in one
+# row, all scores 0.1.
 
 # %%
 from deformable_detr.losses.matcher import HungarianMatcher
+from deformable_detr.structures import Predictions, Target  # logits and boxes; labels and boxes
 
 object_x, query_x = [0.40, 0.60], [0.52, 0.78, 0.10]
 object_boxes = torch.tensor([[x, 0.5, 0.2, 0.4] for x in object_x])
 query_boxes = torch.tensor([[x, 0.5, 0.2, 0.4] for x in query_x])
+query_logits = torch.full((3, 1), 0.1).logit()
 target = Target(0, torch.tensor([0, 0]), object_boxes, (88, 120))
 matcher = HungarianMatcher()
-cost = matcher.cost(torch.full((3, 1), 0.1).logit(), query_boxes, target)
+cost = matcher.cost(query_logits, query_boxes, target)
 print([[round(c, 2) for c in row] for row in cost.tolist()])
 
 # %% [markdown]
-# Query 0 and object 0 by hand. The boxes overlap in 0.08 of 0.2: IoU and GIoU are 0.08 / 0.32. The
-# class cost says what a yes would cost more than a no, by the focal loss:
+# Query 0 and object 0 by hand. The boxes overlap in 0.08 of their 0.2 in width, so IoU and GIoU are both
+# 0.08 / 0.32. The class cost says how much more the focal loss would be if the answer had to be yes rather
+# than no:
 
 # %%
 class_cost = focal(0.1, 1) - focal(0.1, 0)
 by_hand = 2 * class_cost + 5 * (0.52 - 0.40) - 2 * (0.08 / 0.32)
-print(round(by_hand, 2))
 assert math.isclose(cost[0, 0], by_hand, rel_tol=1e-4)
+print("2 ·", round(class_cost, 3), "+ 5 · 0.12 − 2 · 0.25 =", round(by_hand, 2))
 
 # %% [markdown]
-# A greedy matcher takes the cheapest pair, then the cheapest of the rest. **Before you run**: query
-# 0 lies between the objects, nearer to object 1. What does greedy do, and is there better?
+# A greedy matcher takes the cheapest pair, then the cheapest of the rest. **Before you run**: query 0 lies
+# between the objects, nearer to object 1. What does greedy do, and is there better?
 
 
 # %%
@@ -365,117 +459,146 @@ def brute_force(cost):
     return sorted((query, chosen) for chosen, query in enumerate(best))
 
 
-# %%
 for method in (greedy, brute_force):
     pairs = method(cost)
     print(f"{method.__name__:12s}", pairs, "total", round(sum(cost[p] for p in pairs).item(), 2))
-assert greedy(cost) == [(0, 1), (2, 0)] and brute_force(cost) == [(0, 0), (1, 1)]
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: two objects and three queries as points on a line, with lines of the greedy and of the optimal assignment. Right: the matrix of costs, 3 queries by 2 objects, with the optimal pairs (0, 0) and (1, 1) framed and the greedy pairs (0, 1) and (2, 0) framed dashed."}}
+draw.greedy_and_best(object_x, query_x, cost, greedy(cost), brute_force(cost))
 
 # %% [markdown]
-# Greedy gives query 0 to its nearest object, and object 0 is left with a query far away. It pays to
-# give up the cheapest pair. Trying everything is hopeless for a real image, but the Hungarian
-# algorithm {cite}`kuhn1955hungarian` finds the same in polynomial time:
+# *Figure {{n}}.4. What to see: greedy (dashed) starts with the cheapest pair, and then object 0 is left with
+# a query far away. The least total (solid) gives up the cheapest pair, so that both objects are served.*
+#
+# Trying everything is hopeless for a real image. The Hungarian algorithm {cite}`kuhn1955hungarian` finds
+# the same assignment in polynomial time, and SciPy has it:
 
 # %%
 from scipy.optimize import linear_sum_assignment
 
-from deformable_detr.structures import Predictions  # logits and boxes, of a batch
-
-print("assignments of 300 queries to 7 objects:", f"{math.perm(300, 7):.0e}")
+print("ways to give 300 queries to 7 objects:", f"{math.perm(300, 7):.0e}")
 by_scipy = list(zip(*(index.tolist() for index in linear_sum_assignment(cost)), strict=True))
-predictions = Predictions(torch.full((1, 3, 1), 0.1).logit(), query_boxes[None])
+predictions = Predictions(query_logits[None], query_boxes[None])
 [(matched_queries, matched_objects)] = matcher(predictions, [target])
 by_library = list(zip(matched_queries.tolist(), matched_objects.tolist(), strict=True))
 assert by_scipy == by_library == brute_force(cost)
-
-# %% mystnb={"image": {"alt": "Left: two objects and three queries as points on a line, with arrows of the greedy and of the optimal assignment. Right: the matrix of costs, 3 queries by 2 objects, with the optimal pairs (0, 0) and (1, 1) framed and the greedy pairs (0, 1) and (2, 0) framed dashed."}}
-figure, (line, matrix) = plt.subplots(1, 2, width_ratios=[2, 1])
-line.plot(object_x, [1, 1], "s", c="C2", ms=9)
-line.plot(query_x, [0, 0, 0], "o", c="C0", ms=9)
-matrix.imshow(cost.numpy(), aspect="auto", cmap="cividis")
-for method, color, style in ((greedy, "C1", "--"), (brute_force, "C6", "-")):
-    for i, (q, n) in enumerate(method(cost)):
-        label = {"greedy": "greedy", "brute_force": "least total"}[method.__name__]
-        line.plot([query_x[q], object_x[n]], [0, 1], style, c=color, label=None if i else label)
-        inset = 0.46 if method is greedy else 0.4
-        frame = Rectangle((n - inset, q - inset), 2 * inset, 2 * inset, fill=False)
-        frame.set(ec="C1" if method is greedy else "white", ls=style, lw=2)
-        matrix.add_patch(frame)
-for q, n in itertools.product(range(3), range(2)):
-    color = "black" if cost[q, n] > 2.5 else "white"
-    matrix.text(n, q, f"{cost[q, n]:.2f}", ha="center", va="center", color=color)
-for places, y in ((object_x, 1.14), (query_x, -0.26)):
-    for number, x in enumerate(places):
-        line.text(x, y, number, ha="center")
-line.set(yticks=[0, 1], yticklabels=["queries", "objects"], xlabel="x", ylim=(-0.4, 1.4))
-line.legend(loc="upper left")
-matrix.set(xticks=[0, 1], yticks=[0, 1, 2], xlabel="object", ylabel="query", title="cost")
-plt.show()
+print("SciPy and the library:", by_library)
 
 # %% [markdown]
-# *Figure {{n}}.3. What to see: greedy (dashed) starts with the cheapest pair and ends with an expensive
-# one; the least total (solid) gives object 1 a second-best query so that both are served.*
+# ## Exercise {{n}}.4  A matcher
+#
+# *difficulty ●●● · 30 minutes · 9 lines*
+#
+# Write the matcher of one image, from logits and boxes to pairs, with the cost above: the class cost is
+# the focal loss of a yes minus that of a no, for the column of the object's label. You may use
+# `cxcywh_to_xyxy`, `generalized_box_iou` and `linear_sum_assignment`, or your own GIoU of exercise
+# {{n}}.3. Return pairs (query, object), sorted by query. The checks compare with pairs found by hand, with
+# several classes and without objects, and with the library on random predictions.
 
-# %%
-total = {m: sum(cost[pair].item() for pair in m(cost)) for m in (greedy, brute_force)}
-assert total[brute_force] < total[greedy] - 0.5
+
+# %% tags=["exercise"]
+def match(logits, boxes, labels, objects):
+    """logits: (Q, classes). boxes: (Q, 4) cxcywh. labels: (N,) int64. objects: (N, 4) cxcywh.
+
+    Returns a list of min(Q, N) pairs (query, object).
+    """
+    # BEGIN SOLUTION
+    p = logits.sigmoid()
+    yes = 0.25 * (1 - p) ** 2 * -p.log()
+    no = 0.75 * p**2 * -(1 - p).log()
+    class_cost = (yes - no)[:, labels]
+    distance = torch.cdist(boxes, objects, p=1)
+    overlaps = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(objects))
+    cost = 2 * class_cost + 5 * distance - 2 * overlaps
+    queries, chosen = linear_sum_assignment(cost)
+    return list(zip(queries.tolist(), chosen.tolist(), strict=True))
+    # END SOLUTION
+
+
+check("matching_and_loss.4", match)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Three matrices (Q, N), one weighted sum, one call of SciPy. Compute the class costs of all classes first,
+# (Q, classes), and then take the columns of the labels.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `class_cost = (yes - no)[:, labels]`; `torch.cdist(boxes, objects, p=1)` is the L1 distance, on `cxcywh`.
+# A large GIoU is good, so it is subtracted.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# You choose pair by pair, or let each object take its best query. The sum over all pairs is what must be
+# least: `linear_sum_assignment` on the whole matrix.
+#
+# </details>
+#
+# {{solution}}
 
 # %% [markdown]
 # ### Why there is no NMS
 #
-# **Before you run**: two queries predict the *same* right box, with nearly the same score. Which
-# way does the loss push their scores?
+# **Before you run**: two queries predict the *same* right box, with nearly the same score. Which way does
+# the loss push their scores?
 
 # %%
 from deformable_detr.losses.criterion import SetCriterion
 from deformable_detr.structures import Output  # the last layer's Predictions, and all others
 
-target = Target(0, torch.tensor([0]), object_boxes[:1], (88, 120))
+one_object = Target(0, torch.tensor([0]), object_boxes[:1], (88, 120))
 with torch.enable_grad():
     twins = torch.tensor([[[0.4], [0.5]]], requires_grad=True)  # logits of two queries
     output = Output(twins, object_boxes[:1].expand(1, 2, 4))
-    sum(SetCriterion()(output, [target]).values()).backward()
+    sum(SetCriterion()(output, [one_object]).values()).backward()
 print(["up" if g < 0 else "down" for g in twins.grad.flatten().tolist()])
-assert twins.grad[0, 0] > 0 > twins.grad[0, 1]
 
 # %% [markdown]
-# One up, the other down. A classical detector trains many anchors (preset boxes) on each object and must remove
-# the duplicates afterwards, by non-maximum suppression. Here a duplicate is an *error in training*,
-# and self-attention lets queries settle who answers. Duplicates that remain have low scores; what
-# removes them is a threshold.
+# One up, the other down. Classical detectors have three hand-made parts: preset boxes (*anchors*); a rule
+# that says which anchors answer for which object, usually all that overlap it enough; and non-maximum
+# suppression (NMS), which removes the duplicates that this rule asks for. Here learned queries take the
+# place of anchors and the matching takes the place of the rule. A duplicate is now an *error in training*,
+# and self-attention lets queries settle who answers. So NMS is not needed. How many duplicates are left after
+# training is counted in {{chapter training}}.
 #
-# ## {{n}}.4 The total loss
+# ## {{n}}.5 The total loss
 #
-# Every decoder layer is asked for boxes and classes and gets its own matching and loss: deep
-# supervision, through the same heads. First the whole decoder, layer by layer.
+# Every decoder layer answers, and each answer gets a matching and a loss of its own:
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Queries pass through layers 1, 2 and 3. Below each layer: its classes and boxes, then a match with the objects, then a loss. The three losses are added, and that sum is trained on. The last layer's classes and boxes are what is reported."}}
+draw.every_layer()
+
+# %% [markdown]
+# *Figure {{n}}.5. What to see: each layer is matched by itself, so an object may belong to another query in
+# the next layer. All losses are added; at test time only the last layer is used.*
+#
+# We take the small model of {{chapter pixels_to_boxes}} and two pictures: the seven that we have followed,
+# and the four digits of figure {{n}}.1.
+
+# %%
+config = DeformableDETRConfig(
+    num_classes=10, num_queries=25, backbone="small", num_levels=4, embed_dim=96, num_heads=6,
+    num_points=3, encoder_layers=2, decoder_layers=3, ffn_dim=160, dropout=0.0,
+)  # fmt: skip
+torch.manual_seed(8)
+model = DeformableDETR(config).eval()
+samples = Path("../data/samples")
+dataset = CocoDataset(samples, samples / "annotations.json", digits_eval_transform())
+names = [category["name"] for category in dataset.categories]
+batch = collate([dataset[9], dataset[0]])
+print([[names[label] for label in target.labels] for target in batch.targets])
+
+# %% [markdown]
+# The loss of one layer by hand, from the pieces above. All sums are divided by the number of boxes in the
+# batch.
 
 
 # %%
-def decode(layers, heads, start, memory, tokens):
-    """start: queries, position (B, Q, C), references (B, Q, 2). Returns Predictions per layer."""
-    (class_head, box_head), (queries, position, reference) = heads, start
-    on_levels = reference[:, :, None] * tokens.valid_ratios[:, None]
-    predictions = []
-    for layer in layers:
-        queries = decode_layer(layer, queries, position, on_levels, memory, tokens)
-        boxes = decode_boxes(box_head(queries), reference)
-        predictions.append(Predictions(class_head(queries), boxes))
-    return predictions
-
-
-start, heads = (queries, query_position, reference), (class_head, box_head)
-layers = decode(model.decoder.layers, heads, start, memory, tokens)
-print(len(layers), [tuple(layer.logits.shape) for layer in layers])
-
-# %% [markdown]
-# The loss of one layer, by hand, from the pieces above. All sums are divided by the number of boxes
-# in the batch.
-
-
-# %%
-from deformable_detr.boxes import cxcywh_to_xyxy
-
-
 def layer_loss(layer, targets):
     """Class, L1 and GIoU terms, weighted by 2, 5 and 2."""
     terms = torch.zeros(3)
@@ -483,28 +606,26 @@ def layer_loss(layer, targets):
         wanted = torch.zeros_like(layer.logits[i])
         wanted[q, target.labels[n]] = 1  # all other queries: no to everything
         predicted, right = layer.boxes[i, q], target.boxes[n]
-        generalised = generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(right))
+        overlaps = generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(right))
         terms[0] += 2 * sigmoid_focal_loss(layer.logits[i], wanted, 0.25, 2, "sum")
         terms[1] += 5 * (predicted - right).abs().sum()
-        terms[2] += 2 * (1 - generalised.diagonal()).sum()
+        terms[2] += 2 * (1 - overlaps.diagonal()).sum()
     return terms / max(sum(len(t.labels) for t in targets), 1)
 
-
-by_hand = [layer_loss(layer, batch.targets) for layer in layers]
 
 # %%
 criterion = SetCriterion(HungarianMatcher())
 output = model(batch)
 losses = criterion(output, batch.targets)
-print(*losses)
-for suffix, terms in zip(("_0", "_1", ""), by_hand, strict=True):
+for suffix, layer in zip(("_0", "_1", ""), [*output.auxiliary, output], strict=True):
+    terms = layer_loss(layer, batch.targets)
     for name, term in zip(("class", "box", "giou"), terms, strict=True):
         assert torch.isclose(losses[f"loss_{name}{suffix}"], term, rtol=1e-4)
-assert torch.isclose(sum(losses.values()), sum(by_hand).sum(), rtol=1e-4)
+print("the library's terms are the same:", *losses)
 
 # %% [markdown]
-# Suffix `_0`, `_1`: the auxiliary losses of the first layers; without suffix: the last layer. And
-# the prior of section {{n}}.1, measured on this model and batch:
+# The suffixes `_0` and `_1` are the earlier layers; without a suffix it is the last one. And the prior of
+# section {{n}}.2, measured on this model and batch:
 
 # %%
 bias = model.class_heads[0].bias
@@ -512,46 +633,45 @@ for name, value in (("without", 0.0), ("with prior", -math.log(99))):
     bias.fill_(value)
     loss = criterion(model(batch), batch.targets)["loss_class"].item()
     print(f"{name:10s}: class loss of the last layer {loss:.1f}")
-    assert (loss < 4) == (name == "with prior")
 
 # %% [markdown]
-# With the prior it is near the 2.26 of the formula; the random weights of the head move it a little. The
-# paper's model has a hundred times as many answers as ours; hence the thousand of
-# section {{n}}.1.
+# Ours has about a hundredth of the answers of the paper's model (25 · 10 against 300 · 91), so without the prior
+# its loss is far from a thousand. (With every $p$ at 0.5 it would be 13. The head's random weights spread the
+# scores, and confident mistakes cost more.) With the prior it is near 2.3 here as well.
 #
-# ## {{n}}.5 From output to detections
+# ## {{n}}.6 From output to detections
 #
-# At test time nothing is matched. Scores are the sigmoids; take the best 100 over **all queries and
-# classes together**, turn boxes into corners, and multiply by the size of the *original* image. By
-# hand on two queries and three classes:
+# At test time nothing is matched. Scores are the sigmoids. We take the best 100 over **all queries and classes
+# together**, turn their boxes into corners, and multiply by the size of the *original* image. By hand on two
+# queries and three classes:
 
 # %%
 scores = torch.tensor([[0.7, 0.6, 0.1], [0.2, 0.1, 0.4]])
 best, index = scores.flatten().topk(3)
 print("flat index", index.tolist(), "query", (index // 3).tolist(), "class", (index % 3).tolist())
-assert (index // 3).tolist() == [0, 0, 1]  # query 0 appears twice, as class 0 and as class 1
+
+# %% [markdown]
+# Query 0 appears twice, once as class 0 and once as class 1. The library's version:
 
 # %%
 from deformable_detr.inference.postprocess import postprocess
 
 sizes = [target.original_size for target in batch.targets]
 found = postprocess(output, sizes, top_k=100)
-print([len(d) for d in found], tuple(found[0].boxes.shape))
+print("detections", [len(d) for d in found], "boxes", tuple(found[0].boxes.shape))
 print("best score", round(found[0].scores[0].item(), 2))
-assert [len(d) for d in found] == [100, 100]
-assert all(len(d) == 0 for d in postprocess(output, sizes, threshold=0.3))
+print("above 0.3 ", [len(d) for d in postprocess(output, sizes, threshold=0.3)])
 
 # %% [markdown]
-# "It always returns 100 boxes" is a question that users really ask. Yes: COCO's metric wants the
-# best 100, however unsure. To *look* at results, set a threshold. Before training nothing passes
-# it.
+# "It always returns 100 boxes" is a question that users really ask. Yes, because COCO's metric wants the best
+# 100, however unsure they are. To *look* at results, set a threshold. Before training nothing passes it.
 #
-# ## Exercise {{n}}.3  Detections
+# ## Exercise {{n}}.5  Detections
 #
 # *difficulty ●●○ · 10 minutes · 7 lines*
 #
-# Write it for one image. `original_size` is (H, W); return scores (best first), labels, and boxes
-# as corners `xyxy` in pixels.
+# Write it for one image. `original_size` is (H, W). Return scores (best first), labels, and boxes as corners
+# `xyxy` in pixels.
 
 
 # %% tags=["exercise"]
@@ -568,7 +688,7 @@ def detections(logits, boxes, original_size, top_k):
     # END SOLUTION
 
 
-check("matching_and_loss.3", detections)
+check("matching_and_loss.5", detections)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -579,217 +699,30 @@ check("matching_and_loss.3", detections)
 #
 # <details><summary>Hint 2</summary>
 #
-# `index // classes` is the query, `index % classes` the class. x is scaled by the width, and the
-# size comes as (H, W).
+# `index // classes` is the query, `index % classes` the class. x is scaled by the width, and the size comes as
+# (H, W).
 #
 # </details>
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# Your scores are right and your labels are not: the index was taken apart by the number of queries
-# instead of the number of classes.
+# Your scores are right and your labels are not: the index was taken apart by the number of queries instead of
+# the number of classes.
 #
 # </details>
 #
 # {{solution}}
 
 # %% [markdown]
-# ## {{n}}.6 Assembled
+# ## {{n}}.7 Does it learn?
 #
-# All functions exist. The detector is a list of parts and one path through them. A layer is given its
-# attention as a module, so that other detectors can give it another.
-
-# %%
-from deformable_detr import MSDeformAttn
-from deformable_detr.backbones import build_backbone
-from deformable_detr.layers.dense_attention import DenseAttention
-from deformable_detr.models.decoder import DecoderLayer
-from deformable_detr.models.encoder import EncoderLayer
-from deformable_detr.models.heads import BoxHead
-from deformable_detr.models.tokens import build_input_projections
-
-
-def encoder_layer(c):
-    deformable = MSDeformAttn(c.embed_dim, c.num_levels, c.num_heads, c.num_points)
-    return EncoderLayer(deformable, c.embed_dim, c.ffn_dim, dropout=0.0)
-
-
-def decoder_layer(c):
-    dense = DenseAttention(c.embed_dim, c.num_heads)
-    deformable = MSDeformAttn(c.embed_dim, c.num_levels, c.num_heads, c.num_points)
-    return DecoderLayer(dense, deformable, c.embed_dim, c.ffn_dim, dropout=0.0)
-
-
-# %%
-class Parts(nn.Module):
-    """Everything in the detector that has weights."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.backbone = build_backbone(c.backbone)
-        self.input_proj = build_input_projections(self.backbone.channels, c.num_levels, c.embed_dim)
-        self.position = SinePositionEncoding(c.embed_dim // 2)
-        self.level_embed = nn.Parameter(torch.randn(c.num_levels, c.embed_dim))
-        self.encoder = nn.ModuleList(encoder_layer(c) for _ in range(c.encoder_layers))
-        self.decoder = nn.ModuleList(decoder_layer(c) for _ in range(c.decoder_layers))
-        self.query_embed = nn.Embedding(c.num_queries, 2 * c.embed_dim)
-        self.reference_points = nn.Linear(c.embed_dim, 2)
-        self.class_head = nn.Linear(c.embed_dim, c.num_classes)
-        self.box_head = BoxHead(c.embed_dim)
-
-
-# %%
-class WithMemory(Parts):
-    """From a batch to the memory."""
-
-    def tokens(self, batch):
-        levels = project(self.backbone(batch.images), self.input_proj)
-        shapes = [tuple(level.shape[-2:]) for level in levels]
-        masks = [shrink(batch.mask, shape) for shape in shapes]
-        across = [(~m[:, 0]).float().mean(1) for m in masks]
-        down = [(~m[:, :, 0]).float().mean(1) for m in masks]
-        ratios = torch.stack([torch.stack(across, 1), torch.stack(down, 1)], -1)
-        position = positions(masks, self.position, self.level_embed)
-        padding = torch.cat([m.flatten(1) for m in masks], 1)
-        return Tokens(flatten(levels), position, padding, shapes, ratios)
-
-    def encode(self, tokens):
-        centres = token_centres(tokens.spatial_shapes, tokens.valid_ratios)
-        references = centres[:, :, None] * tokens.valid_ratios[:, None]
-        memory = tokens.features
-        for layer in self.encoder:
-            memory = encode_layer(layer, memory, tokens, references)
-        return memory
-
-
-# %%
-class Detector(WithMemory):
-    """Deformable DETR, the base model."""
-
-    def forward(self, batch):
-        tokens = self.tokens(batch)
-        memory = self.encode(tokens)
-        position, content = self.query_embed.weight.chunk(2, -1)
-        reference = self.reference_points(position).sigmoid()
-        start = [x.expand(len(batch), -1, -1) for x in (content, position, reference)]
-        heads = (self.class_head, self.box_head)
-        *earlier, last = decode(self.decoder, heads, start, memory, tokens)
-        return Output(last.logits, last.boxes, auxiliary=earlier)
-
-
-# %% [markdown]
-# Is it the library's? With fresh weights the question would be too easy: all offsets and boxes
-# start from zero weights, and a bug behind a zero cannot be seen. So both get the same **random**
-# weights, strictly: every name must fit.
-
-# %%
-torch.manual_seed(80)
-for parameter in model.parameters():
-    parameter.add_(0.1 * torch.randn_like(parameter))
-names = {"neck.": "", "encoder.layers.": "encoder.", "decoder.layers.": "decoder.",
-         "class_heads.0.": "class_head.", "box_heads.0.": "box_head."}  # fmt: skip
-
-
-def renamed(state):
-    """The library's weights under our names."""
-    for old, new in names.items():
-        state = {key.replace(old, new): value for key, value in state.items()}
-    return state
-
-
-# %%
-ours = Detector(config).eval()
-ours.load_state_dict(renamed(model.state_dict()), strict=True)
-theirs, mine = model(batch), ours(batch)
-assert theirs.boxes[..., 2:].std() > 0.01  # not the boxes of a fresh model
-for a, b in zip([mine, *mine.auxiliary], [theirs, *theirs.auxiliary], strict=True):
-    assert torch.allclose(a.logits, b.logits, atol=1e-4)
-    assert torch.allclose(a.boxes, b.boxes, atol=1e-5)
-print("the same in", 1 + len(mine.auxiliary), "layers")
-
-# %% [markdown]
-# The chapter's functions and this class *are* Deformable DETR, without the variants. The library adds those
-# by the same path: iterative refinement and the two-stage model are {{chapter refinement}}. Once more, the
-# whole way in shapes:
-
-# %%
-way = [("images", batch.images), ("mask", batch.mask)]
-way += [(f"map, stride {s}", m) for s, m in zip(model.backbone.strides, maps, strict=True)]
-way += [(f"level {i}", m) for i, m in enumerate(levels)]
-way += [("tokens", features), ("encoder references", references), ("memory", memory)]
-way += [("queries", queries), ("decoder references", on_levels)]
-way += [("logits", mine.logits), ("boxes", mine.boxes)]
-for name, tensor in way:
-    print(f"{name:20s}", tuple(tensor.shape))
-
-# %% [markdown]
-# **Before you run**: padding is masked everywhere. Does image 1 alone give the same boxes as in the
-# batch?
-
-# %%
-alone = ours(Batch.from_images([second]))
-difference = (alone.boxes[0] - mine.boxes[1]).abs().max().item()
-print("the same to five digits:", difference < 1e-5)
-print(f"largest change of a coordinate: {difference:.3f}")
-assert 1e-5 < difference < 0.2
-
-# %% [markdown]
-# Not quite. Attention does not read padding, but convolutions at the border do, group norm averages
-# over it, and cells of coarse levels lie half on it. So boxes of one image change a little with
-# the company that it keeps, in the official model too.
-#
-# ## {{n}}.7 Where the parameters are
-#
-# **Before you run**: the paper's base model has 40 million parameters. Which part has the most:
-# backbone, encoder, decoder, or queries and heads?
-
-
-# %%
-def count(model):
-    """Parameters by part."""
-    parts = {}
-    for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
-        parts[part] = parts.get(part, 0) + parameter.numel()
-    return parts
-
-
-base = DeformableDETR(DeformableDETRConfig())  # ResNet-50, 300 queries, 91 columns
-small_parts, base_parts = count(model), count(base)
-for part, number in base_parts.items():
-    print(f"{part:17s}{small_parts[part]:12,}{number:14,}")
-print(f"{'all':17s}{sum(small_parts.values()):12,}{sum(base_parts.values()):14,}")
-assert sum(base_parts.values()) == 40_069_665 and base_parts["backbone"] == 23_454_912
-
-# %% [markdown]
-# More than half is the backbone. The neck is larger than the encoder: the 3 × 3 convolution of
-# the extra level alone has 9 · 2048 · 256 = 4.7 million. One encoder layer of the base model by hand, $C = 256$, $M = 8$,
-# $L = 4$, $K = 4$, feed-forward 1024: offsets and weights of $MLK = 128$ samples, two projections,
-# two linear layers, two norms.
-
-# %%
-C_base, samples_base, inner = 256, 8 * 4 * 4, 1024
-attention_size = (C_base + 1) * (2 * samples_base + samples_base + C_base + C_base)
-feed_forward = (C_base + 1) * inner + (inner + 1) * C_base
-by_hand = attention_size + feed_forward + 2 * 2 * C_base
-print(f"{by_hand:,}")
-assert 6 * by_hand == base_parts["encoder"]
-assert base_parts["neck"] > base_parts["encoder"] and 9 * 2048 * 256 > 4.7e6
-assert base_parts["backbone"] > 0.5 * sum(base_parts.values())
-del base
-
-# %% [markdown]
-# ## {{n}}.8 Does it learn?
-#
-# The first test of any detector: can it learn **one batch by heart**? If not, the fault is in the
-# code, not in the data. We train our class from a fresh start. First a single step.
+# The first test of any detector: can it learn **one batch by heart**? If not, the fault is in the code, not
+# in the data. We train a fresh model, first for a single step.
 
 # %%
 torch.set_grad_enabled(True)
 torch.manual_seed(0)
-fresh = DeformableDETR(config)  # the initialisation of sections 8.9 and 8.11
-detector = Detector(config)
-detector.load_state_dict(renamed(fresh.state_dict()))
+detector = DeformableDETR(config)
 optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3, weight_decay=1e-4)
 
 
@@ -803,72 +736,41 @@ def train_step():
     return {key: loss.item() for key, loss in losses.items()}
 
 
-# %%
-with torch.no_grad():
-    untrained = postprocess(detector(batch), sizes, threshold=0.4)
 history = [train_step(), train_step()]
 print({name: round(history[0][f"loss_{name}"], 1) for name in ("class", "box", "giou")})
-before, after = (sum(losses.values()) for losses in history)
-print("the loss falls in one step:", after < before)
-assert after < before
+print("the loss falls in one step:", sum(history[1].values()) < sum(history[0].values()))
 
 # %% [markdown]
-# Thirty-eight more take a few seconds.
+# Forty-eight more take a few seconds.
 
 # %%
-history += [train_step() for _ in range(38)]
+history += [train_step() for _ in range(48)]
 ratio = sum(history[-1].values()) / sum(history[0].values())
-assert ratio < 0.5  # less than half is left
+print("less than half is left:", ratio < 0.5)
 
-# %% mystnb={"image": {"alt": "The three terms of the last decoder layer's loss over the training steps: class, L1 and GIoU all fall."}}
-figure, axis = plt.subplots()
-for name, label in (("class", "class"), ("box", "L1"), ("giou", "GIoU")):
-    curve = torch.tensor([losses[f"loss_{name}"] for losses in history])
-    axis.plot(curve, label=label)
-    assert curve[-5:].mean() < 0.6 * curve[:5].mean()
-axis.set(xlabel="step", ylabel="loss of the last layer", ylim=(0, None))
-axis.legend()
-plt.show()
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The three terms of the last decoder layer's loss over the training steps: class, L1 and GIoU all fall."}}
+draw.falling_losses(history)
 
 # %% [markdown]
-# *Figure {{n}}.4. What to see: all three terms fall. The class term starts near 2.3, as section {{n}}.1
-# promised; L1 and GIoU start where 25 boxes of one size happen to lie.*
+# *Figure {{n}}.6. What to see: all three terms fall. The class term starts near 2.3, as section {{n}}.2
+# promised (a little above, because the head's weights are random); L1 and GIoU start where 25 boxes of one size
+# happen to lie.*
 
-# %%
-assert 1.5 < history[0]["loss_class"] < 3
-
-# %% mystnb={"image": {"alt": "The two images after training on them: dashed rectangles around every digit, and the predicted boxes on top of them with class and score."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The two pictures after training on them, the green seven and the four digits: dashed rectangles around every digit, and the predicted boxes on top of them with class and score."}}
 detector.eval()
 with torch.no_grad():
     trained = postprocess(detector(batch), sizes, threshold=0.4)
-figure, axes = plt.subplots(1, 2)
-for i, (axis, target, found) in enumerate(zip(axes, batch.targets, trained, strict=True)):
-    show(axis, i)
-    for box, score, label in zip(found.boxes.tolist(), found.scores, found.labels, strict=True):
-        left, top, right, bottom = box
-        shape = (right - left, bottom - top)
-        axis.add_patch(Rectangle((left, top), *shape, fill=False, ec="C0", lw=3))
-        name = f"{digits[label]} {score:.1f}"
-        label_box = {"facecolor": "C0", "edgecolor": "none", "pad": 1}
-        axis.text(left, top, name, color="white", size=8, va="bottom", bbox=label_box)
-    draw_boxes(axis, target.boxes, target.original_size, "C4", "--")
-plt.show()
+pictures = [dataset.load_image(target.image_id) for target in batch.targets]
+draw.found_and_wanted(lambda axes, i: axes.imshow(pictures[i]), trained, batch.targets, names)
 
 # %% [markdown]
-# *Figure {{n}}.5. What to see: detections with a score above 0.4 (blue) and the objects (orange,
-# dashed), after learning these two images by heart. No box is doubled, although nothing removed
-# duplicates.*
+# *Figure {{n}}.7. What to see: detections with a score above 0.4 (blue) and the objects (purple, dashed), after
+# learning these two images by heart. On these images no box is doubled, although nothing removed duplicates.*
 
 # %%
 for target, found in zip(batch.targets, trained, strict=True):
-    print("objects", sorted(digits[i] for i in target.labels), end="; ")
-    print("found", sorted(digits[i] for i in found.labels))
-print("before training:", [len(found) for found in untrained])
-assert all(len(found) == 0 for found in untrained)
-assert all(
-    sorted(found.labels.tolist()) == sorted(target.labels.tolist())
-    for target, found in zip(batch.targets, trained, strict=True)
-)
+    print("objects", sorted(names[i] for i in target.labels), end="; ")
+    print("found", sorted(names[i] for i in found.labels))
 
 # %% [markdown]
 # This is memory, not skill: two images say nothing about a third. {{chapter training}} trains on thousands and
@@ -876,30 +778,21 @@ assert all(
 #
 # ## Summary
 #
-# - Images are padded to one size, with a mask; maps of several strides become one sequence of $S$
-#   tokens of width $C$, with place and level added.
-# - The encoder lets each token sample around itself; the decoder lets $Q$ learned queries talk to
-#   each other and sample around their references.
-# - A box is $\sigma(\delta + \sigma^{-1}(\text{reference}))$; a class is a sigmoid; background is
-#   no to all classes, and starts at 0.99.
-# - The matching gives each object exactly one query, at least total cost; all others learn "no".
-#   Hence no NMS.
-# - The loss is focal + L1 + GIoU (2, 5, 2), summed over all decoder layers and divided by the
-#   number of boxes.
+# - A class is a sigmoid of its own. Background is no to all classes; each class starts at 0.99 for no.
+# - The matching gives each object exactly one query, at least total cost. All other queries learn "no", and so
+#   no NMS is needed.
+# - The loss is focal + L1 + GIoU (2, 5, 2), summed over all decoder layers, each matched by itself, and divided
+#   by the number of boxes.
+# - Detections are the best scores over all queries and classes.
 #
 # > **Differs from the paper.** The paper says Adam, the official code uses AdamW
-# > {cite}`loshchilov2019adamw`. For refinement the paper starts from boxes of size 0.1; the code
-# > has no such number, its first sizes are $\sigma(-2) = 0.119$.
+# > {cite}`loshchilov2019adamw`.
 # >
-# > **Differs from the official code.** There, class columns are raw category ids (91 for COCO);
-# > here they are positions in the list. There, norms are numbered `norm2`, `norm1`, `norm3` in
-# > order of use; here they have names. The official model trains with dropout 0.1; this chapter's
-# > model has none, so that results compare.
+# > **Differs from the official code.** There, class columns are raw category ids (91 for COCO); here they are
+# > positions in the list. There, dropout is 0.1; this chapter's model has none.
 #
 # ## Further reading
 #
-# - {cite}`zhu2021deformable`, section 4.1 and Appendices A.2 to A.4: the detector of this chapter.
-# - {cite}`carion2020detr`: queries and set prediction, with dense attention and a softmax with
-#   background.
+# - {cite}`carion2020detr`: set prediction, and the ablation of its losses.
 # - {cite}`lin2017focal` and {cite}`rezatofighi2019giou`: the two losses.
 # - {cite}`kuhn1955hungarian`: the Hungarian method, in the original.
