@@ -166,7 +166,7 @@ class Output(Predictions):
     auxiliary: the earlier decoder layers, first to last. others: further sets by name, such as
     "first", the proposals of a two-stage model. scoring: how logits are read; None is focal
     (`losses.scoring`). losses: further terms by name, weighted, which the model has computed itself
-    because they are of no predictions.
+    because they are of no predictions, each a mean over images.
     """
 
     auxiliary: list[Predictions] = field(default_factory=list)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from deformable_detr import postprocess
+from deformable_detr import Batch, postprocess
 from deformable_detr.evaluation.complexity import complexity
 from deformable_detr.losses import SetCriterion
 from deformable_detr.models import MODELS, build_model, model_name
@@ -42,6 +42,28 @@ def test_one_step_lowers_the_loss(name):
     optimizer.step()
     after = sum(SetCriterion()(output_of(model, batch), batch.targets).values())
     assert after < before
+
+
+@every_member
+@pytest.mark.parametrize("counts", [(2, 0, 5), (0, 1, 0)])
+def test_the_parts_of_a_step_add_up_to_it(name, counts):
+    """With the boxes of all, and for terms that are means each part's share of the images. Without
+    denoising, whose places depend on the batch."""
+    quiet = {field.name for field in dataclasses.fields(MODELS[name][0])}
+    changes = {key: 0 for key in quiet & {"denoising_groups", "denoising_pairs"}}
+    model = build(tiny(name, **changes)).train()
+    model.backbone.eval()  # whose batch norm knows the batch
+    batch = make_batch(*counts, sizes=((64, 80),) * 3)
+    criterion, boxes = SetCriterion(), float(sum(counts))
+    whole = criterion(output_of(model, batch), batch.targets, boxes)
+    totals = dict.fromkeys(whole, 0.0)
+    for i in range(3):
+        part = Batch(*(x[i : i + 1] for x in (batch.images, batch.mask, batch.sizes)))
+        part.targets = batch.targets[i : i + 1]
+        for key, term in criterion(output_of(model, part), part.targets, boxes, 1 / 3).items():
+            totals[key] += term
+    for key, term in whole.items():
+        torch.testing.assert_close(totals[key], term, rtol=1e-4, atol=1e-5, msg=key)
 
 
 @every_member

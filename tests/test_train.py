@@ -40,7 +40,7 @@ from deformable_detr.training.recipe import load_recipe
 from deformable_detr.training.recipes import NAMES
 from deformable_detr.training.setup import Training
 from deformable_detr.weights.ours import load_model, upgrade_name
-from tests.conftest import TINY, save_annotations, write_coco
+from tests.conftest import TINY, TINY_DETR, save_annotations, write_coco
 from tests.golden import machine
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -295,10 +295,10 @@ def test_an_optimiser_finds_its_state_again_in_another_order():
         load_state_by_name(optimizer_of(few), few, state)
 
 
-def steady_model():
+def steady_model(config=TINY):
     """Without dropout and batch norm, so that an image's loss does not depend on its batch."""
     torch.manual_seed(0)
-    model = DeformableDETR(dataclasses.replace(TINY, dropout=0.0))
+    model = build_model(dataclasses.replace(config, dropout=0.0))
     for module in [*model.backbone.modules()]:
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
@@ -410,11 +410,13 @@ def test_two_processes_resume_as_if_they_had_never_stopped(coco, tmp_path):
     assert_same_weights(*saved)
 
 
-def test_accumulated_batches_step_as_a_large_one(coco, tmp_path):
-    """Also where one of them has no box at all: the loss is divided by the boxes of the step."""
+@pytest.mark.parametrize("config", [TINY, TINY_DETR], ids=["focal", "softmax"])
+def test_accumulated_batches_step_as_a_large_one(coco, tmp_path, config):
+    """Also where one of them has no box at all: the loss is divided by the boxes of the step, or
+    by the weights of its queries."""
     for name, batch_size, accumulate in (("large", 6, 1), ("parts", 1, 6), ("pairs", 2, 3)):
         recipe = dataclasses.replace(EQUAL, batch_size=batch_size, accumulate=accumulate)
-        train(steady_model(), make(coco)[1], None, tmp_path / name, recipe, progress=False)
+        train(steady_model(config), make(coco)[1], None, tmp_path / name, recipe, progress=False)
     large = losses_of(tmp_path / "large")
     assert len(large) == 3
     for name in ("parts", "pairs"):
@@ -885,5 +887,7 @@ def test_other_files_are_no_recipes(tmp_path, text, message):
 
 
 def test_a_recipe_that_is_not_there():
-    with pytest.raises(FileNotFoundError, match="no recipe papper: give a file or one of"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no recipe papper \(did you mean paper\?\): give a file or one of"
+    ):
         load_recipe("papper")

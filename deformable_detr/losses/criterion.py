@@ -33,7 +33,11 @@ class SetCriterion(nn.Module):
         self.box_weight, self.giou_weight = box_weight, giou_weight
 
     def forward(
-        self, output: Output, targets: list[Target], num_boxes: float | None = None
+        self,
+        output: Output,
+        targets: list[Target],
+        num_boxes: float | None = None,
+        share: float = 1.0,
     ) -> dict[str, Tensor]:
         """The weighted terms, whose sum is the loss.
 
@@ -41,8 +45,9 @@ class SetCriterion(nn.Module):
         for the earlier ones and _first for the first stage; loss_ and its name for a term that the
         model has computed itself. targets: B of them, on the model's
         device; labels in [0, classes). num_boxes: what the terms are divided by, for each group of
-        queries; by default `count_boxes` of the targets. ValueError: another number of targets, or
-        a label outside.
+        queries; by default `count_boxes` of the targets. share: the part of a step's images that
+        these are, where several batches make a step: their terms add up to those of one large
+        batch. ValueError: another number of targets, or a label outside.
         """
         scoring = scoring_of(output)
         self._check(output, targets, scoring)
@@ -50,12 +55,17 @@ class SetCriterion(nn.Module):
             num_boxes = count_boxes(targets, output.logits.device)
         losses = {}
         for suffix, predictions in output.supervised().items():
-            for name, term in self._terms(predictions, targets, num_boxes, scoring).items():
-                losses[f"loss_{name}{suffix}"] = term
-        return losses | {f"loss_{name}": term for name, term in output.losses.items()}
+            terms = self._terms(predictions, targets, num_boxes, scoring, share)
+            losses |= {f"loss_{name}{suffix}": term for name, term in terms.items()}
+        return losses | {f"loss_{name}": term * share for name, term in output.losses.items()}
 
     def _terms(
-        self, predictions: Predictions, targets: list[Target], num_boxes: float, scoring: Scoring
+        self,
+        predictions: Predictions,
+        targets: list[Target],
+        num_boxes: float,
+        scoring: Scoring,
+        share: float,
     ) -> dict[str, Tensor]:
         if predictions.class_agnostic:
             targets = [dataclasses.replace(t, labels=torch.zeros_like(t.labels)) for t in targets]
@@ -66,7 +76,9 @@ class SetCriterion(nn.Module):
         labels = matched_labels(predictions, targets, matches)
         box, giou = box_losses(predictions, targets, matches)
         return {
-            "class": scoring.loss(predictions.logits, labels, num_boxes, predictions.counted),
+            "class": scoring.loss(
+                predictions.logits, labels, num_boxes, predictions.counted, share
+            ),
             "box": self.box_weight * box / num_boxes,
             "giou": self.giou_weight * giou / num_boxes,
         }

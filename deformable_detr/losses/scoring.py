@@ -34,10 +34,17 @@ class Scoring(Protocol):
         labels."""
 
     def loss(
-        self, logits: Tensor, labels: Tensor, num_boxes: float, counted: Tensor | None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        num_boxes: float,
+        counted: Tensor | None = None,
+        share: float = 1.0,
     ) -> Tensor:
-        """The weighted class loss. logits: (B, Q, outputs). labels: (B, Q) int64, -1 where a query
-        has no object. counted: (B, Q), False where a query is left out."""
+        """The weighted class loss, of which those of a step's batches add up. logits: (B, Q,
+        outputs). labels: (B, Q) int64, -1 where a query has no object. num_boxes: of the step.
+        counted: (B, Q), False where a query is left out. share: the part of the step's images that
+        these are."""
 
     def scores(self, logits: Tensor) -> Tensor:
         """What a detection's score is, in [0, 1]: (..., outputs) to (..., classes)."""
@@ -73,7 +80,12 @@ class FocalScoring:
         return self.cost_weight * focal_cost(logits, self.alpha, self.gamma)[:, labels]
 
     def loss(
-        self, logits: Tensor, labels: Tensor, num_boxes: float, counted: Tensor | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        num_boxes: float,
+        counted: Tensor | None = None,
+        share: float = 1.0,
     ) -> Tensor:
         """The sum over queries and classes, divided by the number of boxes; a query without an
         object is a negative for every class."""
@@ -119,16 +131,27 @@ class SoftmaxScoring:
         return -self.cost_weight * logits.softmax(-1)[:, labels]
 
     def loss(
-        self, logits: Tensor, labels: Tensor, num_boxes: float, counted: Tensor | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        num_boxes: float,
+        counted: Tensor | None = None,
+        share: float = 1.0,
     ) -> Tensor:
-        """Cross-entropy, a mean weighted by class; num_boxes has no part in it."""
+        """Cross-entropy, a mean over queries, weighted by class: where a batch is the whole step, as
+        the official code has it; else over the step's queries, of which num_boxes find an object.
+        """
         nothing = logits.shape[-1] - 1
+        queries = labels.numel() if counted is None else counted.sum()
+        found = num_boxes if share < 1 else (labels >= 0).sum()
+        total = found + self.no_object * (queries / share - found)
         labels = labels.where(labels >= 0, nothing)
         if counted is not None:
             labels = labels.where(counted, -100)  # what cross_entropy leaves out
         weights = torch.ones_like(logits[0, 0])
         weights[nothing] = self.no_object
-        return self.loss_weight * F.cross_entropy(logits.transpose(1, 2), labels, weights)
+        loss = F.cross_entropy(logits.transpose(1, 2), labels, weights, reduction="sum")
+        return self.loss_weight * loss / total
 
     def scores(self, logits: Tensor) -> Tensor:
         """The probabilities of all classes but "no object"."""

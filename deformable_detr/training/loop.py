@@ -109,13 +109,15 @@ def train_step(training: Training, batches: list[Batch]) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_factor(training.step, *schedule)
     boxes = count_boxes([t for batch in batches for t in batch.targets], training.device)
+    images = sum(map(len, batches))
     model.train()
     optimizer.zero_grad()
     totals: dict[str, Tensor] = {}
     for batch in batches:
         last = batch is batches[-1]  # with which processes exchange the gradients of all
         with nullcontext() if last else training.accelerator.no_sync(model):
-            losses = losses_of(training, batch.to(training.device), boxes)
+            share = len(batch) / images
+            losses = losses_of(training, batch.to(training.device), boxes, share)
             loss = sum(losses.values())
             scaler.scale(loss).backward()
         for name, term in ({"loss": loss} | losses).items():
@@ -129,16 +131,16 @@ def train_step(training: Training, batches: list[Batch]) -> dict[str, float]:
     return means | {"gradient_norm": norm.item()}
 
 
-def losses_of(training: Training, batch: Batch, boxes: float) -> dict[str, Tensor]:
-    """The terms of the loss in float32, divided by the step's number of boxes; NonFiniteLossError
-    where one is infinite or NaN."""
+def losses_of(training: Training, batch: Batch, boxes: float, share: float) -> dict[str, Tensor]:
+    """The terms of the loss in float32, which add up to the step's: of so many boxes, and images of
+    which the batch has this share. NonFiniteLossError where one is infinite or NaN."""
     before = random_states(training.device)  # with which a fault can be found again
     with autocast(training.device, training.config.mixed_precision):
         output = training.distributed(batch)
     output = output.float()
     if not all_finite(output):
         raise loss_error(training, "the model's output is", batch, before)
-    losses = training.criterion(output, batch.targets, boxes)
+    losses = training.criterion(output, batch.targets, boxes, share)
     if not all_finite(losses):
         names = ", ".join(name for name, term in losses.items() if not term.isfinite())
         raise loss_error(training, f"{names} is", batch, before)
