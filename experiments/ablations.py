@@ -73,6 +73,7 @@ STUDY = Study(
     },
     seeds=(0, 1, 2, 3, 4),
     trial=train_detector,
+    usual=60,
     seconds={"one map": 45, "three maps": 100},
     describe=describe,
     data=DATA,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from digits import BACKBONE, DATA
 from safetensors.torch import load_file
+from study import row
 
 from deformable_detr.data.coco import CocoDataset, collate, find_split
 from deformable_detr.evaluation.agnostic import without_classes
@@ -112,11 +113,6 @@ def train_detector(detector: Detector, seed: int, folder: Path) -> list[dict]:
         row("model", detector.steps, "parameters", size),
         row("model", detector.steps, "cpu_seconds_in_all", round(curve.seconds_in_all(), 1)),
     ]
-
-
-def row(split: str, step: int, metric: str, value: float | None) -> dict:
-    """A row of a study's table; a value that is None has none."""
-    return {"split": split, "step": step, "metric": metric, "value": value}
 
 
 def measure(

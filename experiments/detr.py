@@ -14,7 +14,7 @@ STUDY = Study(
     configurations={"DETR": Detector("digits-detr", steps=6_000, evaluations=12)},
     seeds=(0, 1, 2),
     trial=train_detector,
-    seconds={"DETR": 600},
+    usual=600,
     describe=describe,
     data=DATA,
 )

@@ -24,7 +24,7 @@ STUDY = Study(
     },
     seeds=(0, 1, 2, 3, 4),
     trial=train_detector,
-    seconds={},
+    usual=60,
     describe=describe,
     data=DATA,
 )

@@ -11,6 +11,7 @@ each measured value, and NAME.json, which says how it was made and what is missi
 
 import argparse
 import csv
+import dataclasses
 import hashlib
 import importlib
 import io
@@ -23,7 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -37,13 +38,12 @@ from deformable_detr.training.lock import locked
 
 ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = ROOT / "runs" / "studies", ROOT / "data" / "results"
-STUDIES = ("convergence", "detr", "ablations", "members")
-COLUMNS = ("configuration", "seed", "status", "split", "step", "metric", "value")
-USUAL = 60.0  # seconds of a core, about, for a trial of which nothing is known
+STUDIES = ("cost", "initialisation", "thresholds", "convergence", "ablations", "members", "detr")
+COLUMNS = ("configuration", "seed", "status", "split", "at", "metric", "value")
 DONE, BUSY, STOPPED = "done", "in use", "unfinished"
 CODES = {0: DONE, 3: "not finite", 4: "disk full", 5: BUSY, 6: STOPPED}
 
-Row = dict[str, object]  # split, step, metric, value
+Row = dict[str, object]  # split, at (the step, or what else a trial varies), metric, value
 Trial = Callable[[object, int, Path], list[Row]]
 
 
@@ -53,8 +53,8 @@ class Study:
 
     configurations: by name, what `trial` is given beside a seed and a folder; what `describe` makes
     of one decides which trials are the same. trial: returns the rows of a finished one; it may
-    leave in its folder what it resumes from. seconds: of one core, about, by configuration, where
-    they are not USUAL. data: what it reads. runs: where folders are.
+    leave in its folder what it resumes from. usual: what one takes, about, in seconds of a core;
+    seconds: of configurations that take another time. data: what they read. runs: their folders'.
     """
 
     name: str
@@ -62,8 +62,9 @@ class Study:
     configurations: dict[str, object]
     seeds: tuple[int, ...]
     trial: Trial
-    seconds: dict[str, float]
-    describe: Callable[[object], dict]
+    usual: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    describe: Callable[[object], dict] = dataclasses.asdict
     data: Path | None = None
     runs: Path = RUNS
 
@@ -106,7 +107,12 @@ class Place:
         for seed in self.study.seeds:
             with suppress(FileNotFoundError):
                 return Place(self.study, self.name, seed).result()["cpu_seconds"]
-        return self.study.seconds.get(self.name, USUAL)
+        return self.study.seconds.get(self.name, self.study.usual)
+
+
+def row(split: str, at: int, metric: str, value: float | None) -> Row:
+    """A row of a study's table; a value that is None has none."""
+    return {"split": split, "at": at, "metric": metric, "value": value}
 
 
 def run_studies(studies: list[Study], jobs: int) -> bool:
