@@ -2,7 +2,8 @@
 # make test     lint, library, chapters, HTML book in a browser
 # make book     build the HTML book into book/_build/html
 # make bench    time the operator and a whole detector against their peers
-# make results  train what data/ ships; takes long, says how long, resumes
+# make results  train what data/ ships and run all studies; takes long, says how long, resumes;
+# make results STUDY=cost  run one study, of those in experiments/study.py
 #
 # Each target makes .venv and installs what it needs on its first run; later runs need no network.
 # Another interpreter: make test PYTHON=python3.12
@@ -45,12 +46,17 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/model.py
 
 # glibc: keep memory between steps, in large pages; a fifth more steps a second
+results: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000
 results: .venv/.book $(DIGITS)
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000 \
-		$(BIN)/python experiments/digits.py
+ifdef STUDY
+	$(BIN)/python experiments/study.py $(STUDY)
+else
+	$(BIN)/python experiments/digits.py
 	$(BIN)/python experiments/refinement.py
 	$(BIN)/python experiments/memory.py
+	$(BIN)/python experiments/study.py
 	$(BIN)/python book/readme.py
+endif
 
 $(DIGITS): | .venv/.book
 	$(BIN)/python data/make_digits.py
