@@ -2,6 +2,7 @@
 and the formats of others derive theirs."""
 
 import dataclasses
+import difflib
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -63,9 +64,16 @@ def checked(given: Mapping[str, object], types: Mapping[str, type], what: str) -
     values = {}
     for name, value in given.items():
         if name not in types:
-            raise ValueError(f"{what} has no {name!r}; it has {', '.join(types)}")
+            hint = meant(name, types)
+            raise ValueError(f"{what} has no {name!r}{hint}; it has {', '.join(types)}")
         values[name] = _fit(value, types[name], name)
     return values
+
+
+def meant(given: str, known: Iterable[str]) -> str:
+    """The nearest of the known names, as a message asks for it; "" where none is near."""
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def parse_settings(
@@ -79,7 +87,8 @@ def parse_settings(
         table, _, name = place.strip().partition(".")
         if not (equals and name and table in found):
             forms = " or ".join(f"{table}.NAME=VALUE" for table in tables)
-            raise ValueError(f"--set takes {forms}, got {setting!r}")
+            hint = meant(table, tables) if equals and name else ""
+            raise ValueError(f"--set takes {forms}, got {setting!r}{hint}")
         found[table][name] = parse_value(text.strip())
     return found
 

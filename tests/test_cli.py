@@ -46,6 +46,53 @@ def test_help_has_an_example(module, capsys):
     assert stop.value.code == 0 and f"deformable-detr {command} " in text.split("example:")[1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "usage", "message"),
+    [
+        (["trian", "x"], "usage: deformable-detr [-h]", "(did you mean train?)"),
+        (
+            ["train", "x", "--output", "y", "--epoch", "3"],
+            "usage: deformable-detr train",
+            "--epochs?",
+        ),
+        (
+            ["predict", "x", "--treshold=0.3"],
+            "usage: deformable-detr predict",
+            "--threshold?)",
+        ),
+        (["check", "x", "--xyz"], "usage: deformable-detr check", "arguments: --xyz\n"),
+    ],
+)
+def test_a_slip_is_understood(capsys, arguments, usage, message):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(usage) and message in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--set", "train.epoch=3"],
+            "train has no 'epoch' (did you mean epochs?); it has epochs, ",
+        ),
+        (["--set", "model.two_stages=true"], "has no 'two_stages' (did you mean two_stage?)"),
+        (["--set", "trian.epochs=3"], "got 'trian.epochs=3' (did you mean train?)"),
+        (["--set", "model.name=deformable-detr"], "(did you mean deformable_detr?); there are "),
+        (
+            ["--recipe", "digit"],
+            "no recipe digit (did you mean digits?): give a file or one of detr, ",
+        ),
+        (["--set", "train.schedule=cos"], "schedule must be one of step, cosine, got 'cos'"),
+    ],
+)
+def test_a_slip_in_a_setting_is_understood(capsys, options, message):
+    assert main(["options", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_train_then_evaluate_then_predict(coco, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", str(coco), "--output", str(run), *TRAIN, *SETTINGS]) == 0
@@ -193,7 +240,7 @@ def test_what_the_views_show_is_merged_as_the_help_says(coco, model_file, capsys
     assert all(name in text for name in MERGES)
     arguments = ["evaluate", str(coco), "--model", str(model_file), "--tta", "--merge", "mean"]
     assert main(arguments) == 2
-    assert "merge must be one of ['fusion', 'nms'], got 'mean'" in capsys.readouterr().err
+    assert "merge must be one of fusion, nms, got 'mean'" in capsys.readouterr().err
 
 
 def test_published_weights_see_the_classes_that_the_data_has(coco, tmp_path, capsys):

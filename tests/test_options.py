@@ -144,9 +144,18 @@ def test_every_command_has_one_file():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.epoch=3", r"train has no 'epoch'; it has epochs, batch_size, .*checkpointing$"),
-        ("model.levels=3", r"model deformable_detr has no 'levels'; it has num_queries, backbone"),
-        ("model.name=dert", r"there is no model 'dert'; there are deformable_detr, detr"),
+        (
+            "train.epoch=3",
+            r"train has no 'epoch' \(did you mean epochs\?\); it has epochs, .*checkpointing$",
+        ),
+        (
+            "model.levels=3",
+            r"model deformable_detr has no 'levels' .*; it has num_queries, backbone",
+        ),
+        (
+            "model.name=dert",
+            r"there is no model 'dert' .*detr\?\); there are deformable_detr, detr",
+        ),
         ("model.name=4", r"there is no model 4; there are deformable_detr, detr"),
         ("model.num_classes=4", "num_classes is the data's: leave it out"),
         ("train.epochs=many", "epochs must be a whole number, got 'many'"),
@@ -160,7 +169,7 @@ def test_every_command_has_one_file():
         ("train.frozen=conv1", "frozen must be a list of texts, got 'conv1'"),
         ("train.frozen=[1]", r"frozen must be a list of texts, got \[1\]"),
         ("train.schedule=3", "schedule must be text, got 3"),
-        ("train.schedule=poly", r"schedule must be one of \('step', 'cosine'\), got 'poly'"),
+        ("train.schedule=poly", r"schedule must be one of step, cosine, got 'poly'"),
         ("model.refine=True", "refine must be true or false, got 'True'"),
         ("model.refine=1", "refine must be true or false, got 1"),
         ("model.two_stage=true", "two_stage needs refine"),
@@ -180,8 +189,11 @@ def test_a_wrong_setting_is_one_line(setting, message, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[model]\nname = "dert"', "there is no model 'dert'; there are deformable_detr, detr"),
-        ('[model]\nname = "detr"\nnum_levels = 2', "model detr has no 'num_levels'; it has num_q"),
+        ('[model]\nname = "dert"', "there is no model 'dert' .*; there are deformable_detr, detr"),
+        (
+            '[model]\nname = "detr"\nnum_levels = 2',
+            "model detr has no 'num_levels' .*; it has num_q",
+        ),
         ("[model]\nrefine = 1", "refine must be true or false, got 1"),
         ("[model]\nnum_classes = 1", "num_classes is the data's"),
         ("train = 3", "train must be a table, got 3"),
@@ -300,7 +312,7 @@ def test_detr_trains_is_evaluated_and_predicts(coco, tmp_path, capsys):
 
 
 def test_what_is_no_transforms_is_refused():
-    with pytest.raises(ValueError, match="transforms must be one of \\('coco', 'strong', 'digits'"):
+    with pytest.raises(ValueError, match="transforms must be one of coco, strong, digits,"):
         Recipe("x", "y", transforms="none")
     assert (preparation_of("small"), preparation_of("resnet50")) == ("digits", "coco")
 

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-from deformable_detr.options import help_of, plain_type, types_of
+from deformable_detr.options import help_of, meant, plain_type, types_of
 from deformable_detr.training.config import TrainConfig
 from deformable_detr.training.recipes import NAMES, about
 
@@ -23,6 +25,26 @@ SET_HELP = """\
 model.two_stage=true model.name=detr. `deformable-detr options` lists them all. Values are TOML's; a
 bare word is text."""
 METAVARS = {int: "N", float: "X", str: "NAME", tuple: "NAME"}
+
+
+class Parser(argparse.ArgumentParser):
+    """One that says which name was meant, under the usage of the command that was given."""
+
+    def parse_known_args(self, *given: object) -> tuple[argparse.Namespace, list[str]]:
+        """Nothing is left over for the parser of all commands, whose usage would not help."""
+        found, unknown = super().parse_known_args(*given)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            name = unknown[0].partition("=")[0]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant(name, known)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """With the nearest of the choices there are."""
+        if wrong := re.search(r"invalid choice: '(.*?)'", message):
+            choices = (action.choices or () for action in self._actions)
+            message += meant(wrong[1], [str(name) for each in choices for name in each])
+        super().error(message)
 
 
 def add_command(

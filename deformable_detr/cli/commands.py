@@ -17,6 +17,7 @@ from deformable_detr.cli import (
     tile,
     train,
 )
+from deformable_detr.cli.arguments import Parser
 
 COMMANDS = (
     *(convert, tile, check, sheet, doctor, options, train),
@@ -26,7 +27,7 @@ COMMANDS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="deformable-detr",
         description="Train, evaluate and use Deformable DETR and its family: detectors of objects "
         "in images.",

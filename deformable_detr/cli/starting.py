@@ -11,13 +11,12 @@ from deformable_detr.data.coco import CocoDataset
 from deformable_detr.data.names import counted
 from deformable_detr.data.preparation import PREPARATIONS
 from deformable_detr.models import BaseDetector, build_model, model_name
+from deformable_detr.models.base import SAME_TENSORS
 from deformable_detr.options import checked, parse_settings, types_of
 from deformable_detr.training.recipe import TABLES, Recipe, load_recipe
 from deformable_detr.weights.classes import with_classes
 from deformable_detr.weights.published import Pretrained, load_pretrained
 from deformable_detr.weights.reading import as_weights, read_safetensors
-
-SAME_TENSORS = ("exact_padding", "dropout")  # options of models that have all the same tensors
 
 
 def chosen_recipe(args: argparse.Namespace) -> Recipe:

@@ -197,7 +197,7 @@ def detect(
     pixels and on the CPU. Those that come to have one size are seen at once. ValueError where merge
     is not in MERGES."""
     if merge not in MERGES:
-        raise ValueError(f"merge must be one of {sorted(MERGES)}, got {merge!r}")
+        raise ValueError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}")
     seen = [_detect_in(view, model, images, top_k) for view in views]
     merged = seen[0]
     if len(views) > 1:

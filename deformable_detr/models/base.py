@@ -17,6 +17,7 @@ from deformable_detr.ops.sizes import quietly
 from deformable_detr.options import option
 from deformable_detr.structures import Batch, Output, Predictions, Queries, Target, Tokens
 
+SAME_TENSORS = ("dropout", "exact_padding")  # options with which any weights of a model go
 Sets = dict[str, Predictions]  # that training supervises beside the decoder's, by name
 
 

@@ -59,7 +59,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, known in (("schedule", SCHEDULES), ("mixed_precision", PRECISIONS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+                given = repr(getattr(self, name))
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {given}")
         for name in ("lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -13,7 +13,7 @@ from deformable_detr.data.preparation import DEFAULT as PREPARATION
 from deformable_detr.data.preparation import PREPARATIONS
 from deformable_detr.data.transforms import SHORT_SIDE, SMALLEST_SIDE
 from deformable_detr.models import DEFAULT, MODELS
-from deformable_detr.options import checked, parse_settings, types_of
+from deformable_detr.options import checked, meant, parse_settings, types_of
 from deformable_detr.training.config import TrainConfig
 from deformable_detr.training.recipes import FOLDER, NAMES
 
@@ -41,7 +41,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.transforms not in PREPARATIONS:
-            known = tuple(PREPARATIONS)
+            known = ", ".join(PREPARATIONS)
             raise ValueError(f"transforms must be one of {known}, got {self.transforms!r}")
         if self.short_side < SMALLEST_SIDE:
             raise ValueError(
@@ -62,7 +62,8 @@ class Recipe:
         options = self.model | changes
         name = options.pop("name", DEFAULT)
         if name not in MODELS:
-            raise ValueError(f"there is no model {name!r}; there are {', '.join(MODELS)}")
+            hint = meant(str(name), MODELS)
+            raise ValueError(f"there is no model {name!r}{hint}; there are {', '.join(MODELS)}")
         kind, _ = MODELS[name]
         types = types_of(kind)
         del types["num_classes"]
@@ -108,7 +109,8 @@ def load_recipe(name: Path | str) -> Recipe:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors mark it
     except FileNotFoundError:
-        raise FileNotFoundError(f"no recipe {name}: give a file or one of {NAMES}") from None
+        known = f"{meant(str(name), NAMES)}: give a file or one of {', '.join(NAMES)}"
+        raise FileNotFoundError(f"no recipe {name}{known}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path} is no recipe: {error}") from None
     try:
