@@ -38,7 +38,8 @@ from deformable_detr.training.lock import locked
 
 ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = ROOT / "runs" / "studies", ROOT / "data" / "results"
-STUDIES = ("cost", "initialisation", "thresholds", "convergence", "ablations", "members", "detr")
+HERE = Path(__file__).parent
+STUDIES = tuple(p.stem for p in sorted(HERE.glob("*.py")) if "\nSTUDY = Study(" in p.read_text())
 COLUMNS = ("configuration", "seed", "status", "split", "at", "metric", "value")
 DONE, BUSY, STOPPED = "done", "in use", "unfinished"
 CODES = {0: DONE, 3: "not finite", 4: "disk full", 5: BUSY, 6: STOPPED}

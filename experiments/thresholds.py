@@ -39,7 +39,7 @@ class Keep:
         """(..., L, K) of weights that sum to one, and again after the rest is zero. The heaviest is
         always kept."""
         flat = weights.flatten(-2)
-        rank = flat.argsort(-1, descending=True, stable=True).argsort(-1)
+        rank = flat.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         keep = (flat >= self.at_least) | (rank == 0)
         if self.heaviest:
             keep = rank < self.heaviest
