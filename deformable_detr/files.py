@@ -40,6 +40,18 @@ def write_atomically(path: Path | str, write: Callable[[str], object]) -> None:
             TEMPORARY.discard(str(temporary))
 
 
+def require_folder(path: Path | str) -> None:
+    """OSError, in one line, where a path is something else than a folder, and no folder can be made
+    there either."""
+    wanted = Path(path).absolute()
+    folder = next(each for each in (wanted, *wanted.parents) if each.exists())
+    if not folder.is_dir():
+        what = "is a file" if folder == wanted else f"cannot be: {folder} is a file"
+        raise NotADirectoryError(f"{path} {what}, expected a folder")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write {path}: nobody may write into {folder}")
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed in `write_atomically` have left in a folder, into
     which nobody else writes now."""

@@ -49,6 +49,16 @@ def move(root, layout):
             boxes.rename(root / "annotations" / f"instances_{split}2017.json")
 
 
+@pytest.mark.parametrize("name", ["valid", "validation", "val"])
+def test_a_split_may_be_asked_for_by_any_of_its_names(coco, name):
+    assert find_split(coco, name) == find_split(coco, "val")
+    shutil.copytree(coco / "val", coco / "valid")
+    (coco / "annotations" / "val.json").rename(coco / "annotations" / "valid.json")
+    assert find_split(coco, name)[1] == coco / "annotations" / "valid.json"
+    with pytest.raises(FileNotFoundError, match="no dev annotations in"):
+        find_split(coco, "dev")
+
+
 LAYOUTS = ["roboflow", "valid", "instances", "images/train", "images", "2017"]
 
 

@@ -211,6 +211,41 @@ def test_what_cannot_be_written_is_said_at_the_start(coco, model_file, tmp_path,
             assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "tile", "predict", "convert"])
+def test_a_file_in_the_place_of_a_folder_is_said_at_the_start(coco, tmp_path, capsys, command):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for target, message in ((file, "is a file"), (file / "new", f"cannot be: {file} is a file")):
+        arguments = {
+            "train": ["train", str(coco), "--output", str(target), *TRAIN],
+            "tile": ["tile", str(coco), "--side", "40", "--output", str(target)],
+            "predict": ["predict", str(coco / "val"), "--output", str(target), "--model", "unread"],
+            "convert": ["convert", str(coco), str(target)],
+        }
+        assert main(arguments[command]) == 2
+        assert capsys.readouterr().err == f"error: {target} {message}, expected a folder\n"
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["sheet", "export"])
+def test_a_folder_in_the_place_of_a_file_is_said_at_the_start(coco, model_file, capsys, command):
+    folder = coco / "train.png"
+    folder.mkdir()
+    given = str(coco) if command == "sheet" else str(model_file)
+    assert main([command, given, "--output", str(folder)]) == 2
+    error = f"error: {folder} is a folder, expected the name of a file\n"
+    assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize("command", ["check", "sheet", "doctor"])
+def test_data_that_is_no_folder_is_one_short_line(tmp_path, capsys, command):
+    nowhere, file = tmp_path / "nowhere", tmp_path / "file"
+    file.write_text("")
+    for data, text in ((nowhere, f"there is no folder {nowhere}"), (file, f"{file} is a file, ex")):
+        assert main([command, str(data)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {text}")
+
+
 def test_help_is_there_at_once():
     """Nothing that takes seconds to import is needed to print one."""
     code = "import sys; from deformable_detr.cli.commands import build_parser; build_parser(); "

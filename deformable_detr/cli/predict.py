@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from deformable_detr.cli.beforehand import choose_device, refuse_targets
+    from deformable_detr.files import require_folder
     from deformable_detr.inference.detector import load_detector
     from deformable_detr.inference.predict import predict_each
     from deformable_detr.inference.sources import find_sources
@@ -98,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
     paths = list(dict.fromkeys(source.path for source in find_sources(args.images)))
     targets = picture_files(paths, pictures) if pictures else {}
     refuse_targets(args.json)
+    if pictures:
+        require_folder(pictures)
     detector = load_detector(args.model)
     results, names, seen, passed_over = [], [], 0, []
 

@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
     from deformable_detr.cli.beforehand import pointing_to_check
     from deformable_detr.data.places import all_splits, find_split
     from deformable_detr.data.tiles import tile_dataset, tile_places
+    from deformable_detr.files import require_folder
 
+    require_folder(args.output)
     if args.split:
         places = {split: find_split(args.data, split) for split in args.split}
     else:

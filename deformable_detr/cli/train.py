@@ -53,9 +53,11 @@ def run(args: argparse.Namespace) -> int:
     from deformable_detr.cli.starting import chosen_recipe, new_model
     from deformable_detr.data.coco import CocoDataset
     from deformable_detr.data.places import training_splits, without_val
+    from deformable_detr.files import require_folder
     from deformable_detr.training.loop import train
     from deformable_detr.training.processes import make_accelerator
 
+    require_folder(args.output)
     splits = training_splits(args.data)
     recipe = chosen_recipe(args)
     accelerator = make_accelerator()

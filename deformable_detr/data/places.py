@@ -22,11 +22,12 @@ def find_split(data_dir: Path | str, split: str) -> Place:
     DATA/train and DATA/annotations/train.json (or instances_train.json); as COCO comes,
     DATA/train2017 and DATA/annotations/instances_train2017.json; as Roboflow exports it,
     DATA/train/_annotations.coco.json beside the images. Images may lie in DATA/images/train or, of
-    all splits, in DATA/images. val may be called valid or validation, as in SPLITS.
-    FileNotFoundError where there is none, ValueError where there are several.
+    all splits, in DATA/images. val may be called valid or validation, as in SPLITS, and asked for
+    by any of these names. FileNotFoundError where there is none, ValueError where there are
+    several.
     """
     root = Path(data_dir)
-    found = list(_places(root, split))
+    found = list(_places(root, split)) or list(_places(root, _as_in_splits(split)))
     if len(found) > 1:
         files = " and ".join(printable(file) for _, file in found)
         raise ValueError(f"{len(found)} annotation files for {split}, expected one: {files}")
@@ -129,6 +130,11 @@ def _parts(file_name: str) -> PurePosixPath:
     return PurePosixPath(file_name.replace("\\", "/"))
 
 
+def _as_in_splits(split: str) -> str:
+    """The name in SPLITS of what is called by any of its names."""
+    return next((name for name, names in SPLITS.items() if split in names), split)
+
+
 def _places(root: Path, split: str) -> Iterator[Place]:
     folder = root / "annotations"
     for name in SPLITS.get(split, (split,)):
@@ -149,8 +155,10 @@ def _images(root: Path, name: str) -> Path:
 
 def _nothing_found(root: Path, split: str) -> str:
     """Where annotations were expected, and what to do with what is there instead."""
+    if not root.exists():
+        return f"there is no folder {root}"
     if not root.is_dir():
-        return f"no {split} annotations: there is no folder {root}"
+        return f"{root} is a file, expected the folder of a data set"
     folder = root / "annotations"
     text = (
         f"no {split} annotations in {root}: expected {folder / f'{split}.json'} or "

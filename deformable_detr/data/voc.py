@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deformable_detr.data.names import counted, listed, printable
 from deformable_detr.data.places import SPLITS, pictures_in
-from deformable_detr.files import write_json
+from deformable_detr.files import require_folder, write_json
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
@@ -34,6 +34,7 @@ def convert_voc(source: Path | str, target: Path | str) -> list[str]:
     Raises ValueError and OSError, in one line, with the file and what is wrong in it.
     """
     source, target = Path(source), Path(target)
+    require_folder(target)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is there already and not empty, expected a new folder")
     splits = find_voc(source)
