@@ -28,16 +28,18 @@
 
 # %% [markdown]
 # A convolution always looks at the same pattern: a square of 3 x 3 neighbours. Objects have other
-# shapes. The green seven that this book follows is taller than it is wide, and slanted, so most
-# squares that are large enough to hold it also hold a lot of wood.
+# shapes. The green seven that this book follows is taller than it is wide, and slanted, so a square
+# that holds all of it also holds a lot of wood.
 #
 # Deformable convolution {cite}`dai2017deformable` keeps the nine weights of the pattern but moves
 # the nine points at which it reads. The network itself computes, from the image, how far to move
 # each of them.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Four close-ups of the green seven, each with nine orange points. First a regular 3 by 3 grid; then the same grid spread out to twice its width; then turned; then with each point moved on its own, so that all nine lie on the seven. Arrows lead from the regular grid, drawn as rings, to the moved points."}}
+import matplotlib.pyplot as plt
 from schematics.deformable_convolution import moved_taps
 
+plt.style.use("book.mplstyle")
 moved_taps()
 
 # %% [markdown]
@@ -47,7 +49,6 @@ moved_taps()
 # by hand; below, a gradient finds them.*
 
 # %%
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -56,7 +57,6 @@ from torchvision.ops import deform_conv2d
 from deformable_detr.exercises import check
 from deformable_detr.layers.sampling import bilinear_sample, pixel_to_normalised
 
-plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)
 
 # %% [markdown]
@@ -330,7 +330,8 @@ check("deformable_convolution.2", sample_in_groups)
 # We can watch this on the running example. Take a single place on the seven, let its nine offsets be
 # free numbers, and ask for one thing: each of the nine samples should be green. The map is the
 # picture's greenness in cells of 4 x 4 pixels, blurred a little so that its slope reaches further. A
-# sample that is green enough, above 0.4, asks for nothing more, so its tap stops there.
+# sample that is green enough, above 0.4, asks for nothing more, so its tap stops there. The grid
+# starts with 3.5 cells between its taps, so wide that four of the nine stand on wood.
 
 # %%
 from schematics import running_example
@@ -627,7 +628,7 @@ check("deformable_convolution.3", DeformableLayer)
 # <details><summary>I pass the first check but fail the second</summary>
 #
 # At the start all offsets are zero, so the first check sees neither their order nor the modulation's
-# form. Have you a sigmoid times two, and offsets before scores?
+# form. Is your modulation twice a sigmoid, and do the offsets come before the scores?
 #
 # </details>
 #
@@ -727,18 +728,17 @@ check("deformable_convolution.4", offset_gradient)
 # %% [markdown]
 # ## {{n}}.7 What is missing before this is attention
 #
-# Deformable convolution looks where the content of the image sends it. Three things separate it from
-# the attention of {{chapter attention}}:
+# Deformable convolution looks where the content of the image sends it. Two things separate it from
+# the attention of {{chapter attention}}, and a third from what a detector needs:
 #
 # - **Weights that compete.** In the first version $w_k$ is the same at every place. The second
 #   version's modulations differ from place to place, but each tap has its own: nothing makes them
 #   share one total, as a softmax does.
 # - **A query from elsewhere.** Every output of a convolution stands on its own map. An object that
 #   is looked for ("where is the seven?") is not a place on the map, so it cannot ask.
-# - **Several scales.** Each layer reads one map.
+# - **Several scales.** Each layer reads one map, although a detector has several.
 #
-# {{chapter deformable_attention}} removes the first two limits, and {{chapter many_scales}} the
-# third. The way back is exact: the next chapter shows that deformable attention with one point per
+# {{chapter deformable_attention}} brings the first two, and {{chapter many_scales}} the third. The way back is exact: the next chapter shows that deformable attention with one point per
 # head, fixed weights and no value projection *is* a deformable convolution.
 
 # %% [markdown]

@@ -33,8 +33,10 @@
 # them counts**.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: the green seven on wood with a blue cross and four numbered orange discs around it, two on the seven and two on wood. Right: the four sampled colours as squares, brown, green, brown and green, their weights 0.1, 0.5, 0.1 and 0.3, and arrows to one larger square of the mixed colour, mostly green."}}
+import matplotlib.pyplot as plt
 from schematics.deformable_attention import one_query
 
+plt.style.use("book.mplstyle")
 one_query()
 
 # %% [markdown]
@@ -57,7 +59,6 @@ where_in_the_detector("encoder", "decoder")
 # %%
 import math
 
-import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,7 +68,6 @@ from deformable_detr import DeformAttn, ms_deform_attn
 from deformable_detr.exercises import check
 from deformable_detr.layers.sampling import bilinear_sample
 
-plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)
 
 # %% [markdown]
@@ -205,7 +205,7 @@ check("deformable_attention.1", attention_vectorised)
 # %% [markdown]
 # ## {{n}}.3 The module
 #
-# What is left are four linear layers: two on the query (offsets and scores) and two on the values
+# What is left is four linear layers: two on the query (offsets and scores) and two on the values
 # ($W'$ before the sampling, $W$ after it).
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Block diagram. The query, Q by C, goes through a linear layer to offsets, Q by M by K by 2, and through a linear layer with softmax to weights, Q by M by K. The feature map, HW by C, goes through the linear layer W prime to values, HW by M by D. Offsets plus reference points say where the values are sampled; samples are Q by M by K by D. They are weighed and added over k, and a last linear layer W gives Q by C."}}
@@ -401,17 +401,19 @@ assert (weights_after - weights_before).abs().max() > 0.1
 # *is* the content of its own cell (plus a code of its position). So there the offsets and weights do
 # depend on the picture, as they do in a deformable convolution: on what stands at the cell itself. In
 # a decoder the query has gathered its content in the layers before.
+#
+# To see it, we change what stands in one cell of a map whose cells are the queries, and ask whose
+# weights move.
 
 # %%
 own = torch.randn(1, 12 * 18, 12)  # in an encoder: the map's cells are the queries
 centres = torch.rand(1, 12 * 18, 2)
 poked = own.clone()
 poked[0, 40] += 1.0  # another content in cell 40
-moved = (
-    library.sampling(poked, centres, size).weights - library.sampling(own, centres, size).weights
-)
-print("cells whose weights moved:", moved.flatten(2).abs().amax(-1)[0].nonzero().flatten().tolist())
-assert moved[0, 40].abs().max() > 0.01 and moved[0, :40].abs().max() == 0
+asked, poked_asked = (library.sampling(x, centres, size).weights for x in (own, poked))
+moved = (poked_asked - asked).abs().flatten(2).amax(-1)[0]  # (Q,)
+print("cells whose weights moved:", (moved > 1e-5).nonzero().flatten().tolist())
+assert moved.argmax() == 40 and moved[40] > 0.01
 
 # %% [markdown]
 # The price of so few points can be seen in the paper's own Table 1. On small objects the average
@@ -527,7 +529,7 @@ two_orders()
 # *Figure {{n}}.5. Two orders of work; green is what is projected. Left, the cost grows with the map,
 # right, with the number of queries.*
 #
-# The paper's Appendix A.1 counts multiply-adds, for $N_q$ queries:
+# The paper's Appendix A.1 counts multiply-adds, for $N_q$ queries (our $Q$):
 #
 # | step | multiply-adds | why |
 # |:--|:--|:--|
@@ -557,8 +559,8 @@ assert 5 * 4 + 3 * 8 * 4 == 116 < 256 < 464 == 5 * 16 + 3 * 8 * 16
 # So in the real detector the layers for offsets and scores are no small change.
 #
 # **In the encoder** every pixel is a query, so $N_q = HW$, and everything grows in proportion to
-# $HW$. Dense attention costs $O(N_q C^2 + N_k C^2 + N_q N_k C)$, whose last term is the square of
-# $HW$. We count rather than believe. PyTorch's counter sees the matrix products (it counts a
+# $HW$. Dense attention costs $O(N_q C^2 + N_k C^2 + N_q N_k C)$, whose last term grows with the square
+# of $HW$. We count rather than believe. PyTorch's counter sees the matrix products (it counts a
 # multiply-add as two operations); the sampling is added by formula.
 
 
@@ -598,7 +600,7 @@ print(f"encoder at 100 x 134: {deformable} GFLOPs deformable, {dense_cost} dense
 
 # %%
 decoder = torch.tensor([flops(300, n) for n in tokens], dtype=torch.float64)
-late = 2 * 300 * C * (C + 3 * M * K + K * C + 5 * M * K)  # project the samples; see below for 5MK
+late = 2 * 300 * C * (C + 3 * M * K + K * C + 5 * M * K)  # each head reads all C channels: 5MK
 print("decoder, 100 to 13,400 pixels, in GFLOPs")
 for name, (low, high) in (
     ("  as in the code", decoder[[0, -1], 0]),

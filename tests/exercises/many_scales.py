@@ -46,6 +46,33 @@ def check_token_reference(token_reference):
     expect(token_reference(2, 3, (8, 12), own, own), torch.tensor([3.5 / 12, 2.5 / 8]))
 
 
+@checks("many_scales.4")
+def check_points_in_pixels(points_in_pixels):
+    weights = torch.rand(2, 3, 4).flatten(1).softmax(-1).view(2, 3, 4)
+    locations, one = torch.rand(2, 3, 4, 2), torch.ones(3, 2)
+    yield "a square image without padding"
+    points, shares, levels = points_in_pixels(locations, weights, one, (64, 64))
+    wanted = _points(locations, weights, one, (64, 64))
+    expect(shares.sum(), torch.tensor(1.0), "divide the weights by the number of heads")
+    expect(shares, wanted[1], "sorted, the largest first")
+    expect(points, wanted[0], "points in the order of their weights")
+    yield "an oblong image with padding"
+    ratios = torch.tensor([[0.6, 0.7], [0.65, 0.8], [0.7, 1.0]])
+    points, shares, levels = points_in_pixels(locations, weights, ratios, (50, 90))
+    wanted = _points(locations, weights, ratios, (50, 90))
+    expect(points, wanted[0], "divide by the level's ratio; x times the width")
+    expect(levels, wanted[2], "the level of each point, in the same order")
+
+
+def _points(locations, weights, ratios, size, swap=False, divide=True, heads=True, sort=True):
+    size = torch.tensor(size if swap else size[::-1])
+    points = (locations / ratios[:, None] if divide else locations) * size
+    shares = weights / (len(weights) if heads else 1)
+    levels = torch.arange(weights.shape[1])[:, None].expand_as(weights).flatten()
+    order = shares.flatten().argsort(descending=True) if sort else torch.arange(levels.numel())
+    return points.flatten(0, 2)[order], shares.flatten()[order], levels[order]
+
+
 def _star(heads, points, first=1, square=True, swap=False):
     angle = torch.arange(heads) * 2 * math.pi / heads
     direction = torch.stack([angle.cos(), angle.sin()], -1)
@@ -87,5 +114,11 @@ WRONG = {
         ("ratios swapped", lambda r, c, s, a, b: _place(r, c, s) / b * a),
         ("no half cell", lambda r, c, s, a, b: _place(r, c, s, half=0) / a * b),
         ("H and W swapped", lambda r, c, s, a, b: _place(r, c, s, swap=True) / a * b),
+    ],
+    "many_scales.4": [
+        ("H and W swapped", lambda *a: _points(*a, swap=True)),
+        ("not divided by the ratio", lambda *a: _points(*a, divide=False)),
+        ("weights of each head sum to one", lambda *a: _points(*a, heads=False)),
+        ("not sorted", lambda *a: _points(*a, sort=False)),
     ],
 }
