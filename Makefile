@@ -53,6 +53,7 @@ ifdef STUDY
 else
 	$(BIN)/python experiments/digits.py
 	$(BIN)/python experiments/refinement.py
+	$(BIN)/python experiments/gradient_cut.py
 	$(BIN)/python experiments/memory.py
 	$(BIN)/python experiments/study.py
 	$(BIN)/python book/readme.py

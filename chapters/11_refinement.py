@@ -12,52 +12,66 @@
 # # {{n}}. Refinement and two stages
 #
 # You will be able to
-# - **move** a box by adding before the sigmoid, and say why nothing else is added,
+# - **move** a box by adding before the sigmoid, and say what that does to its size and its edges,
 # - **follow** one query's box through the decoder's layers,
-# - **cut** a gradient where the official code cuts it, and see what flows without the cut,
-# - **draw** what the first stage proposes, and measure how many objects it finds,
-# - **judge** from several seeds what each of the two gains.
+# - **cut** the gradient where the paper cuts it, and say what still flows,
+# - **build** the first stage: proposals of all tokens, their selection, and their own loss,
+# - **judge** from several seeds what each of the two gains, and what was not shown.
 #
-# You should know: {{chapter many_scales}}, {{chapter pixels_to_boxes}} and {{chapter training}}.
+# You should know: {{chapter many_scales}}, {{chapter pixels_to_boxes}} and {{chapter matching_and_loss}}.
 #
 # {{measured}}
 #
 # {{map}}
 
 # %% [markdown]
-# The plain detector guesses a reference point for each query before it has seen the image, and
-# predicts its box once, at the end. Two additions change that {cite}`zhu2021deformable`:
-# **iterative refinement** corrects the box in every decoder layer, and the **two-stage** model lets
-# the encoder propose the boxes from which queries start.
+# The plain detector has learned one reference point per query, before it has seen the image. Each of its
+# decoder layers predicts a box, but always from that same point, and no layer is told where the last one
+# has found something. Two additions change this {cite}`zhu2021deformable`. With **iterative refinement**
+# each layer corrects the box of the layer before. In the **two-stage** model the encoder proposes boxes,
+# and the queries start from these.
 
-# %%
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of three decoder layers. Above, plain: one reference point feeds all three layers and all three boxes. Below, refined: the reference feeds layer 1 and box 1; box 1 feeds layer 2 and box 2; box 2 feeds layer 3 and box 3."}}
+import matplotlib.pyplot as plt
+from schematics import refinement as draw
+
+plt.style.use("book.mplstyle")
+draw.plain_and_refined()
+
+# %% [markdown]
+# *Figure {{n}}.1. What to see: both predict a box after every layer, from a start (orange) and a correction
+# Δ. The plain decoder always starts from the same point. With refinement the last box is the next start:
+# the layer samples around it, and its Δ is added to it.*
+
+# %% tags=["hide-input"]
+import dataclasses
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.patches import Rectangle
-from PIL import Image
 from torchvision.ops import box_iou
 
+from deformable_detr import DeformableDETR
 from deformable_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid
 from deformable_detr.data.coco import CocoDataset, collate
 from deformable_detr.data.transforms import digits_eval_transform
 from deformable_detr.exercises import check
+from deformable_detr.losses.criterion import SetCriterion
+from deformable_detr.losses.matcher import HungarianMatcher
 from deformable_detr.models.heads import move
 from deformable_detr.models.selection import token_anchors
+from deformable_detr.structures import Output, Tokens
 from deformable_detr.weights.ours import load_model
 
-plt.style.use("book.mplstyle")
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 torch.set_num_threads(1)
 
 # %% [markdown]
 # ## {{n}}.1 Adding before the sigmoid
 #
-# As in section 8.9, what a head predicts is added where there is no border, before the sigmoid; now to
-# all four numbers of a box (A.4):
+# In {{chapter pixels_to_boxes}} the head's answer was added to a point, before the sigmoid. Now the start is
+# a whole box, so all four numbers have a start (A.4):
 #
 # $$b' = \sigma\big(\sigma^{-1}(b) + \Delta\big), \qquad \sigma^{-1}(b) = \ln\frac{b}{1-b}$$
 #
@@ -73,38 +87,37 @@ def inverse(b):
 width = torch.tensor(0.2)
 print(f"{inverse(width).item():.3f}")
 for delta in (-2.0, 0.0, 0.693, 10.0):
-    print(f"delta {delta:6.3f}: {torch.sigmoid(inverse(width) + delta).item():.3f}")
-assert torch.isclose(torch.sigmoid(inverse(width) + 10), torch.tensor(1.0), atol=1e-3)
+    print(f"delta {delta:6.3f}: width {torch.sigmoid(inverse(width) + delta).item():.3f}")
 
 # %% [markdown]
-# Before you run: for a small box, is a correction of $\ln 2 = 0.693$ nearly an addition or nearly a
+# **Before you run**: for a *small* box, is a correction of $\ln 2 = 0.693$ nearly an addition or nearly a
 # multiplication?
 
 # %%
 small = torch.tensor([0.01, 0.02, 0.05])
 moved = torch.sigmoid(inverse(small) + np.log(2))
 print([round(x, 2) for x in (moved / small).tolist()])
-assert ((moved / small - 2).abs() < 0.15).all()
 
 # %% [markdown]
-# It doubles them: small sizes are corrected in proportion. In general $\ln 2$ grows a size $b$ by the
-# factor $2/(1+b)$: 1.9 for a digit of 9 of our 128 pixels, and 1.3 for one of 70, which has no room to
-# double. For a centre the same formula means steps of at most a quarter of
-# $\Delta$ in the middle, and ever smaller ones near the border.
+# It nearly doubles them. So small sizes are corrected in proportion, which is what one wants: an error of
+# two pixels matters more for a small digit. (In general $\ln 2$ multiplies a size $b$ by $2/(1+b)$. For a
+# centre in the middle of the image, the same formula means a step of about $\Delta/4$.)
 #
-# The border itself is a trap: $\sigma^{-1}(0) = -\infty$. The library clamps.
+# The border is a trap, because $\sigma^{-1}(0) = -\infty$. The library clamps:
 
 # %%
 print([round(x, 2) for x in inverse_sigmoid(torch.tensor([0.0, 0.5, 1.0])).tolist()])
-assert inverse_sigmoid(torch.tensor([0.0, 1.0])).isfinite().all()
 
 # %% [markdown]
+# All four numbers stay between 0 and 1, whatever Δ is. This keeps the *centre* inside the image and the size
+# below that of the image. It does not keep the *edges* inside: cx = 0.9 with w = 0.4 ends at 1.1.
+#
 # ## Exercise {{n}}.1  Move a reference
 #
 # *difficulty ●○○ · 10 minutes · 4 lines*
 #
-# References are boxes (cx, cy, w, h), or only points (x, y), in the first layer of a detector with
-# learned queries. A point has no size to start from: the correction alone decides it.
+# References are boxes (cx, cy, w, h), or only points (x, y), as in the first layer of a detector with learned
+# queries. A point has no size to start from: the correction alone decides it.
 
 
 # %% tags=["exercise"]
@@ -135,8 +148,8 @@ check("refinement.1", moved_box)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# The zeros belong behind the inverse sigmoid. Zeros in the reference itself would become minus
-# infinity, and 0.5 is the number whose inverse sigmoid is zero.
+# The zeros belong behind the inverse sigmoid. Zeros in the reference itself would become minus infinity, and
+# 0.5 is the number whose inverse sigmoid is zero.
 #
 # </details>
 #
@@ -148,31 +161,28 @@ check("refinement.1", moved_box)
 # %%
 references, delta = torch.rand(5, 3, 4) * 0.8 + 0.1, torch.randn(5, 3, 4)
 expected = torch.sigmoid(inverse(references) + delta)
-torch.testing.assert_close(move(references, delta), expected)
+print("the same:", torch.allclose(move(references, delta), expected))
 
 # %% [markdown]
 # ## {{n}}.2 Layer by layer
 #
-# With refinement each decoder layer has a head of its own. It moves the box, and the next layer
-# starts from there: it samples around the new centre, and its offsets are in units of the new size,
-# $\Delta p \cdot w / 2K$ ({{chapter many_scales}}). The shipped detector has three layers. One image:
+# With refinement each decoder layer has heads of its own; in the plain detector all layers share one pair.
+# The next layer samples around the new centre, and its offsets are in units of the new size, $\Delta p \cdot w / 2K$ ({{chapter many_scales}}).
+#
+# To see it at work we need a trained detector. The repository ships one, which {{chapter training}} trains. It
+# has three decoder layers and two stages, so its queries start from proposals. We let it look at the 24
+# sample pictures.
 
 # %%
 model, categories = load_model("../data/checkpoints/digits.safetensors")
 model.eval()
-names = [category["name"] for category in categories]
 samples = Path("../data/samples")
 dataset = CocoDataset(samples, samples / "annotations.json", digits_eval_transform())
 with torch.no_grad():
     outputs = [model(collate([dataset[i]])) for i in range(len(dataset))]
-layers = len(outputs[0].auxiliary) + 1
+layers, queries = len(outputs[0].auxiliary) + 1, outputs[0].boxes.shape[1]
 print(
-    layers,
-    "layers,",
-    outputs[0].boxes.shape[1],
-    "queries,",
-    outputs[0].others["first"].boxes.shape[1],
-    "proposals",
+    layers, "layers,", queries, "queries,", outputs[0].others["first"].boxes.shape[1], "proposals"
 )
 
 
@@ -184,74 +194,96 @@ def boxes_of_layers(output):
     return cxcywh_to_xyxy(torch.cat(stack))
 
 
-def best_queries(output, target, step=0):
-    """For each object the query whose box fits best: 0, the proposal, or that of a later step."""
-    wanted = cxcywh_to_xyxy(target.boxes)
-    return box_iou(wanted, boxes_of_layers(output)[step]).argmax(1), wanted
+def follow(index, chosen_at=0):
+    """The query of each object, that whose box fits best at one step, and its IoU at every step."""
+    wanted = cxcywh_to_xyxy(dataset[index][1].boxes)
+    steps = boxes_of_layers(outputs[index])
+    chosen = box_iou(wanted, steps[chosen_at]).argmax(1)
+    overlaps = [box_iou(wanted, step[chosen]).diagonal() for step in steps]
+    return chosen, torch.stack(overlaps)  # (objects,), (1 + layers, objects)
 
 
 # %% [markdown]
-# Does each layer improve on the one before? Intersection over union with the true box, mean over all
-# digits of the 24 sample images. We follow, for each digit, the query whose **proposal** fits best. Before you
-# run: which step will gain most, and what if we chose by the last box?
-
+# Does each layer improve on the one before? For each of the 97 digits we follow the query whose **proposal**
+# fits best, and take the mean intersection over union (IoU) with the true box.
+#
+# **Before you run**: which step will gain most? And what if we chose each query by its *last* box instead?
 
 # %%
-def follow(chosen_at):
-    """The overlap of each object's query after each step, (1 + layers, objects)."""
-    overlaps = []
-    for i, output in enumerate(outputs):
-        queries, wanted = best_queries(output, dataset[i][1], chosen_at)
-        steps = boxes_of_layers(output)[:, queries]
-        overlaps.append(torch.stack([box_iou(wanted, step).diagonal() for step in steps]))
-    return torch.cat(overlaps, 1)
-
-
-overlaps, flattered = follow(chosen_at=0), follow(chosen_at=-1)
-print("chosen by   proposal  last box")
+every = range(len(dataset))
+overlaps = torch.cat([follow(i, 0)[1] for i in every], 1)
+flattered = torch.cat([follow(i, -1)[1] for i in every], 1)
+print(overlaps.shape[1], "digits; chosen by   proposal  last box")
 for step, means in enumerate(zip(overlaps.mean(1), flattered.mean(1), strict=True)):
-    name = "proposal" if step == 0 else f"layer {step}"
-    print(f"{name:10}", "  ".join(f"{mean:8.3f}" for mean in means))
-steps = overlaps.mean(1).diff()
-gain, flattering = steps.sum(), flattered.mean(1).diff().sum()
-assert gain > 0.02 and flattering > 1.5 * gain and steps[-1] < 0.5 * steps[:-1].min()
+    name = f"layer {step}" if step else "proposal"
+    print(f"{name:>19}", "  ".join(f"{mean:8.3f}" for mean in means))
+
+# %% tags=["hide-input"]
+gains = overlaps.mean(1).diff()
+assert gains.sum() > 0.02 and gains[-1] < 0.5 * gains[:-1].min()
+assert flattered.mean(1).diff().sum() > 1.5 * gains.sum()
+print(f"gained in all: {gains.sum():.3f}, and {flattered.mean(1).diff().sum():.3f} if chosen last")
 
 # %% [markdown]
-# The first two layers gain alike, the third hardly anything. Chosen by the last box, the gain would be
-# nearly twice as large, by the choice alone. Here the digit that gains most:
+# The first two layers gain about as much as each other, the third hardly anything: this detector's proposals
+# are good already. Chosen by the last box, the gain looks much larger, by the choice alone: whoever picks
+# winners at the end finds that they have improved.
+#
+# Here are two digits: the one that we follow through the book, whose proposal is nearly right, and the larger
+# digit that gains most.
 
-# %% mystnb={"image": {"alt": "One digit in close-up, four times: with the first stage's proposal of it, and with the box after each decoder layer, in colour over the true box, dashed in white. Over the first two layers the box closes in on the true one and the overlap in the title rises; the third changes hardly anything."}}
-digits = [(i, k) for i in range(24) for k in range(len(dataset[i][1].labels))]
-widths = torch.cat([dataset[i][1].boxes[:, 2] for i in range(24)])
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The green seven in close-up, four times: with the first stage's proposal of it, and with the box after each of three decoder layers, in blue over the true box, dashed in white. The proposal already fits, and the overlap in the titles stays at 0.95 or above."}}
+chosen, seven = follow(9)
+true = 128 * cxcywh_to_xyxy(dataset[9][1].boxes[0])
+steps = 128 * boxes_of_layers(outputs[9])[:, chosen[0]]
+draw.steps_of_one(dataset.load_image(dataset.image_ids[9]), true, steps, seven[:, 0].tolist())
+
+# %% [markdown]
+# *Figure {{n}}.2. What to see: the seven's true box (white, dashed), the box of its query (blue), and their IoU.
+# There is little left to refine.*
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "One digit in close-up, four times: with the first stage's proposal of it, and with the box after each decoder layer, in blue over the true box, dashed in white. Over the first two layers the box closes in on the true one and the overlap in the title rises; the third changes hardly anything."}}
+places = [(i, k) for i in every for k in range(len(dataset[i][1].labels))]
+widths = torch.cat([dataset[i][1].boxes[:, 2] for i in every])
 gain = (overlaps[-1] - overlaps[0]).where(widths > 0.1, torch.tensor(0.0))  # large enough to see
-chosen = int(gain.argmax())
-image, which = digits[chosen]
-queries, wanted = best_queries(outputs[image], dataset[image][1])
-true, steps = 128 * wanted[which], 128 * boxes_of_layers(outputs[image])[:, queries[which]]
-low = torch.minimum(true[:2], steps[:, :2].amin(0)) - 6
-high = torch.maximum(true[2:], steps[:, 2:].amax(0)) + 6
-figure, axes = plt.subplots(1, layers + 1, figsize=(9, 2.8))
-for step, (axis, found) in enumerate(zip(axes, steps, strict=True)):
-    axis.imshow(Image.open(samples / f"{image + 1:06}.png"))
-    for box, colour, style in ((true, "white", "--"), (found, "C1", "-")):
-        x, y, right, bottom = box.tolist()
-        frame = Rectangle((x, y), right - x, bottom - y, fill=False, color=colour, ls=style, lw=2)
-        axis.add_patch(frame)
-    name = "proposal" if step == 0 else f"layer {step}"
-    axis.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), xticks=[], yticks=[])
-    axis.set_title(f"{name}: {overlaps[step, chosen]:.2f}")
-plt.show()
+index, which = places[int(gain.argmax())]
+chosen, found = follow(index)
+true = 128 * cxcywh_to_xyxy(dataset[index][1].boxes[which])
+steps = 128 * boxes_of_layers(outputs[index])[:, chosen[which]]
+draw.steps_of_one(
+    dataset.load_image(dataset.image_ids[index]), true, steps, found[:, which].tolist()
+)
 
 # %% [markdown]
-# *Figure {{n}}.1. The true box of one digit (white, dashed), the box of one query (colour), and their
-# intersection over union. The proposal is near; the layers make it fit.*
+# *Figure {{n}}.3. What to see: another digit, whose proposal is near; the layers make it fit.*
 #
-# ## {{n}}.3 Why the gradient is cut
+# And how often do boxes stick out of the image? We count those that end more than half a pixel outside.
+
+# %%
+last = torch.cat([128 * cxcywh_to_xyxy(output.boxes[0]) for output in outputs])
+sure = torch.cat([output.logits[0].sigmoid().amax(-1) > 0.4 for output in outputs])
+outside = ((last < -0.5) | (last > 128.5)).any(-1)
+print(f"of all {len(last)} boxes {outside.float().mean():.0%}; ", end="")
+print(f"of the {int(sure.sum())} with a score above 0.4: {int((outside & sure).sum())}")
+
+# %% [markdown]
+# So it happens, and hardly ever where the detector is sure, because there it has learned where digits end.
 #
-# Layer 2 starts from the box of layer 1. Its loss could therefore train layer 1's head too, through
-# the reference. The official code forbids it: `reference.detach()`; ours too, in
-# `RefiningDecoder.next_references`. What would flow otherwise? Two
-# layers, one number each, wanted 0.7:
+# ## {{n}}.3 Where the gradient is cut
+#
+# Layer 2 starts from the box of layer 1. Its loss could therefore train layer 1's head too, through the
+# reference. The paper forbids it (A.4): "to stabilize training", as in RAFT {cite}`teed2020raft`, the gradient
+# is blocked at the last box. In code this is one word, `detach`.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two decoder layers, each with a head, a box and a loss. Blue arrows lead forward from layer 1 to layer 2, called content, and from each layer to its head and box. Purple arrows lead back from each loss through box and head to its layer, and from layer 2 to layer 1. An orange line leads from box 1 to layer 2 and to box 2; it is crossed by two red bars, labelled detach: no gradient."}}
+draw.gradient_cut()
+
+# %% [markdown]
+# *Figure {{n}}.4. What to see: loss 2 (purple) flows back through head 2 and layer 2, and on through the content
+# into layer 1. Only the way through the reference (orange) is cut. So head 1 is trained by loss 1 alone, and
+# layer 1 by both.*
+#
+# First with one number per layer: both boxes start at 0.5, and the second should be 0.7.
 
 
 # %%
@@ -265,22 +297,74 @@ def two_layers(delta1, delta2, cut):
 for cut in (True, False):
     delta1, delta2 = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
     box1, box2 = two_layers(delta1, delta2, cut)
-    from_second = torch.autograd.grad((box2 - 0.7).abs(), delta1, allow_unused=True)[0]
-    print("cut " if cut else "open", "gradient of the second loss at the first head:", from_second)
-assert from_second == -0.25
+    (gradient,) = torch.autograd.grad((box2 - 0.7).abs(), delta1, allow_unused=True)
+    print("cut: " if cut else "open:", "gradient of the second loss at the first head:", gradient)
 
 # %% [markdown]
-# With the cut, each head is trained by its own layer's loss alone; it learns one step from wherever it
-# stands, and later losses cannot pull it elsewhere. Without it six layers' losses add up at the first
-# head. Not everyone cuts at the same place: DINO {cite}`zhang2023dino` lets one layer's gradient
-# through ("look forward twice").
+# Now in a whole detector, a fresh one. We send back the last layer's loss alone, and ask which parts it reaches:
+
+# %%
+config = dataclasses.replace(model.config, two_stage=False)  # learned queries, and refinement
+detector = DeformableDETR(config)
+for parameter in detector.box_heads.parameters():
+    parameter.data.add_(0.1 * torch.randn_like(parameter))  # zeros would hide what lies behind
+batch = collate([dataset[9], dataset[0]])
+losses = SetCriterion()(detector(batch), batch.targets)
+losses["loss_giou"].backward()  # of the last layer
+parts = {f"box head {i + 1}": head for i, head in enumerate(detector.box_heads)}
+parts |= {f"layer {i + 1}": layer for i, layer in enumerate(detector.decoder.layers)}
+for name, part in parts.items():
+    reached = any(p.grad is not None and p.grad.any() for p in part.parameters())
+    print(f"{name:11s}", "reached" if reached else "not reached")
+
+# %% [markdown]
+# As in the figure: the earlier heads are not reached, the earlier layers are.
+#
+# ### With and without
+#
+# Does the cut stabilise training? The paper gives no run without it. Here is a small one (`python
+# experiments/gradient_cut.py`, not run in this chapter). On top of the shipped detector's encoder, which stays as
+# it is, a new decoder of six layers with learned queries is trained for 150 steps, with the cut and without
+# ("open"); three seeds each.
+
+# %%
+study = json.loads(Path("../data/results/gradient_cut.json").read_text())
+for variant in ("cut", "open"):
+    runs = [run for run in study["runs"] if run["variant"] == variant]
+    norms = [np.mean(run["curves"]["gradient_norm"]) for run in runs]
+    print(f"{variant:4} mean gradient norm:", [round(float(norm)) for norm in norms])
+    for layer, name in (("first", "loss_giou_0"), ("last", "loss_giou")):
+        losses = [round(run["val"][name], 2) for run in runs]
+        print(f"     GIoU loss of the {layer} layer on new pictures:", losses)
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three panels over 150 steps, three lines for the cut and three for open. The gradient norm is about four times as large when open. The GIoU loss of the first layer ends a little higher when open. That of the sixth layer ends clearly lower."}}
+draw.cut_and_open(study)
+
+# %% [markdown]
+# *Figure {{n}}.5. What to see: one line per seed. Left: without the cut the gradient is about four times as large,
+# because every loss also pulls at all the heads before it. Middle and right: without the cut the first layer, which
+# now has to please the later ones as well, ends a little higher; the last layer ends clearly lower.*
+
+# %% tags=["hide-input"]
+by_variant = {v: [r for r in study["runs"] if r["variant"] == v] for v in ("cut", "open")}
+norms = {v: [np.mean(r["curves"]["gradient_norm"]) for r in runs] for v, runs in by_variant.items()}
+lasts = {v: [r["val"]["loss_giou"] for r in runs] for v, runs in by_variant.items()}
+assert min(norms["open"]) > 2 * max(norms["cut"]) and max(lasts["open"]) < min(lasts["cut"])
+print("in all seeds: larger gradients, and a lower last loss, without the cut")
+
+# %% [markdown]
+# What does this show? The gradients are larger without the cut, and this short run does not need it: the last layer,
+# which is the one that counts, learned faster without. (Gradients are clipped to a norm of 0.5 here, so large ones do
+# little harm.) What does it not show? Whether training stays stable over 50 epochs on COCO, of which the paper speaks.
+# That the cut costs something has been noticed by others: DINO {cite}`zhang2023dino` lets the loss of a layer reach the
+# head before it as well ("look forward twice"), and reports a gain.
 #
 # ## Exercise {{n}}.2  The loop
 #
 # *difficulty ●●○ · 15 minutes · 6 lines*
 #
-# Write the decoder's loop: each head looks at its reference and moves it. Every layer's box is
-# returned with its gradient; what is handed on has none.
+# Write the decoder's loop: each head looks at its reference and moves it. Every layer's box is returned with its
+# gradient; what is handed on has none. The first check compares boxes, the second gradients.
 
 
 # %% tags=["exercise"]
@@ -313,8 +397,8 @@ check("refinement.2", refine)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# The numbers are right; the second check looks at gradients. Detached boxes in the result train
-# nobody, boxes handed on with gradient train every head before.
+# The numbers are right; the second check looks at gradients. Detached boxes in the result train nobody, boxes
+# handed on with gradient train every head before.
 #
 # </details>
 #
@@ -323,13 +407,20 @@ check("refinement.2", refine)
 # %% [markdown]
 # ## {{n}}.4 The first stage: every token proposes
 #
-# After the encoder, each token knows what is around it. Each gets an **anchor**: its own centre, and
-# a size that doubles from level to level. A box head moves the anchor, a class head scores it (the first
-# stage has its own, `first_stage.box_head` and `first_stage.class_head`); the best become references. So
-# where a query starts now depends on the image. What it starts with does
-# too, for there is no table of learned queries: each of a box's four numbers, times $2\pi$, becomes $C/2$
-# sines and cosines, the code of 8.5, and a linear layer and a norm turn these $2C$ numbers into $C$ of
-# position and $C$ of content (`first_stage.make_queries`).
+# After the encoder, each token knows what is around it. So why should queries start from learned points, when
+# the tokens can say where objects are? In the two-stage model they are asked:
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A flow chart. The memory passes a linear layer and a norm, then a class head, which gives S scores, and a box head, whose corrections are added to S anchors and give S boxes. Scores and boxes enter their own matching and loss. The Q boxes of best score pass two red bars, labelled detach, and become references; these enter the decoder, and through sine code, linear layer and norm become the queries' position and content, which enter the decoder too."}}
+draw.first_stage()
+
+# %% [markdown]
+# *Figure {{n}}.6. What to see: every token proposes a box, by moving its anchor, and gets one score. All
+# proposals are trained by a matching and a loss of their own (purple). The best $Q$ become references; behind the
+# cut (red) the decoder's losses do not reach the proposals.*
+#
+# We take the steps in order.
+#
+# **Anchors.** A token starts from a box: its own centre, with a size that doubles from level to level.
 
 
 # %%
@@ -346,56 +437,177 @@ def anchors_of(spatial_shapes, size):
 
 shapes = [(32, 32), (16, 16), (8, 8)]
 anchors = anchors_of(shapes, model.config.anchor_size)
-widths = [round(x) for x in (128 * anchors[[0, 1024, 1280], 2]).tolist()]
-print(len(anchors), "anchors;", *widths, "pixels wide")
-assert len(anchors) == outputs[0].others["first"].boxes.shape[1]
+tokens = model.tokens(collate([dataset[9]]))
+theirs, usable = token_anchors(tokens, model.config.anchor_size)
+assert torch.allclose(theirs[0], anchors)
+print(len(anchors), "anchors, as the library's")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The picture of the seven three times, with the token centres of levels 0, 1 and 2 as dots, and around one of them a white square: of 13, 26 and 51 pixels. The seven is 34 wide and 53 high."}}
+draw.anchors_of_three(shapes, model.config.anchor_size)
 
 # %% [markdown]
-# The library's anchors are the same. It also says which tokens may propose: those that are no padding, and
-# whose anchor's four numbers all lie between 0.01 and 0.99.
-
-# %%
-theirs, usable = token_anchors(model.tokens(collate([dataset[0]])), model.config.anchor_size)
-torch.testing.assert_close(theirs[0], anchors)
-assert torch.equal(usable[0], ((anchors > 0.01) & (anchors < 0.99)).all(-1))
-
-# %% [markdown]
-# The official size is 0.05 on the finest level: 40 pixels of an image of 800. On our 128 it would be
-# 6, less than the longer side of any digit; this detector starts at twice that.
+# *Figure {{n}}.7. What to see: the tokens of each level (dots) and one of their anchors (white). The seven, 34 × 53
+# pixels, is nearest to an anchor of level 2.*
 #
-# The score says "some object", not which: in the official code first-stage targets all have class 0.
-# Where do the thirty best proposals lie?
+# The official size on the finest level is 0.05, which is 40 pixels of an image of 800. On our 128 it would be 6, less
+# than the longer side of any digit, so this detector starts at twice that.
+#
+# **Invalid anchors.** An anchor may propose only if all its four numbers lie between 0.01 and 0.99, and if its token
+# is not padding. On our small maps all may. For an image of 800 × 1066, as in COCO:
 
 # %%
-crowded = max(range(24), key=lambda i: (len(dataset[i][1].labels), -i))
-first = outputs[crowded].others["first"]
-best = first.logits[0, :, 0].topk(30).indices
+large = [(100, 134), (50, 67), (25, 34), (13, 17)]
+S = sum(height * width for height, width in large)
+blank, no_padding = torch.zeros(1, S, 1), torch.zeros(1, S, dtype=torch.bool)
+_, allowed = token_anchors(Tokens(blank, blank, no_padding, large, torch.ones(1, 4, 2)), 0.05)
+refused = [int((~part).sum()) for part in allowed[0].split([h * w for h, w in large])]
+print("ours, not allowed:", int((~usable).sum()), "   COCO, not allowed, by level:", refused)
+
+# %% [markdown]
+# The outermost ring of cells of the two finest levels is refused. A refused token is *blanked*, not removed: its
+# features become 0, its anchor $+\infty$ before the sigmoid, so that its box is (1, 1, 1, 1).
+#
+# **Projection.** What the heads see is not the memory itself: it passes a linear layer and a norm
+# (`output`, `output_norm`) first. The paper does not mention these two; the official code has them. The first stage
+# also has a class head and a box head of its own.
+
+# %%
+stage = model.first_stage
+with torch.no_grad():
+    memory, _ = model.encode(tokens)
+    features = stage.output_norm(stage.output(memory.features))  # nothing to blank here
+    logits = stage.class_head(features)
+    boxes = (stage.box_head(features) + inverse(anchors)).sigmoid()
+first = outputs[9].others["first"]
+assert torch.allclose(logits, first.logits, atol=1e-4)
+assert torch.allclose(boxes, first.boxes, atol=1e-5)
+print("logits", tuple(logits.shape), "boxes", tuple(boxes.shape), "as the library's")
+
+# %% [markdown]
+# **Scores.** A proposal's score only says "some object", not which. The paper describes a binary classifier; the code
+# has a logit per class, trains it as if every object had class 0, and reads logit 0. Where do the best proposals lie?
+
+# %%
 level_of = torch.tensor([level for level, (h, w) in enumerate(shapes) for _ in range(h * w)])
-print("of 30 proposals, by level:", *torch.bincount(level_of[best], minlength=3).tolist())
-assert torch.equal(cxcywh_to_xyxy(first.boxes[0, best]), boxes_of_layers(outputs[crowded])[0])
+for name, index in (("the seven", 9), ("eight digits", 8)):
+    best = outputs[index].others["first"].logits[0, :, 0].topk(30)
+    counts = torch.bincount(level_of[best.indices], minlength=3).tolist()
+    good = int((best.values.sigmoid() > 0.5).sum())
+    print(f"{name}: {good} scores above 0.5; the best thirty by level: {counts}")
 
-# %% mystnb={"image": {"alt": "Left, a sample image with thirty proposal boxes in three colours for the three levels, several on each digit. Right, the score of all tokens of the finest level as a heat map, bright at small digits only."}}
-figure, axes = plt.subplots(1, 2, figsize=(7, 3.4))
-axes[0].imshow(Image.open(samples / f"{crowded + 1:06}.png"), alpha=0.5)
-for index in best.tolist():
-    x, y, right, bottom = (128 * cxcywh_to_xyxy(first.boxes[0, index])).tolist()
-    colour = f"C{level_of[index]}"
-    axes[0].add_patch(Rectangle((x, y), right - x, bottom - y, fill=False, color=colour, lw=1.5))
-axes[1].imshow(first.logits[0, :1024, 0].sigmoid().reshape(32, 32), vmin=0)
-for axis, title in zip(axes, ("proposals by level", "scores, stride 4"), strict=True):
-    axis.set(title=title, xticks=[], yticks=[])
-plt.show()
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left, a picture of eight digits of many sizes with thirty proposal boxes in three colours for the three levels, several on each digit. Right, the scores of all tokens of each level as three heat maps: the finest is bright at small digits, the coarser ones at larger digits."}}
+first = outputs[8].others["first"]
+best = first.logits[0, :, 0].topk(30).indices
+scores = first.logits[0, :, 0].sigmoid().split([h * w for h, w in shapes])
+maps = [score.reshape(shape) for score, shape in zip(scores, shapes, strict=True)]
+picture = dataset.load_image(dataset.image_ids[8])
+best_boxes = 128 * cxcywh_to_xyxy(first.boxes[0, best])
+draw.proposals_and_scores(picture, best_boxes, level_of[best], maps)
 
 # %% [markdown]
-# *Figure {{n}}.2. Left: the thirty proposals by level (blue: stride 4, orange: 8, green: 16). Right: the finest level's
-# scores, high where small digits lie: large ones are left to the coarser levels.*
+# *Figure {{n}}.8. What to see: the thirty best proposals by level (blue, orange, green: strides 4, 8, 16), and the
+# scores of all tokens. Small digits are found on the finest level, large ones are left to the coarser levels. Each
+# digit has one bright token, or a few: the matching, one token per object, has taught the others to say no.*
 #
-# ## Exercise {{n}}.3  How many objects are proposed?
+# **Its own matching and loss.** All $S$ proposals are matched with the objects, as the queries of a layer are, with
+# every label set to 0. By hand, with the criterion of {{chapter matching_and_loss}}, as if the proposals were a
+# last layer:
+
+# %%
+target = dataset[8][1]
+losses = SetCriterion()(outputs[8], [target])
+no_class = dataclasses.replace(target, labels=torch.zeros_like(target.labels))
+by_hand = SetCriterion()(Output(first.logits, first.boxes), [no_class])
+for name, term in by_hand.items():
+    assert torch.isclose(losses[f"{name}_first"], term)
+print("the same:", *(f"{name}_first" for name in by_hand))
+[(matched, _)] = HungarianMatcher()(first, [no_class])
+print(len(matched), "of", first.boxes.shape[1], "proposals matched, all others are negatives")
+
+# %% [markdown]
+# **Queries.** What does a query start with? There is no table of learned queries any more. The chosen boxes are
+# detached; then each of their four numbers, times $2\pi$, becomes $C/2$ sines and cosines (the code that gave tokens
+# their place), and a linear layer and a norm turn these $2C$ numbers into $C$ of position and $C$ of content:
+
+# %%
+from deformable_detr.layers.position import sine_embedding
+
+with torch.no_grad():
+    chosen = outputs[9].others["first"].logits[..., 0].topk(queries, dim=1).indices
+    references = outputs[9].others["first"].boxes[0, chosen[0]][None].detach()
+    waves = sine_embedding(references * 2 * torch.pi, model.config.embed_dim // 2)
+    position, content = stage.query_norm(stage.query(waves)).chunk(2, dim=-1)
+    theirs, _ = stage(memory, queries)
+assert torch.allclose(content, theirs.content, atol=1e-4)
+assert torch.allclose(position, theirs.position, atol=1e-4)
+print("sine code", tuple(waves.shape), "-> position and content", tuple(content.shape))
+
+# %% [markdown]
+# So position and content know the *box* and nothing of what the token saw. What the object is, the decoder has to read
+# from the memory itself.
+#
+# ## Exercise {{n}}.3  The selection
+#
+# *difficulty ●●● · 30 minutes · 8 lines*
+#
+# Build the first stage, from tokens to references. `stage` lends you `output`, `output_norm`, `class_head` and
+# `box_head`. In this order: blank the tokens that are not usable, project, predict logits, move the anchors (those that
+# are not usable start at $+\infty$), choose the $Q$ tokens of best logit 0, and hand on their boxes without gradient.
+# The checks compare with the library: first logits and boxes where all tokens are usable, then blanked tokens, then the
+# choice, and last the gradients.
+
+
+# %% tags=["exercise"]
+def select(stage, features, anchors, usable, num_queries):
+    """features: (B, S, C). anchors: (B, S, 4) cxcywh. usable: (B, S) bool.
+
+    Returns logits (B, S, classes), boxes (B, S, 4), and references (B, num_queries, 4), best first.
+    """
+    # BEGIN SOLUTION
+    blank = ~usable.unsqueeze(-1)  # (B, S, 1)
+    features = stage.output_norm(stage.output(features.masked_fill(blank, 0)))
+    logits = stage.class_head(features)
+    start = torch.log(anchors / (1 - anchors)).masked_fill(blank, torch.inf)
+    boxes = (stage.box_head(features) + start).sigmoid()
+    chosen = logits[..., 0].topk(num_queries, dim=1).indices
+    references = boxes.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 4))
+    return logits, boxes, references.detach()
+    # END SOLUTION
+
+
+check("refinement.3", select)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The two cells above, "Projection" and "Queries", have most of it, for one image without blanks. What is new are the two
+# `masked_fill`, and taking $Q$ rows of each image.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `features.masked_fill(~usable.unsqueeze(-1), 0)` before the projection, and the same with `torch.inf` on the anchors'
+# logits. `boxes.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 4))` takes the chosen rows.
+#
+# </details>
+#
+# <details><summary>I pass the first check but fail the second</summary>
+#
+# Blanking is missing in one of its two places. The features are set to 0 *before* the linear layer and its norm, not
+# after; the start becomes plus infinity, so that the box becomes (1, 1, 1, 1) whatever the head says.
+#
+# </details>
+#
+# {{solution}}
+
+# %% [markdown]
+# ## Exercise {{n}}.4  How many objects are proposed?
 #
 # *difficulty ●●○ · 15 minutes · 4 lines*
 #
-# A detector cannot find what its first stage leaves out. Return the share of true boxes that some
-# proposal covers with an intersection over union of at least `threshold`.
+# A decoder can hardly find what its first stage leaves out. Return the share of true boxes that some proposal covers
+# with an IoU of at least `threshold`. An image without objects has nothing to miss: return 1.
 
 
 # %% tags=["exercise"]
@@ -409,7 +621,7 @@ def recall(proposals, truth, threshold=0.5):
     # END SOLUTION
 
 
-check("refinement.3", recall)
+check("refinement.4", recall)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -426,80 +638,79 @@ check("refinement.3", recall)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# The mean over proposals is precision: how many proposals are good. And an image without objects has
-# nothing to miss.
+# The mean over proposals is precision: how many proposals are good. And an image without objects has nothing to miss.
 #
 # </details>
 #
 # {{solution}}
 
 # %%
-covered = []
-for i, output in enumerate(outputs):
-    wanted = cxcywh_to_xyxy(dataset[i][1].boxes)
-    covered.append(box_iou(wanted, boxes_of_layers(output)[0]).amax(1))
-covered = torch.cat(covered)
+covered = torch.cat(
+    [
+        box_iou(cxcywh_to_xyxy(dataset[i][1].boxes), boxes_of_layers(outputs[i])[0]).amax(1)
+        for i in every
+    ]
+)
 for threshold in (0.5, 0.75):
-    print(
-        f"IoU {threshold}: {(covered >= threshold).float().mean().item():.2f} of {len(covered)} digits"
-    )
-assert (covered >= 0.5).float().mean() > 0.9
+    share = (covered >= threshold).float().mean().item()
+    print(f"IoU {threshold}: {share:.2f} of {len(covered)} digits have a proposal")
 
 # %% [markdown]
 # ## {{n}}.5 What it gains
 #
-# Three detectors that differ in nothing else, 300 steps each, three seeds (`python
-# experiments/refinement.py`, not run here):
+# Three detectors that differ in nothing else were trained for 300 steps, with three seeds each (`python
+# experiments/refinement.py`, not run here). AP, average precision, is the usual score of a detector, between 0 and 1;
+# {{chapter training}} computes it.
 
 # %%
-study = json.loads(Path("../data/results/refinement.json").read_text())
-variants = list(dict.fromkeys(run["variant"] for run in study["runs"]))
-aps = {v: [run["val"]["ap"] for run in study["runs"] if run["variant"] == v] for v in variants}
+runs = json.loads(Path("../data/results/refinement.json").read_text())["runs"]
+aps = {}
+for run in runs:
+    aps.setdefault(run["variant"], []).append(run["val"]["ap"])
 for variant, found in aps.items():
     print(f"{variant:>23}: AP {np.mean(found):.3f}, from {min(found):.3f} to {max(found):.3f}")
 
-# %% mystnb={"image": {"alt": "Two panels. Left, AP of each seed as dots for the plain detector, with refinement, and with two stages, each higher than the one before. Right, the last layer's GIoU loss over 300 steps for the three, mean and range over seeds, in the same order."}}
-figure, axes = plt.subplots(1, 2)
-for i, variant in enumerate(variants):
-    axes[0].plot([i] * len(aps[variant]), aps[variant], "o", color=f"C{i}")
-    curves = np.array(
-        [run["last_layer_giou"] for run in study["runs"] if run["variant"] == variant]
-    )
-    axes[1].plot(curves[0, :, 0], curves[..., 1].mean(0), color=f"C{i}", label=variant)
-    axes[1].fill_between(
-        curves[0, :, 0], curves[..., 1].min(0), curves[..., 1].max(0), color=f"C{i}", alpha=0.2
-    )
-axes[0].set(xticks=range(3), xticklabels=["plain", "refine", "two stages"], ylabel="AP on val")
-axes[1].set(xlabel="step", ylabel="GIoU loss of the last layer")
-axes[1].legend()
-plt.show()
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels. Left, AP of each seed as dots for the plain detector, close to 0, with refinement, and with two stages, each higher than the one before. Right, the last layer's GIoU loss over 300 steps, one line per seed, in the same order."}}
+draw.gains(runs)
 
 # %% [markdown]
-# *Figure {{n}}.3. Left: every seed. Right: the loss of the last layer's boxes, mean and range of the
-# seeds. What matters is whether the ranges overlap.*
+# *Figure {{n}}.9. What to see: left, one dot per seed; the groups do not overlap. Right, the loss of the last layer's
+# boxes, one line per seed.*
 
-# %%
-assert min(aps["refinement"]) > max(aps["plain"])
-assert min(aps["refinement, two stages"]) > max(aps["refinement"])
+# %% tags=["hide-input"]
+assert max(aps["plain"]) < 0.02 < min(aps["refinement"])
+assert max(aps["refinement"]) < min(aps["refinement, two stages"])
+print("the plain detector's best seed:", max(aps["plain"]))
 
 # %% [markdown]
-# On COCO, after 50 epochs, the README of the official repository of {cite}`zhu2021deformable` reports
-# 44.5 AP (in hundredths) for the plain detector, 46.2 with refinement and 46.9 with two stages. Here,
-# early in training, the differences are several times as large: what both save is above all the time until boxes are roughly right.
+# Read this with care. After 300 steps the plain detector has learned next to nothing: an AP of 0.006 is that of a
+# detector that is not trained yet. So the figure shows how much *sooner* boxes become right with refinement, and sooner
+# still with two stages. It does not show how good each becomes in the end.
+#
+# For that there are published figures. On COCO, after 50 epochs each, the README of the official repository of
+# {cite}`zhu2021deformable` reports, in hundredths, 44.5 AP for the plain detector, 46.2 with refinement and 46.9 with two
+# stages. (A news article about the paper lists the last figure as "3x, 150 epochs". It is the two-stage model, after 50.)
+# The gains are real there too, and much smaller than here, because after 50 epochs all three have found their way.
 #
 # ## Summary
 #
-# - Corrections are added before the sigmoid: boxes stay inside, sizes change in proportion.
-# - Each layer starts where the last one ended, and samples in units of the box.
-# - References are detached: a head learns from its own layer's loss.
-# - Two stages: tokens propose, the best proposals are where queries start.
-# - Early in training both gain much; after the paper's 50 epochs 1.7 and 0.7 AP.
+# - Corrections are added before the sigmoid: centres stay inside the image, edges need not, and small sizes change in
+#   proportion.
+# - With refinement each layer starts from the last box and samples in units of it. The plain detector predicts in every
+#   layer too, but always from the same point.
+# - References are detached. Each head learns from its own layer's loss; content still carries gradients to earlier layers.
+# - Two stages: all tokens propose, with projection, anchors, matching and loss of their own; the best, detached, are where
+#   queries start.
+# - Early in training both help much; after 50 epochs on COCO by 1.7 and 0.7 AP.
 #
-# > **Differs from the paper.** Its A.4 speaks of a binary classification in the first stage; the code
-# > has a layer of all classes, trains it with class 0 for every object, and reads channel 0 only.
+# > **Differs from the paper.** A.4 starts refinement from boxes of size 0.1; in the code the first layer starts from a
+# > point, and the first sizes are $\sigma(-2) = 0.119$. A.4 speaks of a binary classifier; the code has a logit per class
+# > and uses the first. The projection, its norm and the rule for invalid anchors are in the code only.
+# >
 # > **Differs from the official code.** The size of anchors is an option.
 #
 # ## Further reading
 #
 # - {cite}`zhu2021deformable`: section 4.2 and Appendix A.4.
+# - {cite}`teed2020raft`: iterative refinement of optical flow, with the same cut.
 # - {cite}`zhang2023dino`: what became of both.

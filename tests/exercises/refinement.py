@@ -4,7 +4,10 @@ import torch
 from torchvision.ops import box_iou
 
 from deformable_detr.exercises import checks, expect
+from deformable_detr.losses.scoring import FocalScoring
 from deformable_detr.models.heads import move
+from deformable_detr.models.selection import FirstStage, token_anchors
+from deformable_detr.structures import Tokens
 
 
 @checks("refinement.1")
@@ -39,7 +42,53 @@ def check_refine(refine):
         expect(trained, [layer], "detach what is handed on, and only that")
 
 
+def _first_stage() -> FirstStage:
+    """One in which no weight is zero."""
+    stage = FirstStage(24, 3, FocalScoring(), anchor_size=0.1)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return stage
+
+
+def _memory(padded: int) -> Tokens:
+    """Tokens of maps of 6 x 8 and 3 x 4; of the first, columns from `padded` on are padding."""
+    shapes, ratios = [(6, 8), (3, 4)], torch.ones(2, 2, 2)
+    fine = torch.zeros(2, 6, 8, dtype=torch.bool)
+    fine[:, :, padded:] = True
+    padding = torch.cat([fine.flatten(1), torch.zeros(2, 12, dtype=torch.bool)], 1)
+    features = torch.randn(2, 60, 24)
+    return Tokens(features, torch.zeros_like(features), padding, shapes, ratios)
+
+
 @checks("refinement.3")
+def check_select(select):
+    stage = _first_stage()
+
+    def given_and_expected(memory):
+        anchors, usable = token_anchors(memory, stage.anchor_size)
+        given = select(stage, memory.features, anchors, usable, 5)
+        queries, proposals = stage(memory, 5)
+        return given, (proposals.logits, proposals.boxes, queries.references)
+
+    given, expected = given_and_expected(_memory(padded=8))
+    yield "logits and boxes, where all tokens are usable"
+    expect(given[0], expected[0], "output, output_norm, class_head", atol=1e-4)
+    expect(given[1], expected[1], "the box head's answer is added before the sigmoid", atol=1e-4)
+    yield "tokens that are not usable are blank, and their boxes are (1, 1, 1, 1)"
+    blanked, as_expected = given_and_expected(_memory(padded=6))
+    expect(blanked[0], as_expected[0], "features become 0 before the projection", atol=1e-4)
+    expect(
+        blanked[1], as_expected[1], "their anchors become infinity before the sigmoid", atol=1e-4
+    )
+    yield "the tokens of best logit 0, best first"
+    expect(given[2], expected[2], "topk of logits[..., 0], in each image by itself", atol=1e-4)
+    yield "boxes carry a gradient, references do not"
+    expect(bool(given[1].requires_grad), True, "the first stage's own loss needs it")
+    expect(bool(given[2].requires_grad), False, "detach what is handed on")
+
+
+@checks("refinement.4")
 def check_recall(recall):
     truth = torch.tensor([[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.9, 0.9], [0.0, 0.6, 0.2, 0.8]])
     yield "every box has its proposal"
@@ -92,6 +141,34 @@ def _zero_reference(reference, delta):
     return move(reference, delta)
 
 
+def _select(blank=True, infinite=True, late=False, before=True, score=None, detach=(False, True)):
+    """The selection with one thing wrong."""
+
+    def select(stage, features, anchors, usable, num_queries):
+        unusable = ~usable.unsqueeze(-1)
+        if blank and not late:
+            features = features.masked_fill(unusable, 0)
+        features = stage.output_norm(stage.output(features))
+        if late:
+            features = features.masked_fill(unusable, 0)
+        logits, delta = stage.class_head(features), stage.box_head(features)
+        start = anchors.logit(eps=1e-5)
+        start = start.masked_fill(unusable, torch.inf) if infinite else start
+        boxes = (start + delta).sigmoid() if before else anchors + delta
+        chosen = (score or (lambda logits: logits[..., 0]))(logits).topk(num_queries, 1).indices
+        references = boxes.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 4))
+        pair = boxes, references
+        return logits, *(x.detach() if cut else x for x, cut in zip(pair, detach, strict=True))
+
+    return select
+
+
+def _same_tokens_in_all(stage, features, anchors, usable, num_queries):
+    logits, boxes, _ = _select()(stage, features, anchors, usable, num_queries)
+    chosen = logits[0, :, 0].topk(num_queries).indices
+    return logits, boxes, boxes[:, chosen].detach()
+
+
 WRONG = {
     "refinement.1": [
         ("added after the sigmoid", lambda reference, delta: reference + delta[..., :4].sigmoid()),
@@ -103,6 +180,16 @@ WRONG = {
         ("always the first reference", lambda r, heads: [move(r, head(r)) for head in heads]),
     ],
     "refinement.3": [
+        ("added after the sigmoid", _select(before=False)),
+        ("features not blanked", _select(blank=False)),
+        ("features blanked behind the norm", _select(late=True)),
+        ("anchors not set to infinity", _select(infinite=False)),
+        ("the best class of all", _select(score=lambda logits: logits.amax(-1))),
+        ("the tokens of the first image for all", _same_tokens_in_all),
+        ("references with gradient", _select(detach=(False, False))),
+        ("all boxes detached", _select(detach=(True, True))),
+    ],
+    "refinement.4": [
         ("any overlap", lambda p, t, at=0.5: 1.0 if not len(t) else _any_overlap(p, t)),
         ("a proposal covers one box only", _one_to_one),
         ("precision", lambda p, t, at=0.5: (box_iou(p, t).amax(1) >= at).float().mean().item()),
