@@ -12,13 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from deformable_detr.structures import Batch
+from deformable_detr.training.batches import SeededDataset
 from deformable_detr.training.lock import locked
 from tests import trials
 from tests.conftest import write_coco
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-NAMES = ("ablations", "convergence", "detr", "members")
+DETECTORS = ("ablations", "convergence", "detr", "members")  # studies that train them
+NAMES = [path.stem for path in FOLDER.glob("*.py") if "\nSTUDY = " in path.read_text("utf-8")]
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def make(study, tmp_path):
             configurations={each: each for each in configurations},
             seeds=seeds,
             trial=trials.trial,
-            seconds={},
+            usual=60,
             describe=trials.describe,
             runs=tmp_path / "runs",
         )
@@ -104,7 +108,7 @@ def test_two_configurations_from_end_to_end_in_processes(study, make, tmp_path, 
 
 
 def test_the_table_is_tidy(study, make, here, tmp_path):
-    """A row has one value; configuration, seed, split, step and metric say which."""
+    """A row has one value; configuration, seed, split, at and metric say which."""
     study.run_studies([make("a", "b")], jobs=1)
     rows = table(tmp_path)
     assert tuple(rows[0]) == study.COLUMNS
@@ -144,7 +148,7 @@ def test_a_trial_that_died_is_marked_and_stays_in_the_table(
 def test_what_was_not_begun_has_a_row_too(study, make, tmp_path):
     study.write_tables([make("a", "b", seeds=(0,))])
     assert [row["status"] for row in table(tmp_path)] == ["missing", "missing"]
-    assert card(tmp_path)["missing_cpu_minutes"] == round(2 * study.USUAL / 60)
+    assert card(tmp_path)["missing_cpu_minutes"] == 2
 
 
 def test_a_trial_in_use_is_left_to_its_process(study, make, here, tmp_path, capsys):
@@ -194,8 +198,8 @@ from tests import trials
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     study.RESULTS = Path({str(tmp_path)!r})
-    one = study.Study("quick", "?", {{"takes long": "takes long"}}, (0,), trials.trial, {{}},
-                      trials.describe, runs=study.RESULTS / "runs")
+    one = study.Study("quick", "?", {{"takes long": "takes long"}}, (0,), trials.trial, 60,
+                      describe=trials.describe, runs=study.RESULTS / "runs")
     study.run_studies([one], 1)
 """
     script = tmp_path / "command.py"
@@ -214,15 +218,44 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_study_is_a_table_that_can_be_built(study, name):
-    """All settings exist, and each change can be made to its model."""
+def test_every_study_is_known_and_has_different_trials(study, name):
     each = importlib.import_module(name).STUDY
     assert each.name == name and name in study.STUDIES
-    folders = {study.Place(each, key, 0).folder for key in each.configurations}
-    assert len(folders) == len(each.configurations), "two are the same"
-    for configuration in each.configurations.values():
+    places = list(each.trials())
+    assert len({place.folder for place in places}) == len(places), "two are the same"
+    assert each.seconds.keys() <= each.configurations.keys()
+    assert set(DETECTORS) < set(NAMES)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_detector_of_a_study_can_be_built(study, name):
+    """All settings exist, and each change can be made to its model."""
+    for configuration in importlib.import_module(name).STUDY.configurations.values():
         configuration.build(0)
         assert configuration.steps % configuration.evaluations == 0
+
+
+@pytest.mark.parametrize("kind", ["dense, encoder", "windowed, encoder", "deformable, encoder"])
+def test_formulas_are_what_the_instrument_counts(study, kind):
+    """A.1, to the last multiply-add."""
+    cost = importlib.import_module("cost")
+    rows = cost.measure(cost.STUDY.configurations[kind], 0, Path())
+    for tokens in {row["at"] for row in rows}:
+        values = {row["metric"]: row["value"] for row in rows if row["at"] == tokens}
+        assert values["multiply_adds"] == values["formula"] > 0
+        assert values["bytes_moved"] > values["peak_bytes"] > 0
+
+
+def test_which_points_are_kept(study):
+    Keep = importlib.import_module("thresholds").Keep
+    weights = torch.tensor([[[0.5, 0.1], [0.3, 0.1]], [[0.25, 0.25], [0.25, 0.25]]])  # Q, L, K
+    assert torch.equal(Keep()(weights), weights)
+    two = Keep(heaviest=2)(weights)
+    assert torch.allclose(two[0], torch.tensor([[0.625, 0.0], [0.375, 0.0]]))
+    assert (two[1] > 0).sum() == 2 and two[1].sum() == 1
+    above = Keep(at_least=0.3)(weights)
+    assert torch.allclose(above[0], two[0])
+    assert above[1].max() == 1, "where all are below, the heaviest stays"
 
 
 @pytest.fixture
@@ -266,7 +299,7 @@ def test_a_training_goes_on_where_it_was_killed(small, monkeypatch, tmp_path):
 def test_what_a_training_measures(small, tmp_path):
     detectors, detector = small
     rows = detectors.train_detector(detector, 0, tmp_path / "run")
-    found = {(row["split"], row["step"], row["metric"]): row["value"] for row in rows}
+    found = {(row["split"], row["at"], row["metric"]): row["value"] for row in rows}
     for key in (("val", 2, "ap"), ("val", 4, "object_ap50"), ("test", 4, "ap_small")):
         assert key in found
     assert found["val", 4, "decoder_effective_keys"] <= 4  # four points
@@ -277,8 +310,6 @@ def test_what_a_training_measures(small, tmp_path):
 
 def test_seeds_draw_other_images_and_epochs_too(small):
     detectors, _ = small
-    from deformable_detr.training.batches import SeededDataset
-
     draws = detectors.Draws(*detectors.find_split(detectors.DATA, "train"))
     draws.length = 3
     assert len(draws) == 3
@@ -302,10 +333,6 @@ def test_dense_attention_spreads_over_all_tokens(study):
     detectors = importlib.import_module("detectors")
     dense = detectors.Detector("digits-detr").build(0)
     sampling = detectors.Detector(settings=("model.num_levels=2",)).build(0)
-    import torch
-
-    from deformable_detr.structures import Batch
-
     batch = Batch.from_images([torch.rand(3, 128, 128)])
     assert 50 < detectors.effective_keys(dense, batch)["decoder_effective_keys"] <= 64
     assert detectors.effective_keys(sampling, batch)["decoder_effective_keys"] == 8

@@ -29,5 +29,5 @@ def trial(configuration, seed, folder):
         raise KeyError("no such thing")
     if configuration == "takes long":
         time.sleep(600)
-    value = {"split": "test", "step": 1, "metric": "ap", "value": 0.5 + seed / 10}
+    value = {"split": "test", "at": 1, "metric": "ap", "value": 0.5 + seed / 10}
     return [value, value | {"metric": "begun", "value": begun}]
