@@ -71,7 +71,7 @@ def test_other_models_are_refused_in_one_line(saved, message):
 def test_truncated_and_missing_files(saved, tmp_path):
     path = saved[1]
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
+    with pytest.raises(ValueError, match="not a readable safetensors file: it is damaged or cut"):
         load_model(path)
     with pytest.raises(FileNotFoundError, match="no model at"):
         load_model(tmp_path / "nothing")

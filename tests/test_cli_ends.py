@@ -120,6 +120,19 @@ def test_sigterm_ends_with_its_code(coco, tmp_path, capsys, monkeypatch):
     assert (run / "checkpoint.pt").exists()
 
 
+def test_a_broken_tiff_says_nothing_beside_the_error(coco):
+    from PIL import Image, features
+
+    if not features.check("libtiff"):
+        pytest.skip("this Pillow has no libtiff")
+    Image.effect_noise((64, 48), 99).save(coco / "train" / "a.tif", compression="tiff_lzw")
+    whole = (coco / "train" / "a.tif").read_bytes()
+    (coco / "train" / "a.tif").write_bytes(whole[:400] + b"\xff" * 400 + whole[800:])
+    ended = program(["predict", coco / "train" / "a.tif"], cwd=coco)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("passed over: cannot read image")
+
+
 WORKER = """Caught ValueError in DataLoader worker process 0.
 Original Traceback (most recent call last):
   File "worker.py", line 351, in _worker_loop

@@ -497,6 +497,20 @@ def test_a_broken_checkpoint_is_said_so(coco, tmp_path):
         (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
         with pytest.raises(ValueError, match=r"checkpoint.pt is no checkpoint of ours \(.+\): del"):
             run(coco, tmp_path / "run")
+    torch.save({"identity": {}, "model": {}, "more": torch.ones(999)}, tmp_path / "half.pt")
+    whole = (tmp_path / "half.pt").read_bytes()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"of ours \(it is damaged or cut off, .+\): delete it"):
+        run(coco, tmp_path / "run")
+
+
+def test_a_checkpoint_that_claims_more_than_it_holds_is_refused(coco, tmp_path):
+    """As weights are: one number under a stride of 0 would unfold to gigabytes."""
+    (tmp_path / "run").mkdir()
+    bomb = {"identity": {}, "model": {"weight": torch.ones(1).expand(1 << 30)}}
+    torch.save(bomb, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"no checkpoint of ours \(.*bytes cannot be in"):
+        run(coco, tmp_path / "run")
 
 
 def test_starting_anew_leaves_nothing_of_the_run_before(coco, tmp_path):

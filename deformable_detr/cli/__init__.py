@@ -6,6 +6,7 @@ import sys
 import warnings
 
 from deformable_detr.cli.memory import keep_memory
+from deformable_detr.cli.quiet import silence_libtiff
 from deformable_detr.interrupts import Interrupted, end_at_once
 
 
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     from deformable_detr.cli.commands import build_parser
 
     args = build_parser().parse_args(argv)
+    silence_libtiff()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file's name may hold bytes that are no text

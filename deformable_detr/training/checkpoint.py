@@ -61,8 +61,9 @@ def read_checkpoint(path: Path, identity: dict, model: BaseDetector) -> dict:
         tensors_of(saved["model"], path)
         before = completed(saved["identity"], identity)
     except Exception as error:
+        reason = first_line(error).rpartition(f"{path} is not a readable file of weights: ")[2]
         raise ValueError(
-            f"{path} is no checkpoint of ours ({first_line(error)}): "
+            f"{path} is no checkpoint of ours ({reason}): "
             "delete it, or start anew without resuming (--fresh)"
         ) from None
     changed = differences(before, identity)

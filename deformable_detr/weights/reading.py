@@ -21,6 +21,8 @@ from torch import Tensor
 from deformable_detr.files import first_line
 
 State = dict[str, Tensor]
+CUT_OFF = "it is damaged or cut off, as a copy or download that was not finished"
+ENDS_EARLY = ("header too small", "invalid header length", "not fully covered")  # of safetensors
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile, Lightning
 
 
@@ -32,7 +34,8 @@ def open_safetensors(path: Path | str) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+        reason = CUT_OFF if any(text in str(error) for text in ENDS_EARLY) else first_line(error)
+        raise ValueError(f"{path} is not a readable safetensors file: {reason}") from None
 
 
 def read_safetensors(path: Path | str) -> tuple[State, dict[str, str]]:
@@ -55,7 +58,7 @@ def read_pickle(path: Path | str) -> Mapping:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the loader raise anything
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = "it is damaged, or not written by torch.save"
+        reason = f"{CUT_OFF}, or not written by torch.save"
         if refused:
             reason = f"it asks to call {refused[1]}, which was not done"
         raise ValueError(f"{path} is not a readable file of weights: {reason}") from None
