@@ -84,7 +84,7 @@ def two_levels(dx: float, dy: float) -> None:
     for level, (axis, stride) in enumerate(zip(axes, (8, 32), strict=True)):
         draw_level(axis, stride)
         end = REFERENCE + np.array([dx, dy]) * stride / 128
-        axis.plot(*np.stack([REFERENCE, end]).T, color="black", linewidth=1.2)
+        axis.plot(*np.stack([REFERENCE, end]).T, color="black", linewidth=1.2, clip_on=False)
         axis.plot(*REFERENCE, "+", color=QUERY, markersize=14, markeredgewidth=2.5)
         axis.plot(*end, "o", color=POINT, markeredgecolor="black", markersize=9, clip_on=False)
         axis.set(xlim=(-0.35, 1.35), ylim=(1.35, -0.35))
