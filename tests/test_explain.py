@@ -15,6 +15,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from playwright.sync_api import Error, sync_playwright
 
 from deformable_detr import DeformableDETR, MSDeformAttn, Output
 from deformable_detr.cli import main
@@ -26,10 +27,12 @@ from deformable_detr.look.asking import Look
 from deformable_detr.look.gradients import ITEMS
 from deformable_detr.look.measures import energy_shares, regions, weight_shares
 from deformable_detr.look.overlays import holding
+from deformable_detr.look.page import page as write_page
 from deformable_detr.models import DETR, MODELS
 from deformable_detr.models.tokens import level_mask, valid_ratio
 from tests.conftest import TINY, TINY_DETR
 from tests.members import build, tiny
+from tests.test_book import FLAGS, find_browser
 from tests.test_integrations import transformers
 
 ROOT = Path(__file__).parents[1]
@@ -507,6 +510,27 @@ def test_the_command_writes_one_page(tmp_path, capsys):
     assert len(page.images) == 1 + 3 * 3 and all(image["alt"] for image in page.images)
     assert "Detection 2: zero" in page.text and "of the weight lies in the box" in page.text
     assert path.stat().st_size < 3e6
+
+
+@pytest.mark.parametrize("width", [380, 1100])
+def test_the_page_fits_the_window(tmp_path, width):
+    """Of a telephone too, where figures scroll by themselves; every picture is shown."""
+    look = Look(load_detector(SHIPPED), SAMPLE)
+    seen = look.at_detection()
+    which = {"layer": -1, "head": None, "level": None}
+    text = write_page("unbroken" * 20, {"detection 0": seen}, [look.at_middle_of(seen)], which)
+    (tmp_path / "page.html").write_text(text, "utf-8")
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
+        except Error as error:
+            pytest.skip(f"no Chromium here to open the page with: {error.message.splitlines()[0]}")
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto((tmp_path / "page.html").as_uri())
+        needed = page.evaluate("document.documentElement.scrollWidth")
+        sizes = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+        browser.close()
+    assert needed <= width and len(sizes) == 4 and min(sizes) > 300
 
 
 def test_the_command_draws_a_picture_of_what_is_asked_for(tmp_path, capsys):

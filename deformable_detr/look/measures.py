@@ -8,17 +8,20 @@ EDGE = 0.3  # half-sides of a box, to both sides of an edge: what counts as at i
 REGIONS = ("inside", "sides", "ends")
 
 
-def regions(x: np.ndarray, y: np.ndarray, box: np.ndarray) -> dict[str, np.ndarray]:
+def regions(
+    x: np.ndarray, y: np.ndarray, box: np.ndarray, edge: float = EDGE
+) -> dict[str, np.ndarray]:
     """Which places lie in a box, at its left and right edges (sides) and at its top and bottom
     (ends), all bool; x, y: any shape, in the units of the box, (4,) xyxy.
 
-    Half of the band at the edges is inside too. A corner is parted along its diagonal.
+    edge: half-sides, to both sides of an edge. So half of that band is inside too. A corner is
+    parted along its diagonal.
     """
     x0, y0, x1, y1 = box
     u = np.abs(x - (x0 + x1) / 2) / ((x1 - x0) / 2)  # 1 at the left and the right edge
     v = np.abs(y - (y0 + y1) / 2) / ((y1 - y0) / 2)
     farthest = np.maximum(u, v)
-    at_edge = np.abs(farthest - 1) <= EDGE
+    at_edge = np.abs(farthest - 1) <= edge
     return {"inside": farthest <= 1, "sides": at_edge & (u >= v), "ends": at_edge & (u < v)}
 
 

@@ -23,6 +23,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var
   max-width: 68rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+.wide { overflow-x: auto; }
+.wide img { min-width: 44rem; }
 figcaption { max-width: 46rem; }
 table { border-collapse: collapse; margin: .8rem 0; }
 th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
@@ -172,7 +174,10 @@ def png(picture: Figure | Image.Image) -> BytesIO:
 def _image(picture: Figure | Image.Image, said: str, caption: str) -> str:
     """A figure of the page, in which its picture is."""
     data = base64.b64encode(png(picture).getvalue()).decode()
+    wide = isinstance(picture, Figure) and picture.get_figwidth() > 2 * INCHES
+    frame = "wide" if wide else "whole"  # the former scrolls on a small screen
     return (
-        f"<figure><img src='data:image/png;base64,{data}' alt='{escape(said, quote=True)}'>"
+        f"<figure><div class='{frame}'><img src='data:image/png;base64,{data}' "
+        f"alt='{escape(said, quote=True)}'></div>"
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
