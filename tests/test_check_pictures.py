@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from deformable_detr.data import transforms
+from deformable_detr.data import picture_checks, transforms
 from deformable_detr.data.checks import check_dataset
 from deformable_detr.data.coco import CocoDataset, collate, find_split
 from deformable_detr.data.images import open_image, read_image
@@ -158,6 +158,13 @@ def test_boxes_in_pixels_of_the_file_that_exif_turns_are_seen(coco):
     assert "is 48 x 64, not 64 x 48: its EXIF turns it; are its boxes, too" in fault.message
     rewrite(coco, lambda c: c["images"][0].update(width=48, height=64))
     assert [f.kind for f in faults_of(coco)] in ([], ["box cut"], ["box outside"])
+
+
+def test_very_large_images_are_better_cut(coco, monkeypatch):
+    assert not [fault for fault in faults_of(coco) if fault.kind == "large image"]
+    monkeypatch.setattr(picture_checks, "SHORT_SIDE", 15)  # 48 pixels are more than 3 x 15
+    (fault,) = (fault for fault in faults_of(coco) if fault.kind == "large image")
+    assert "deformable-detr tile cuts them: 6 of 6 images" in fault.message and not fault.fatal
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 4])

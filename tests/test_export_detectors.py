@@ -280,7 +280,10 @@ def test_the_command_writes_the_shipped_detector(tmp_path, capsys):
     path = tmp_path / "digits.onnx"
     command = ["export", str(SHIPPED), "--output", str(path), "--size", "96", "128", "--fixed"]
     assert main([*command, "--top-k", "5"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr()
+    steps = [line.split()[1] for line in told.err.splitlines() if " of 3: " in line]
+    assert steps == ["1", "2", "3"]  # as minutes pass
+    lines = told.out.splitlines()
     assert lines[0].startswith("1 of 96 x 128: PyTorch and onnxruntime are ")
     assert lines[1:] == [f"written: {path}"]
     graph = make_graph(load_detector(SHIPPED).model, 5)

@@ -114,6 +114,19 @@ def test_what_belongs_to_nothing_is_said_and_left_out(tmp_path, capsys):
     assert check_dataset(*find_split(tmp_path / "coco", "train")) == []
 
 
+def test_of_two_pictures_of_one_name_the_xml_file_says_which_is_meant(tmp_path, capsys):
+    source = tmp_path / "voc"
+    write_voc(source, "beside", {"train": [["dog"], ["cat"]]})
+    Image.new("RGB", (64, 48), "black").save(source / "train" / "train_0.tif")
+    file = source / "train" / "train_0.xml"
+    file.write_text(file.read_text().replace("of another machine.jpg", " train_0.tif "))
+    assert main(["convert", str(source), str(tmp_path / "coco")]) == 0
+    content = json.loads((tmp_path / "coco" / "annotations" / "train.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["train_0.tif", "train_1.png"]
+    assert not (tmp_path / "coco" / "train" / "train_0.png").exists()
+    assert "1 picture without an XML file left out: train_0.png" in capsys.readouterr().out
+
+
 WRONG = {
     "<annotation>": "is not XML: ",
     xml("dog", box=BOX | {"xmin": "left"}): "bndbox/xmin must be a number, got 'left'",

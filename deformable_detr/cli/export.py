@@ -1,6 +1,8 @@
 """deformable-detr export"""
 
 import argparse
+import sys
+import time
 from pathlib import Path
 
 from deformable_detr.cli.arguments import WEIGHTS_HELP, add_command
@@ -42,6 +44,11 @@ def add(commands: argparse.Action) -> None:
     )
 
 
+def print_step(line: str) -> None:
+    """What is being done now, and since when: minutes pass."""
+    print(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stderr, flush=True)
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the file, and print how far it is from PyTorch."""
     from deformable_detr.cli.beforehand import refuse_targets
@@ -50,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
 
     refuse_targets(args.output)
     detector = load_detector(args.model)
+    options = {"dynamic": not args.fixed, "top_k": args.top_k, "on_step": print_step}
     try:
-        checks = to_onnx(detector, args.output, tuple(args.size), not args.fixed, args.top_k)
+        checks = to_onnx(detector, args.output, tuple(args.size), **options)
     except ImportError as error:
         raise ValueError(str(error)) from None
     for check in checks:

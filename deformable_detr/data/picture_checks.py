@@ -12,12 +12,13 @@ from deformable_detr.data.faults import Fault
 from deformable_detr.data.images import open_image
 from deformable_detr.data.names import counted, listed, printable
 from deformable_detr.data.places import Pictures, pictures_in
-from deformable_detr.data.transforms import SMALLEST_SIDE
+from deformable_detr.data.transforms import SHORT_SIDE, SMALLEST_SIDE
 
 DARK = 127  # of 255: a picture that is nowhere brighter may have been read with the wrong range
 THIN = (
     40  # times as long as wide: of 1333 pixels, the largest that COCO's recipe makes, 33 are left
 )
+LARGE = 3  # times the side to which COCO's recipe resizes
 PADDED = 1 << 26  # pixels of an image that was padded to the largest width and height of all
 
 
@@ -144,6 +145,10 @@ def _shape_faults(read: list[Seen]) -> Iterator[Fault]:
     thin = [each for each in read if max(each.size) > THIN * min(each.size)]
     text = f"more than {THIN} times as long as wide: little is left of the other side when resized"
     yield from _many(thin, read, text, "thin image")
+    large = [each for each in read if min(each.size) > LARGE * SHORT_SIDE]
+    text = f"shorter sides above {LARGE} x {SHORT_SIDE} pixels: small objects are lost where "
+    text += "images are resized; deformable-detr tile cuts them"
+    yield from _many(large, read, text, "large image")
     if read:
         widest, highest = (max(read, key=lambda each, i=i: each.size[i]) for i in (0, 1))
         width, height = widest.size[0], highest.size[1]

@@ -3,6 +3,7 @@
 import math
 import shutil
 import xml.etree.ElementTree as ET
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,37 +92,51 @@ def _folder(source: Path, split: str) -> Path | None:
     return folders[0] if folders else None
 
 
-def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    """Files by their names without endings; ValueError where two have one name."""
-    found: dict[str, Path] = {}
+def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """Files by their names without endings, which several may have."""
+    found: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(paths):
-        if path.stem in found:
-            both = f"{printable(found[path.stem])} and {printable(path)}"
-            raise ValueError(f"{both} have one name, so that it is not clear which belong together")
-        found[path.stem] = path
+        found[path.stem].append(path)
     return found
 
 
-def _pairs(pictures: dict[str, Path], files: dict[str, Path]) -> VocSplit:
-    return VocSplit(
-        [(pictures[stem], files[stem]) for stem in pictures if stem in files],
-        [path.name for stem, path in pictures.items() if stem not in files],
-        [path.name for stem, path in files.items() if stem not in pictures],
-    )
+def _pairs(pictures: dict[str, list[Path]], files: dict[str, list[Path]]) -> VocSplit:
+    pairs = [_pair(found, files[stem]) for stem, found in pictures.items() if stem in files]
+    paired = {picture for picture, _ in pairs}
+    alone = [path for found in pictures.values() for path in found if path not in paired]
+    lost = [path for stem, found in files.items() if stem not in pictures for path in found]
+    return VocSplit(pairs, [path.name for path in alone], [path.name for path in lost])
+
+
+def _pair(pictures: list[Path], files: list[Path]) -> tuple[Path, Path]:
+    """The picture of an XML file: of several, as a.png and a.tif, the one that its <filename>
+    names. ValueError where that does not decide."""
+    if len(pictures) > 1 and len(files) == 1:
+        name = (_root(files[0]).findtext("filename") or "").strip()
+        pictures = [path for path in pictures if path.name == name] or pictures
+    several = pictures if len(pictures) > 1 else files
+    if len(several) > 1:
+        both = f"{printable(several[0])} and {printable(several[1])}"
+        raise ValueError(f"{both} have one name, so that it is not clear which belong together")
+    return pictures[0], files[0]
 
 
 def read_xml(path: Path) -> dict:
     """What an XML file says: "size", width and height or None, and "boxes", each with its "name",
     "bbox" (x, y, width, height from the corner of the image) and "difficult"."""
-    try:
-        root = ET.parse(path).getroot()
-    except (ET.ParseError, ValueError) as error:
-        raise ValueError(f"{printable(path)} is not XML: {printable(error)}") from None
+    root = _root(path)
     size = tuple(_number(root, f"size/{side}", path, default=0) for side in ("width", "height"))
     return {
         "size": tuple(int(side) for side in size) if min(size) > 0 else None,
         "boxes": [_read_object(each, path) for each in root.iter("object")],
     }
+
+
+def _root(path: Path) -> ET.Element:
+    try:
+        return ET.parse(path).getroot()
+    except (ET.ParseError, ValueError) as error:
+        raise ValueError(f"{printable(path)} is not XML: {printable(error)}") from None
 
 
 def _read_object(element: ET.Element, path: Path) -> dict:

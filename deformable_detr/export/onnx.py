@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ def to_onnx(
     size: tuple[int, int] = (480, 640),
     dynamic: bool = True,
     top_k: int | None = None,
+    on_step: Callable[[str], object] = lambda line: None,
 ) -> list[Check]:
     """Write a detector as an ONNX file that takes pixels, and say how far it is from PyTorch.
 
@@ -38,8 +39,9 @@ def to_onnx(
     them. size: (height, width) of the images; dynamic: the file takes any batch and any size, else
     one image of this size. What a `Detector` knows besides (categories, threshold, short side) is
     in the file's metadata, as JSON. Before the file is put in place onnxruntime runs it, at other
-    batches and sizes too where it is dynamic. Returns what came of that. Raises ImportError without
-    onnx, onnxscript and onnxruntime; ValueError, in one line, where the model cannot be exported,
+    batches and sizes too where it is dynamic. Returns what came of that. on_step is called with a
+    line before each of three steps, which take minutes. Raises ImportError without onnx, onnxscript
+    and onnxruntime; ValueError, in one line, where the model cannot be exported,
     or where the file gives other numbers.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
@@ -49,12 +51,16 @@ def to_onnx(
         )
     model = detector.model if isinstance(detector, Detector) else detector
     graph = make_graph(model, top_k)
-    onnx_program = translate(to_program(graph, size, dynamic), graph, dynamic)
+    on_step("1 of 3: the model as a program of torch.export")
+    program = to_program(graph, size, dynamic)
+    on_step("2 of 3: the program in ONNX's words")
+    onnx_program = translate(program, graph, dynamic)
     onnx_program.model.metadata_props.update(describe(detector))
     checks: list[Check] = []
 
     def write(temporary: str) -> None:
         onnx_program.save(temporary)
+        on_step("3 of 3: onnxruntime compared with PyTorch")
         checks.extend(check_file(temporary, graph, size, dynamic))
         wrong = [check for check in checks if not check.difference <= TOLERANCE]
         if wrong:
