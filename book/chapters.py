@@ -285,6 +285,30 @@ def build(source: Path) -> str:
     return f"{source.stem}: {measured['seconds']} s, {measured['peak_mib']} MiB"
 
 
+def retell(source: Path) -> str:
+    """Store a chapter's changed prose beside the outputs that it has; return a line that says so.
+
+    Raises:
+        ValueError: code has changed as well, so that the chapter must run, or it never ran.
+    """
+    path = source.with_suffix(".ipynb")
+    if not path.exists():
+        raise ValueError(f"{path.name} does not exist: run the chapter first")
+    old, measured = nbformat.read(path, as_version=4), read_results(source)
+    told = notebook_from_source(source)
+    code = [[c for c in notebook.cells if c.cell_type == "code"] for notebook in (old, told)]
+    if [cell.source for cell in code[0]] != [cell.source for cell in code[1]]:
+        raise ValueError(f"the code of {source.name} has changed: run it")
+    for before, now in zip(*code, strict=True):
+        now.outputs, now.execution_count = before.outputs, before.execution_count
+    measured[source.stem]["reading_minutes"] = reading_minutes(told)
+    measured[source.stem]["exercise_minutes"] = exercise_minutes(told)
+    write_text(results_file(source), json.dumps(measured, indent=2) + "\n")
+    told.cells[0] = notebook_from_source(source).cells[0]  # with the new minutes
+    write_text(path, nbformat.writes(told) + "\n")
+    return f"{source.stem}: prose stored, outputs kept"
+
+
 def differences(source: Path) -> list[str]:
     """Where the stored notebook of a chapter differs from what its source says now."""
     stored_path = source.with_suffix(".ipynb")
@@ -312,6 +336,9 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="run and write nothing; say where a stored notebook differs from its source",
     )
+    parser.add_argument(
+        "--prose", action="store_true", help="run nothing; store changed prose beside old outputs"
+    )
     options = parser.parse_args(arguments)
     failed = 0
     for source in options.sources:
@@ -321,7 +348,8 @@ def main(arguments: list[str] | None = None) -> int:
                     raise ValueError("\n".join(found))
                 print(f"{source.stem}: up to date", flush=True)
             else:
-                print(build(source), flush=True)
+                make = retell if options.prose else build
+                print(make(source), flush=True)
         except (ValueError, nbclient.exceptions.CellExecutionError) as error:
             failed += 1
             reason = COLOUR.sub("", str(error))

@@ -133,6 +133,22 @@ def test_a_chapter_is_stored_with_its_provenance_which_the_page_tells(tmp_path):
     assert about["cpu"] in line and "python 3." in line and f"torch {torch.__version__[:3]}" in line
 
 
+def test_changed_prose_keeps_outputs_and_changed_code_does_not(tmp_path):
+    source = tmp_path / "chapters" / "01_toy.py"
+    source.parent.mkdir()
+    text = "# %% [markdown]\n# # 1 Toy\n#\n# {{measured}}\n\n# %%\nprint(1 + 1)\n"
+    source.write_text(text)
+    assert chapters.main([str(source), "--prose"]) == 1  # it never ran
+    assert chapters.main([str(source)]) == 0
+    source.write_text(text.replace("Toy", "Game"))
+    assert chapters.main([str(source), "--prose"]) == 0
+    stored = json.loads(source.with_suffix(".ipynb").read_text())
+    assert "Game" in "".join(stored["cells"][0]["source"]) and stored["cells"][1]["outputs"]
+    assert chapters.differences(source) == []
+    source.write_text(text.replace("1 + 1", "1 + 2"))
+    assert chapters.main([str(source), "--prose"]) == 1
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_page_is_whole(page, address, name):
     page.goto(f"{address}/{name}.html", wait_until="load")
