@@ -1,7 +1,11 @@
 """Checkers of chapter attention_on_images, "What attention costs on images"."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from deformable_detr.exercises import checks, expect
@@ -30,7 +34,45 @@ def check_attention_flops(attention_flops):
     expect(attention_flops(100, 850, 256, 8), counted(100, 850, 256, 8))
 
 
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
 @checks("attention_on_images.2")
+def check_attend_in_blocks(attend_in_blocks):
+    queries, keys, values = torch.randn(3, 4), torch.randn(10, 4), torch.randn(10, 2)
+
+    def plain(queries):
+        return F.scaled_dot_product_attention(queries[None], keys[None], values[None])[0]
+
+    yield "one block is plain attention"
+    hint = "divide scores by the root of D, and the sum of the values by that of the exponentials"
+    expect(attend_in_blocks(queries, keys, values, 10), plain(queries), hint)
+    yield "many blocks give the same, also when the last is smaller"
+    hint = "when the largest score grows, scale down both sums by exp(old - new)"
+    for block in (5, 4, 1):
+        expect(attend_in_blocks(queries, keys, values, block), plain(queries), hint)
+    yield "scores in the thousands do not overflow"
+    hint = "exponentials of scores minus the largest so far are never above 1"
+    expect(attend_in_blocks(3000 * queries, keys, values, 4), plain(3000 * queries), hint)
+    yield "no tensor is as large as the matrix of weights"
+    queries, keys, values = torch.randn(64, 3), torch.randn(256, 3), torch.randn(256, 2)
+    with LargestTensor() as largest:
+        attend_in_blocks(queries, keys, values, 16)
+    hint = f"a tensor of {largest.numel} numbers was made, and the matrix has {64 * 256}"
+    expect(largest.numel < 64 * 256 // 2, True, hint)
+
+
+@checks("attention_on_images.3")
 def check_window_mask(window_mask):
     H, W = 3, 5
     mask = window_mask(H, W, 1)
@@ -85,6 +127,31 @@ def _flat_window(H, W, radius):
     return torch.isin(token - token[:, None], offsets)
 
 
+def _all_at_once(queries, keys, values, block):
+    return (queries @ keys.T / math.sqrt(queries.shape[1])).softmax(-1) @ values
+
+
+def _mean_of_blocks(queries, keys, values, block):
+    blocks = zip(keys.split(block), values.split(block), strict=True)
+    return torch.stack([_all_at_once(queries, k, v, block) for k, v in blocks]).mean(0)
+
+
+def _blocks(shift=True, shrink_total=True, shrink_output=True):
+    def attend_in_blocks(queries, keys, values, block):
+        largest = torch.full((len(queries), 1), -math.inf if shift else 0.0)
+        total, output = torch.zeros(len(queries), 1), torch.zeros(len(queries), values.shape[1])
+        for k, v in zip(keys.split(block), values.split(block), strict=True):
+            scores = queries @ k.T / math.sqrt(queries.shape[1])
+            new = torch.maximum(largest, scores.amax(1, keepdim=True)) if shift else largest
+            weights, shrink = (scores - new).exp(), (largest - new).exp()
+            total = total * (shrink if shrink_total else 1) + weights.sum(1, keepdim=True)
+            output = output * (shrink if shrink_output else 1) + weights @ v
+            largest = new
+        return output / total
+
+    return attend_in_blocks
+
+
 WRONG = {
     "attention_on_images.1": [
         ("a multiply-add counted once", _flops(per_multiply_add=1)),
@@ -93,6 +160,13 @@ WRONG = {
         ("keys projected as often as there are queries", _keys_projected_as_queries),
     ],
     "attention_on_images.2": [
+        ("the whole matrix after all", _all_at_once),
+        ("a mean of softmaxes", _mean_of_blocks),
+        ("exponentials not shifted", _blocks(shift=False)),
+        ("the total not scaled down", _blocks(shrink_total=False)),
+        ("the output not scaled down", _blocks(shrink_output=False)),
+    ],
+    "attention_on_images.3": [
         ("distance in the flat list", _flat_window),
         ("height and width exchanged", _window(divisor=lambda H, W: H)),
         ("near in one direction is enough", _window(both=False)),
