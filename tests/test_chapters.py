@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import rendering
+import torch
 from nbformat import NotebookNode
 
 import chapters as tool
@@ -103,10 +104,11 @@ def run(cells: list[str]) -> str:
 
 @pytest.fixture
 def in_chapters(monkeypatch):
-    """The surroundings of a chapter: its folder, and figures that need no screen."""
+    """The surroundings of a chapter: its folder, figures that need no screen, and gradients, which
+    a chapter may turn off for itself."""
     monkeypatch.chdir(CHAPTERS)
     matplotlib.use("Agg")
-    with plt.rc_context():
+    with plt.rc_context(), torch.enable_grad():
         yield
     plt.close("all")
 
