@@ -91,7 +91,8 @@ print("ids", list(class_of), "-> classes", list(class_of.values()))
 # %% [markdown]
 # We cut two pictures to two different sizes, neither of them square. If height and width were ever
 # mixed up, the shapes would not fit, and we would notice. Pixels are normalised by ImageNet's mean
-# and standard deviation. Boxes become `cxcywh`: centre and size, as parts of the image.
+# and standard deviation. Boxes become `cxcywh`: centre and size, as parts of the image. Objects that the
+# cut goes through are left out.
 
 # %%
 from deformable_detr.structures import Batch, Target
@@ -188,15 +189,15 @@ for stride, feature_map in zip(model.backbone.strides, maps, strict=True):
 # %% [markdown]
 # The three maps have three widths: 32, 64 and 96 channels. (In a ResNet-50 {cite}`he2016resnet` the
 # strides are 8, 16 and 32, and the widths 512, 1024 and 2048. Our digits are small, so our backbone
-# ends one halving earlier.) But attention across levels compares like with like: it needs **one**
-# width. So each map is projected, and one coarser level is added:
+# ends one halving earlier.) But multi-scale attention adds up samples of all levels in one sum, so all
+# levels need **one** width. Each map is projected, and one coarser level is added:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three grids of falling size on the left, at stride 4, 8 and 16 with 32, 64 and 96 channels. Arrows labelled 1 by 1, group norm, lead to levels 0, 1 and 2; an arrow labelled 3 by 3, stride 2, leads from the last grid to level 3. All four levels run into one column of tokens."}}
 draw.maps_to_tokens()
 
 # %% [markdown]
 # *Figure {{n}}.3. What to see: a 1 × 1 convolution gives each map the same width. The fourth level
-# comes from the backbone's last map itself, not from level 2 (Appendix A.2). Then all levels become
+# comes from the backbone's last map itself, not from level 2 (the paper's Appendix A.2). Then all levels become
 # one sequence.*
 #
 # A 1 × 1 convolution is a matrix that is applied to every cell. By hand for one cell, row 4 and
@@ -300,11 +301,11 @@ assert torch.equal(features[0, example], levels[level][0, :, row, column])
 print(tuple(features.shape), f"; row {row}, column {column} of level {level} is token {example}")
 
 # %% [markdown]
-# ## Exercise {{n}}.1  Where is token 837?
+# ## Exercise {{n}}.1  Where is a token?
 #
 # *difficulty ●○○ · 8 minutes · 6 lines*
 #
-# Go the other way: from a token's index to its level and to the centre of its cell, x first, as
+# Above we went from a place to a token. Go the other way: from a token's index to its level and to the centre of its cell, x first, as
 # parts of the padded map.
 
 
@@ -567,8 +568,8 @@ print("query 20 noticed the change of query 3:", bool(moved[20] > 1e-4))
 # %% [markdown]
 # So queries form a *set*, in which order means nothing, and they know of each other. This happens
 # through self-attention and nothing else. To see it, we repeat the change with cross-attention alone.
-# (A fresh one would not depend on the query at all, since its weights are zero; so we give it random
-# weights.)
+# (In a fresh one the layers that make offsets and weights of the query start at zero, so nothing would
+# depend on the query. We give it random weights.)
 
 # %%
 loose = copy.deepcopy(layer.cross_attention)
@@ -661,7 +662,8 @@ check("pixels_to_boxes.2", decode_layer)
 # \sigma^{-1}(p) = \ln\frac{p}{1 - p}
 # $$
 #
-# and the same for $y$ and $h$. On the running example, with a slider for each number:
+# and the same for $y$ and $h$. Here it is on the running example; in JupyterLab each of the two numbers has a
+# slider.
 
 # %% mystnb={"image": {"alt": "Left, the picture of the seven with an orange cross at x = 0.3 and a small blue box at x = 0.54. Right, the sigmoid: the cross lies on it at minus 0.85, the box's centre on it one unit further right, with an arrow between them labelled delta plus 1.0."}}
 # NBVAL_IGNORE_OUTPUT
@@ -718,8 +720,8 @@ left, top, right, bottom = cxcywh_to_xyxy(torch.tensor([0.9, 0.5, 0.4, 0.2])).to
 print(f"from {left:.1f} to {right:.1f} along x")
 
 # %% [markdown]
-# It sticks out. Nothing in the model forbids that; training makes it rare, because the objects' own boxes
-# end at the border.
+# It sticks out, and nothing in the model forbids that. {{chapter refinement}} counts how often the boxes of a
+# trained detector do.
 #
 # Now the heads of our model. The last layer of the box head starts with zero weights, and its bias is 0
 # for the centre and −2 for the size. So before training every box sits on its reference point, with sides
@@ -874,7 +876,7 @@ state = model.state_dict()
 for theirs, ours in names.items():
     state = {key.replace(theirs, ours): value for key, value in state.items()}
 detector = Detector(config).eval()
-detector.load_state_dict(state, strict=True)
+_ = detector.load_state_dict(state, strict=True)
 
 # %%
 output = model(batch)
@@ -886,7 +888,7 @@ for (logits, boxes), theirs in zip(answers, [*output.auxiliary, output], strict=
 print("the same logits and boxes in", len(answers), "decoder layers")
 
 # %% [markdown]
-# These 70 lines compute what the library's base model computes. (They leave out dropout, which acts in
+# This class and the functions above compute what the library's base model computes. (They leave out dropout, which acts in
 # training only. That the library in turn computes what the published models compute is checked in
 # {{chapter published_weights}}.) Refinement and the two-stage model come in {{chapter refinement}}.
 

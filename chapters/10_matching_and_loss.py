@@ -178,7 +178,7 @@ labels = torch.tensor([[-1, 2]])  # (B, Q): query 0 has no object, query 1 one o
 in_library = FocalScoring(loss_weight=1).loss(p.logit()[None], labels, num_boxes=1)
 for loss in (in_torch, in_torchvision, in_library):
     assert math.isclose(loss, by_hand, rel_tol=1e-4)
-print("four times", round(by_hand, 4))
+print("by hand, in PyTorch, in torchvision, in the library:", round(by_hand, 4))
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Loss over the probability p on a logarithmic scale. Where no is wanted, cross entropy falls slowly towards p = 0 while the focal loss falls much faster; at p = 0.01 the focal loss is more than ten thousand times smaller. Where yes is wanted the two are close at small p."}}
 draw.focal_and_cross_entropy(sigmoid_focal_loss)
@@ -222,7 +222,8 @@ for classes in (10, 91):
     print(f"{classes} classes: {0.99**classes:.2f}")
 
 # %% [markdown]
-# So "starts at 0.99" is true of each class, and not of the whole query.
+# So "starts at 0.99" is true of each class, and not of the whole query. The loss does not mind, because it asks
+# each class by itself.
 #
 # ## Exercise {{n}}.2  The class loss, from logits
 #
@@ -275,8 +276,9 @@ check("matching_and_loss.2", class_term)
 #
 # How good is a box? The simplest measure is the L1 distance of the four numbers cx, cy, w and h. But it
 # measures in parts of the *image*: a shift of 0.05 costs the same for every box, although it is little
-# for a large box and a miss for a small one. Intersection over union (IoU) measures in parts of the
-# *box*. By hand, for two boxes as corners `xyxy`:
+# for a large box and a miss for a small one. (It does notice a wrong size, since w and h are two of its
+# numbers. What it lacks is the relation to the size of the box.) Intersection over union (IoU) measures
+# in parts of the *box*. By hand, for two boxes as corners `xyxy`:
 
 
 # %%
@@ -404,7 +406,7 @@ check("matching_and_loss.3", pairwise_giou)
 # ## {{n}}.4 Matching: which query answers for which object?
 #
 # Each object gets **exactly one** query: the assignment with the smallest total cost
-# {cite}`carion2020detr`. The cost of a pair is what its loss would be, or nearly:
+# {cite}`carion2020detr`. The cost of a pair is what its loss would be, but for a constant:
 #
 # $$\text{cost} = 2 \cdot \text{class} + 5 \cdot \mathrm{L1} - 2 \cdot \mathrm{GIoU}$$
 #
@@ -559,11 +561,13 @@ with torch.enable_grad():
 print(["up" if g < 0 else "down" for g in twins.grad.flatten().tolist()])
 
 # %% [markdown]
-# One up, the other down. Classical detectors have three hand-made parts: preset boxes (*anchors*); a rule
+# The one with the higher score goes up, because the matching has given it the object. The other goes down.
+#
+# Classical detectors have three hand-made parts: preset boxes (*anchors*); a rule
 # that says which anchors answer for which object, usually all that overlap it enough; and non-maximum
 # suppression (NMS), which removes the duplicates that this rule asks for. Here learned queries take the
 # place of anchors and the matching takes the place of the rule. A duplicate is now an *error in training*,
-# and self-attention lets queries settle who answers. So NMS is not needed. How many duplicates are left after
+# and self-attention is where queries can settle who answers. So NMS is not needed. How many duplicates are left after
 # training is counted in {{chapter training}}.
 #
 # ## {{n}}.5 The total loss
