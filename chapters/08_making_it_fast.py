@@ -13,9 +13,9 @@
 #
 # You will be able to
 # - **count** the bytes and operations that deformable attention cannot do without,
-# - **place** a kernel under your machine's roofline, and say what limits it,
-# - **predict** the faster of two layouts by counting, then time both,
-# - **speed** a kernel up step by step: reuse, specialisation, two phases, locality,
+# - **simulate** a cache, and predict with it the faster of two layouts before you time both,
+# - **speed** a kernel up step by step, and say which steps the measurement really shows,
+# - **place** kernels under your machine's roofline, and say what limits them,
 # - **watch** a data race lose sums, and avoid it in three ways.
 #
 # You should know: {{chapter cuda_kernel}}.
@@ -25,8 +25,10 @@
 # {{map}}
 
 # %% [markdown]
-# Times in this chapter are those of the machine that ran it: yours, if you run it. What one may
-# assert is what one can count; so this chapter counts first, and times after.
+# A kernel that is right can still be a hundred times slower than another one that is right, too. This chapter
+# finds out why, on your own processor. Times differ from machine to machine, and from minute to minute on the same one.
+# Counts do not. So we count first, predict from the counts, and only then take the time. The times on this page
+# are those of the machine that made it; run the cells to see yours.
 
 # %%
 import ctypes
@@ -35,22 +37,20 @@ import math
 import platform
 import random
 import re
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from schematics import making_it_fast as schematics
+from schematics import running_example
 
 from deformable_detr import Batch, ms_deform_attn, use_backend
 from deformable_detr.exercises import check
-from deformable_detr.exercises.cuda import WORDS, build
+from deformable_detr.exercises.cuda import build, library_of
 from deformable_detr.layers import attention
 from deformable_detr.ops import threads
-from deformable_detr.ops.build import compiler
 from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")
@@ -60,45 +60,53 @@ torch.set_num_threads(1)
 # %% [markdown]
 # ## {{n}}.1 What has to move
 #
-# The encoder of the paper's detector on an image of 800 by 1066 pixels {cite}`zhu2021deformable`:
-# every token of four levels is a query. In float32, each input must be read once and the output
-# written once. That is the least any kernel moves.
+# Take the encoder of the paper's detector on an image of 800 by 1066 pixels {cite}`zhu2021deformable`. Every token of
+# its four levels is a query. In float32, each input must be read at least once and the output written once. No
+# kernel can move less:
 
 # %%
 LEVELS = [(100, 134), (50, 67), (25, 34), (13, 17)]
 M, D, L, K = 8, 32, 4, 4
 S = Q = sum(h * w for h, w in LEVELS)
 value_bytes = output_bytes = 4 * S * M * D
-location_bytes, weight_bytes = 4 * Q * M * L * K * 2, 4 * Q * M * L * K
-compulsory = value_bytes + location_bytes + weight_bytes + output_bytes
+compulsory = value_bytes + output_bytes + 4 * Q * M * L * K * 3  # two coordinates and a weight
 print(f"{Q} queries, {Q * M * L * K / 1e6:.2f} million points, {compulsory / 1e6:.1f} MB")
 
 # %% [markdown]
-# But each point reads four rows of D channels, and value is read over and over. Before you run: how
-# many times is each of its bytes read, on average?
+# But each point reads four rows of D channels, and neighbouring queries read the same rows again. Before you run: how
+# many times is each byte of `value` read, on average?
 
 # %%
-points = Q * M * L * K
-gathered = points * 4 * D * 4  # corners, channels, bytes
-flops = points * 4 * D * 2  # a multiplication and an addition for each
+gathered = Q * M * L * K * 4 * D * 4  # points, corners, channels, bytes
+flops = Q * M * L * K * 4 * D * 2  # a multiplication and an addition for each number
 print(f"gathered {gathered / 1e9:.2f} GB, {gathered / value_bytes:.0f} times value")
-print(f"{flops / 1e9:.2f} GFLOP, {flops / gathered:.1f} per byte gathered")
+print(f"{flops / 1e9:.2f} GFLOP, {flops / gathered:.1f} operations per byte gathered")
 assert gathered / value_bytes == 4 * L * K
 
 # %% [markdown]
-# Half an operation for each byte that is read. The next section measures how many your processor could
-# do in that time: about one where the byte comes from the cache, several where it comes from memory. So
-# this kernel is a matter of **moving**, not of computing, and it matters where the 1.17 GB come from.
+# So there is half an operation per byte read. Is that little or much?
 
 # %% [markdown]
-# ## {{n}}.2 Your machine's roofline
+# ## {{n}}.2 Two limits
 #
-# Three measurements: copying what fits into a cache, copying what does not, and multiplying matrices.
+# A processor can fetch only so many bytes per second, and compute only so many operations per second. Which of the
+# two limits a kernel meets first depends on its **intensity**: how many operations it does per byte. The picture of
+# both limits is called a **roofline** {cite}`williams2009roofline`.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A line that rises to the right and becomes flat at 40 GFLOP/s. A point on the slope at one operation per byte, 10 GFLOP/s: bytes limit. A point on the flat part at 16 operations per byte: arithmetic limits."}}
+schematics.two_limits()
+
+# %% [markdown]
+# *Figure {{n}}.1. The roofline of an imagined machine that fetches 10 GB/s and computes 40 GFLOP/s. A kernel with 4
+# operations per byte would meet both limits at once.*
+#
+# Your machine's limits take three measurements: copying what fits into the processor's cache, copying what does not,
+# and multiplying matrices, which does many operations per byte.
 
 
 # %%
-def best_time(function, repeats=7):
-    """Seconds of the fastest call: others were disturbed."""
+def best_time(function, repeats):
+    """Seconds of the fastest call. For a limit that is right: whatever disturbs, slows down."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -111,60 +119,33 @@ def copy_rate(megabytes, repeats):
     """GB/s read and written by copying an array."""
     source = torch.rand(megabytes * 2**18)
     target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / best_time(lambda: target.copy_(source), repeats) / 1e9
+    return 2 * source.nbytes / best_time(lambda: target.copy_(source), repeats) / 1e9
 
-
-a, b = torch.rand(768, 768), torch.rand(768, 768)
-machine = {
-    "memory": copy_rate(128, repeats=7),
-    "cache": copy_rate(1, repeats=300),
-    "GFLOP/s": 2 * 768**3 / best_time(lambda: a @ b) / 1e9,
-}
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-print(platform.machine(), {name: f"{rate:.0f}" for name, rate in machine.items()})
-for name in ("cache", "memory"):
-    milliseconds, ridge = gathered / machine[name] / 1e6, machine["GFLOP/s"] / machine[name]
-    print(f"gathers from {name}: {milliseconds:.0f} ms; {ridge:.1f} operations a byte at the ridge")
-
-# %% mystnb={"image": {"alt": "A roofline on logarithmic axes: two rising lines for cache and memory bandwidth meet a flat ceiling of arithmetic. Three vertical lines: deformable attention with every read counted, at half an operation a byte, left of both ridges; with each byte counted once, at nine; and a product of matrices, each byte once, far to the right."}}
-kinds = {
-    "every read": (flops / gathered, "C2"),
-    "each byte once": (flops / compulsory, "C2"),
-    "product of matrices": (768 / 6, "C3"),
+a, b = torch.rand(2, 768, 768)
+machine = {
+    "cache": copy_rate(1, repeats=300),
+    "memory": copy_rate(128, repeats=7),
+    "GFLOP/s": 2 * 768**3 / best_time(lambda: a @ b, repeats=9) / 1e9,
 }
-figure, axis = plt.subplots()
-intensity = np.logspace(-2, 3, 100)
-for name, style in (("cache", "-"), ("memory", "--")):
-    roof = np.minimum(intensity * machine[name], machine["GFLOP/s"])
-    axis.loglog(intensity, roof, style, label=name)
-for name, (place, colour) in kinds.items():
-    axis.axvline(place, color=colour, linewidth=1)
-    axis.annotate(
-        name,
-        (place, machine["GFLOP/s"] / 500),
-        xytext=(4, 0),
-        textcoords="offset points",
-        rotation=90,
-    )
-axis.set(xlabel="operations a byte", ylabel="GFLOP/s", title="roofline, one thread")
-axis.legend()
-plt.show()
+for name in ("cache", "memory"):
+    rate, ridge = machine[name], machine["GFLOP/s"] / machine[name]
+    print(f"{name}: {rate:.0f} GB/s; up to {ridge:.1f} operations per byte, bytes are the limit")
 
 # %% [markdown]
-# *Figure {{n}}.1. The roofline {cite}`williams2009roofline` of the machine that ran this page. What can be
-# computed in a second is limited by the slope, bytes, or by the ceiling, arithmetic. Deformable
-# attention in green: counted by its reads it lies on the slope of whatever serves them; counted by the bytes that must
-# come from memory, to the right of that. (In violet a product of 768 x 768 matrices, each byte once.) So reuse, which is locality, decides which limit holds.*
+# Compare the printed numbers with the 0.5 of deformable attention. On nearly every processor 0.5 is less, even if all bytes
+# come from the cache. Then this kernel is a matter of **moving**, not of computing, and what counts is where the
+# 1.17 GB come from.
 
 # %% [markdown]
 # ## Exercise {{n}}.1  Bytes of half precision
 #
 # *difficulty ●○○ · 10 minutes · 4 lines*
 #
-# Return the least number of bytes that forward moves when value and output have `size` bytes a
-# number, and locations and weights stay float32.
+# Return the least number of bytes that forward moves when value and output have `size` bytes per number, and
+# locations and weights stay float32. In general S, the number of tokens, and Q, that of queries, differ.
 
 
 # %% tags=["exercise"]
@@ -202,41 +183,134 @@ check("making_it_fast.1", least_bytes)
 # {{solution}}
 
 # %% [markdown]
-# ## {{n}}.3 Count, predict, time: the layout
+# ## {{n}}.3 A cache in fifteen lines
 #
-# Value can lie as (B, S, M, D), a head's channels side by side, or as (B, M, D, S), a channel's
-# pixels side by side. {{chapter cuda_kernel}} counted sectors for a GPU's warp: 4 against 32. A CPU fetches lines
-# of 64 bytes; one thread that sums a head's channels for one corner touches D · 4 / 64 = 2 lines in
-# the first layout and 32 in the second. So the first one should win.
+# A cache keeps copies of what was read lately. It works in **lines** of 64 bytes. Each line of memory has only one group
+# of places where its copy may lie, its **set**, which is the line's number modulo the number of sets. A common first-level
+# cache has 64 sets of 8 places, 32 KB. When a set is full, the line that was not used for longest has to go. A read
+# whose line is not there is a **miss**, and has to wait for a slower memory.
 #
-# A smaller image, to keep times short, and locations as an encoder has them: near the query.
+# These rules are a program. It gets the numbers of the lines in the order in which they are read, and counts misses:
 
 # %%
-shapes = [(32, 44), (16, 22), (8, 11), (4, 6)]
+CACHE = r"""
+#include <vector>
+extern "C" long long misses(const int* lines, long long count, int sets, int ways) {
+    std::vector<int> cache(sets * ways, -1);  // in each set the one used last stands first
+    long long missed = 0;
+    for (long long i = 0; i < count; i++) {
+        int* set = &cache[lines[i] % sets * ways];
+        int place = 0;
+        while (place < ways - 1 && set[place] != lines[i]) place++;
+        missed += set[place] != lines[i];
+        for (; place > 0; place--) set[place] = set[place - 1];
+        set[0] = lines[i];
+    }
+    return missed;
+}
+"""
+
+
+# %%
+simulator = library_of(CACHE, "-O2")
+
+
+def misses(lines, sets=64, ways=8):
+    """How many of these reads miss; lines: numbers of lines in the order in which they are read."""
+    address = ctypes.c_void_p(lines.ctypes.data)
+    return simulator.misses(address, ctypes.c_longlong(lines.size), sets, ways)
+
+
+rounds = np.tile(np.arange(3, dtype=np.int32) * 64, 5)  # three lines of one set, five rounds
+print(misses(rounds, ways=4), "misses with 4 places,", misses(rounds, ways=2), "with 2")
+assert (misses(rounds, ways=4), misses(rounds, ways=2)) == (3, 15)
+
+# %% [markdown]
+# The three lines belong to one set. With four places each misses once, the first time. With two places each is thrown out
+# just before it is wanted again, and every read misses.
+#
+# Now for deformable attention, on an image half as wide and high as the paper's, to keep times short. The points lie as
+# in an encoder, around the query's own pixel:
+
+# %%
+shapes = [(50, 67), (25, 34), (13, 17), (7, 9)]
 S = Q = sum(h * w for h, w in shapes)
 centres = [
-    torch.stack(
-        torch.meshgrid((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h, indexing="xy"), -1
-    )
+    torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w)
     for h, w in shapes
 ]
-centres = torch.cat([c.reshape(-1, 2) for c in centres])  # (Q, 2)
-offsets = torch.randn(1, Q, M, L, K, 2) * 2  # pixels
+centres = torch.cat(centres).flip(1)  # (Q, 2), x and y
+offsets = 2 * torch.randn(1, Q, M, L, K, 2)  # pixels
 locations = centres[:, None, None, None] + offsets / torch.tensor(shapes).flip(1)[:, None]
 weights = torch.rand(1, Q, M, L * K).softmax(-1).view(1, Q, M, L, K)
 value = torch.randn(1, S, M, D)
 expected = ms_deform_attn(value, shapes, locations, weights)
 
+
+# %%
+def tokens_read():
+    """The token of each corner, (Q, M, L * K, 4), and -1 where a corner lies outside."""
+    found, start = [], 0
+    for level, (h, w) in enumerate(shapes):
+        pixels = locations[0, :, :, level] * torch.tensor([w, h]) - 0.5
+        x, y = pixels.floor().long().unbind(-1)
+        u, v = torch.stack([x, x + 1, x, x + 1], -1), torch.stack([y, y, y + 1, y + 1], -1)
+        inside = (u >= 0) & (u < w) & (v >= 0) & (v < h)
+        found.append(torch.where(inside, start + v * w + u, -1))
+        start += h * w
+    return torch.cat(found, 2).numpy()
+
+
+tokens = tokens_read()
+
 # %% [markdown]
-# One kernel, two ways to index. A thread takes a head and adds up its channels in a loop.
+# `value` can lie in memory as (B, S, M, D), channels last, or as (B, M, D, S), channels first. The index of a
+# number is the same text in C and in Python, so the simulator and the kernel can share it:
+
+# %%
+LAYOUTS = {
+    "channels last": "(token * M + m) * D + d",
+    "channels first": "(m * D + d) * S + token",
+}
+
+
+def lines_read(index, tokens, step=1, heads_first=False):
+    """The lines of 64 bytes that one thread after another reads, every `step`-th channel of a row."""
+    names = {"token": tokens[..., None], "d": np.arange(0, D, step), "M": M, "D": D, "S": S}
+    lines = eval(index, names | {"m": np.arange(M)[:, None, None, None]}) * 4 // 64
+    inside = tokens >= 0
+    if heads_first:
+        lines, inside = lines.swapaxes(0, 1), inside.swapaxes(0, 1)
+    return np.ascontiguousarray(lines[inside], dtype=np.int32)
+
+
+# %% [markdown]
+# One row of 32 channels has 128 bytes. Before you run: how many lines does one corner need in each of the two layouts,
+# and which will miss more often? (We simulate six rows of queries on the finest level.)
+
+# %%
+predicted = {}
+for name, index in LAYOUTS.items():
+    lines = lines_read(index, tokens[: 6 * 67])
+    each = len(np.unique(lines[0]))
+    predicted[name] = misses(lines) / len(lines)
+    print(f"{name:>14}: {each:2} lines per corner, {predicted[name]:4.1f} of them miss")
+assert predicted["channels first"] > 3 * predicted["channels last"]
+
+# %% [markdown]
+# So the prediction is: channels last wins, and the time that reading takes differs by a factor of several. It will not
+# be as much as 16, because a line that a neighbour has fetched is often still there.
+#
+# To check it, here is a kernel for both layouts, with one thread per head or per number. In capitals stands what
+# differs from one version to the next:
 
 # %%
 ARGUMENTS = """const float* value, const int* shapes, const float* locations,
     const float* weights, float* output, int S, int Q, int M, int D, int L, int K"""
-HEAD = """
+ONE_PHASE = """
 __global__ void head(ARGUMENTS) {
-    int item = blockIdx.x * blockDim.x + threadIdx.x;
-    if (item >= Q * M) return;
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    BEGIN
     int m = item % M, start = 0;
     for (int l = 0; l < L; l++) {
         int H = shapes[2 * l], W = shapes[2 * l + 1];
@@ -250,29 +324,44 @@ __global__ void head(ARGUMENTS) {
                 if (u < 0 || u >= W || v < 0 || v >= H) continue;
                 float weight = weights[p] * (1 - fabsf(x - u)) * (1 - fabsf(y - v));
                 int token = start + v * W + u;
-                for (int d = 0; d < D; d++)
-                    output[item * D + d] += weight * value[INDEX];
+                ADD
             }
         }
         start += H * W;
     }
+    END
 }
 """
+PER_NUMBER = {
+    "BEGIN": "if (i >= Q * M * D) return; int item = i / D, d = i % D; float sum = 0;",
+    "ADD": "sum += weight * value[INDEX];",
+    "END": "output[i] = sum;",
+}
+PER_HEAD = {
+    "BEGIN": "if (i >= Q * M) return; int item = i;",
+    "ADD": "for (int d = 0; d < D; d++) output[item * D + d] += weight * value[INDEX];",
+    "END": "",
+}
+
 
 # %%
-X86 = platform.machine() in ("x86_64", "AMD64")
-NATIVE = "-march=native" if X86 else "-mcpu=native"
-OPTIMISE = ("-O3", NATIVE, "-fno-math-errno", "-fno-trapping-math")
-LAYOUTS = {"channels last": "(token * M + m) * D + d", "channels first": "(m * D + d) * S + token"}
+ARM = platform.machine() in ("arm64", "aarch64")
+FLAGS = ("-O3", "-mcpu=native" if ARM else "-march=native", "-fno-math-errno", "-fno-trapping-math")
 
 
-def compile_kernel(text, threads=1, **macros):
-    """The kernel `head` with ARGUMENTS and other names replaced: run(value) -> (1, Q, M * D).
+def fill(text, **meanings):
+    """The text with names in it replaced, as a compiler's option -DNAME=meaning does."""
+    for name, meaning in {**meanings, "ARGUMENTS": ARGUMENTS}.items():
+        text = re.sub(rf"\b{name}\b", str(meaning), text)
+    return text
 
-    threads: in a block; there are Q * M blocks."""
-    for name, meaning in {**macros, "ARGUMENTS": ARGUMENTS}.items():
-        text = text.replace(name, meaning)
-    kernel, sizes = build(text, "head", OPTIMISE), torch.tensor(shapes, dtype=torch.int32)
+
+SIZES = torch.tensor(shapes).int()
+
+
+def compile_kernel(text, threads=1, sizes=SIZES):
+    """The kernel as run(value) -> (1, Q, M * D), with Q * M blocks of `threads` threads."""
+    kernel = build(text, "head", FLAGS)
 
     def run(value):
         output = torch.zeros(1, Q, M * D)
@@ -282,43 +371,54 @@ def compile_kernel(text, threads=1, **macros):
     return run
 
 
-# %%
 values = {"channels last": value, "channels first": value[0].permute(1, 2, 0).contiguous()}
-by_layout = {name: compile_kernel(HEAD, INDEX=index) for name, index in LAYOUTS.items()}
-for name, run in by_layout.items():
+by_layout = {}
+for name, index in LAYOUTS.items():
+    run = by_layout[name] = compile_kernel(fill(ONE_PHASE, **PER_HEAD, INDEX=index))
     torch.testing.assert_close(run(values[name]), expected, atol=1e-5, rtol=1e-5)
-lines = {"channels last": D * 4 // 64, "channels first": D}
-print(lines, "lines a corner")
+print("both layouts give the library's numbers")
+
+# %% [markdown]
+# How to compare times honestly? A single measurement says little, because other programs run, too, and the processor's
+# clock changes. So we let the versions **race**: in each round every version runs once, in shuffled order, and what disturbs
+# a round disturbs all. We take processor time, which stands still while another program has the processor. We print the
+# median, the range, and how many rounds a version won, that is, was faster than the one in the line above it.
 
 
 # %%
-def race(functions, rounds=5):
-    """Milliseconds of the fastest call each; order shuffled, since who goes first looks slower."""
-    times = {name: [] for name in functions}
-    for _ in range(rounds):
+def race(functions, rounds):
+    """Milliseconds of processor time, (rounds,) arrays by name; prints median, range, victories."""
+    times = {name: np.zeros(rounds) for name in functions}
+    for n in range(rounds):
         for name in random.sample(list(functions), len(functions)):
-            start = time.perf_counter()
+            start = time.process_time()
             functions[name]()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: min(given) for name, given in times.items()}
+            times[name][n] = 1e3 * (time.process_time() - start)
+    before = np.zeros(rounds)
+    for name, given in times.items():
+        low, high, won = given.min(), given.max(), (given < before).sum()
+        print(f"{name:>31}: {np.median(given):6.1f} ms ({low:.1f} to {high:.1f}), won {won:2}")
+        before = given
+    return times
 
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-layouts = race({name: (lambda n=name: by_layout[n](values[n])) for name in LAYOUTS})
-for name, milliseconds in layouts.items():
-    print(f"{name:>15}: {milliseconds:6.1f} ms")
+first, last = "channels first", "channels last"
+_ = race({name: lambda n=name: by_layout[n](values[n]) for name in (first, last)}, rounds=15)
 
 # %% [markdown]
-# The count says who wins, not by how much: a line that a neighbour has fetched is still in the cache.
+# If the second line won (nearly) all of the 15 rounds, the prediction has held on your machine. The factor between the
+# times is smaller than that between the misses: a kernel does more than wait, and several misses can wait at once.
 
 # %% [markdown]
 # ## Exercise {{n}}.2  Sectors before seconds
 #
 # *difficulty ●●○ · 15 minutes · 3 lines*
 #
-# A warp of 32 threads reads one corner's channels. Given strides counted in numbers, not bytes, how many
-# 32-byte sectors does its request touch? Thread t reads channel t of head `t // D` counted from head 0.
+# The same question for a GPU. A warp of 32 threads reads one corner's channels; thread t reads channel `t % D` of head
+# `t // D`, `size` bytes. Heads lie `head_stride` numbers apart and channels `channel_stride` numbers (numbers, not
+# bytes), and the array begins at a sector. How many 32-byte sectors does the request touch?
 
 
 # %% tags=["exercise"]
@@ -357,185 +457,192 @@ check("making_it_fast.2", sectors_of_a_warp)
 # %% [markdown]
 # ## {{n}}.4 Step by step
 #
-# **Step 0** is {{chapter cuda_kernel}}'s naive kernel, one thread a channel: all coordinates are computed D times.
-# **Step 1** is the kernel above, one thread a head: once. Count what that saves: a point's position
-# and corners take about 30 operations, its share of a channel 8.
-
-# %%
-NAIVE = """
-__global__ void head(ARGUMENTS) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= Q * M * D) return;
-    int item = i / D, d = i % D, m = item % M, start = 0;
-    float sum = 0;
-    for (int l = 0; l < L; l++) {
-        int H = shapes[2 * l], W = shapes[2 * l + 1];
-        for (int k = 0; k < K; k++) {
-            int p = (item * L + l) * K + k;
-            float x = locations[2 * p] * W - 0.5f, y = locations[2 * p + 1] * H - 0.5f;
-            if (!(x > -1 && x < W && y > -1 && y < H)) continue;
-            int left = floorf(x), top = floorf(y);
-            for (int corner = 0; corner < 4; corner++) {
-                int u = left + corner % 2, v = top + corner / 2;
-                if (u < 0 || u >= W || v < 0 || v >= H) continue;
-                float weight = weights[p] * (1 - fabsf(x - u)) * (1 - fabsf(y - v));
-                sum += weight * value[((start + v * W + u) * M + m) * D + d];
-            }
-        }
-        start += H * W;
-    }
-    output[i] = sum;
-}
-"""
-print("operations a point:", D * (30 + 8), "and", 30 + D * 8)
-
-# %% [markdown]
-# **Step 2: say what is constant.** A loop of D turns with D unknown needs a counter, a comparison and
-# code for every remainder. With `D` a number in the source, the compiler unrolls it into vector
-# instructions. Compiling at run time makes that cheap to have: one build for each D, L and K.
+# Now we climb from {{chapter cuda_kernel}}'s first kernel to the library's. Each step has a reason that can be counted.
 #
-# **Step 3: two phases.** Even unrolled, each corner asks four questions (inside?) and ends in a jump
-# that the processor may guess wrong. So first compute all points' corners without a jump: an outside
-# corner gets weight zero, and an address that exists. Then run over channels with nothing but
-# multiply-adds, sums in registers.
+# **Step 0** is one thread per number: all coordinates are computed D times. **Step 1**, one thread per head, computes them
+# once. A point's position and corners take about 30 operations and its share of a channel 8, so a point takes about
+# 30 + 32 · 8 = 286 operations instead of 32 · (30 + 8) = 1216.
+#
+# **Step 2: say what is constant.** A loop over D channels with D unknown needs a counter, a comparison, and code for
+# every remainder. If D is a number in the source, the compiler can write the loop out as a few vector instructions. This
+# is why the library compiles at run time: one build for each D, L and K.
+#
+# **Step 3: two phases.** Each corner still asks whether it is inside, a jump that the processor may guess wrong.
+# So we first find all points' corners, where one outside gets weight zero and an address that exists. Without jumps the
+# compiler can find the corners of 8 or 16 points at once, with vector instructions: a lane per point, on a CPU. The
+# second phase is nothing but loads, multiplications and additions, with the sums in registers.
+#
+# As in the last chapter, `levels` has the rows H, W and start for each point (it comes in the place of `shapes`).
 
 # %%
 TWO_PHASES = """
 typedef float Vector __attribute__((vector_size(32), aligned(4), may_alias));  // eight floats
 __global__ void head(ARGUMENTS) {
-    int item = blockIdx.x * blockDim.x + threadIdx.x;
-    if (item >= Q * M) return;
-    int offset[4][L * K];
+    const int* levels = shapes;
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= Q * M) return;
+    ORDER
+    int item = q * M + m, offset[4][L * K];
     float corner[4][L * K];
-    for (int l = 0, start = 0; l < L; start += shapes[2 * l] * shapes[2 * l + 1], l++) {
-        int H = shapes[2 * l], W = shapes[2 * l + 1];
-        for (int k = 0; k < K; k++) {
-            int i = l * K + k, p = item * L * K + i;
-            float x = locations[2 * p] * W - 0.5f, y = locations[2 * p + 1] * H - 0.5f;
-            bool inside = (x > -1) & (x < W) & (y > -1) & (y < H);
-            x = inside ? x : 0, y = inside ? y : 0;
-            int left = floorf(x), top = floorf(y);
-            float fx = x - left, fy = y - top, a = inside ? weights[p] : 0;
-            float wx[2] = {left >= 0 ? 1 - fx : 0, left + 1 < W ? fx : 0};
-            float wy[2] = {top >= 0 ? 1 - fy : 0, top + 1 < H ? fy : 0};
-            int u[2] = {std::max(left, 0), std::min(left + 1, W - 1)};
-            int v[2] = {std::max(top, 0), std::min(top + 1, H - 1)};
-            for (int c = 0; c < 4; c++) {
-                offset[c][i] = ((start + v[c / 2] * W + u[c % 2]) * M + item % M) * D;
-                corner[c][i] = a * wy[c / 2] * wx[c % 2];
-            }
+    auto row = [=](int token) { int d = 0; return INDEX; };
+    for (int n = 0; n < L * K; n++) {
+        int p = item * L * K + n, H = levels[n], W = levels[L * K + n], start = levels[2 * L * K + n];
+        float x = locations[2 * p] * W - 0.5f, y = locations[2 * p + 1] * H - 0.5f;
+        bool inside = (x > -1) & (x < W) & (y > -1) & (y < H);
+        x = inside ? x : 0, y = inside ? y : 0;
+        int left = floorf(x), top = floorf(y);
+        float fx = x - left, fy = y - top, a = inside * weights[p];
+        float wx[2] = {left >= 0 ? 1 - fx : 0, left + 1 < W ? fx : 0};
+        float wy[2] = {top >= 0 ? a * (1 - fy) : 0, top + 1 < H ? a * fy : 0};
+        int u[2] = {std::max(left, 0), std::min(left + 1, W - 1)};
+        int v[2] = {start + std::max(top, 0) * W, start + std::min(top + 1, H - 1) * W};
+        for (int c = 0; c < 4; c++) {
+            offset[c][n] = row(v[c / 2] + u[c % 2]);
+            corner[c][n] = wy[c / 2] * wx[c % 2];
         }
     }
-    Vector sum[D / 8] = {};
-    for (int i = 0; i < L * K; i++)
-        for (int c = 0; c < 4; c++) {
-            const Vector* row = (const Vector*)(value + offset[c][i]);
-#pragma GCC unroll 8
-            for (int j = 0; j < D / 8; j++) sum[j] += corner[c][i] * row[j];
-        }
-    for (int j = 0; j < D / 8; j++) *((Vector*)(output + item * D) + j) = sum[j];
+    SUMS
 }
 """
+SUMS = """Vector sum[D / 8] = {};
+    for (int n = 0; n < L * K; n++)
+        for (int c = 0; c < 4; c++)
+            for (int j = 0; j < D / 8; j++)
+                sum[j] += corner[c][n] * ((const Vector*)(value + offset[c][n]))[j];
+    for (int j = 0; j < D / 8; j++) ((Vector*)(output + item * D))[j] = sum[j];"""
 
 # %% [markdown]
-# The constants go in as text, which is what NVRTC's `-DD=32` does.
-
+# **Step 4: locality.** This one the simulator must judge. In (B, S, M, D) the rows of one head lie M · D floats apart,
+# 1024 bytes, with the other heads' rows between them. Two changes suggest themselves: go through the work **head by
+# head** instead of query by query, so that one head's rows are wanted again soon; and put one head's rows next to each
+# other **without gaps**, as (B, M, S, D). Either could help alone.
+#
+# Before you run: which of the four combinations miss least?
 
 # %%
-def constant(text):
-    """The kernel with the sizes written in."""
-    body = text.split("ARGUMENTS", 1)
-    for name, number in (("D", D), ("L", L), ("K", K), ("M", M)):
-        body[1] = re.sub(rf"\b{name}\b", str(number), body[1])
-    return body[0] + "ARGUMENTS" + body[1]
+GAPS = {"with gaps": "(token * M + m) * D + d", "no gaps": "(m * S + token) * D + d"}
+ORDERS = {
+    "query by query": "int q = i / M, m = i % M;",
+    "head by head": "int m = i / Q, q = i % Q;",
+}
+simulated = {}
+for gaps, index in GAPS.items():
+    for order in ORDERS:
+        lines = lines_read(index, tokens, step=16, heads_first=order == "head by head")
+        simulated[order, gaps] = misses(lines) / len(lines)
+        print(f"{order:>14}, {gaps:<9}: {simulated[order, gaps]:.1f} of 2 lines per corner miss")
+both = simulated["head by head", "no gaps"]
+assert all(2 * both < missed for place, missed in simulated.items() if place[1] == "with gaps")
+assert 2 * both < simulated["query by query", "no gaps"]
+
+# %% [markdown]
+# In the simulation only both together help, and then by more than half. Why does neither help alone? A picture of the
+# cache's sets answers one half of that.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two grids of 64 cells, the sets of a cache. Left, for rows 1024 bytes apart, only eight cells are filled, in two columns. Right, for rows without gaps, all 64 cells are filled."}}
+schematics.places_of_a_cache(with_gaps=4 * M * D, without=4 * D)
+assert len(schematics.sets_used(4 * M * D)) == 8 and len(schematics.sets_used(4 * D)) == 64
+
+# %% [markdown]
+# *Figure {{n}}.2. The sets that 64 rows of one head may use. With gaps, one head has only an eighth of the cache.*
+#
+# With gaps, every head has its own eighth of the sets, whatever the order: the heads never compete, and so it does not
+# matter whether they take turns. Without gaps but query by query, each head could use the whole cache, but eight heads
+# share it. Only head by head without gaps does one head have the whole cache to itself.
+
+# %% [markdown]
+# A prediction of misses is not yet one of time. Our simulator leaves out the second-level cache, which makes a miss
+# cheaper, and the **prefetcher**: a processor guesses which line comes next and fetches it ahead of time, which
+# works for reads in sequence. Query by query, locations, weights and output are passed in sequence. Head by head, each jumps
+# over the other heads', and the prefetcher is lost. What one gains at `value` may be lost there, unless the kernel itself asks
+# for these lines some queries ahead. So there are six versions:
+
+# %%
+CONSTANTS = {"D": D, "L": L, "K": K, "M": M}
+AHEAD = """
+    for (int n = 0, later = (q + 8) * M + m; n < D && q + 8 < Q; n += 16) {
+        __builtin_prefetch(locations + later * 2 * L * K + n);
+        __builtin_prefetch(weights + later * L * K);
+        __builtin_prefetch(output + later * D + n);
+    }"""
+ORDERS["head by head + ahead"] = ORDERS["head by head"] + AHEAD
+starts = np.cumsum([0, *(h * w for h, w in shapes[:-1])])
+levels = torch.tensor([(h, w, start) for (h, w), start in zip(shapes, starts, strict=True)])
+levels = levels.repeat_interleave(K, 0).t().int().contiguous()  # (3, L * K)
+by_gaps = {"with gaps": value, "no gaps": value.transpose(1, 2).contiguous()}
 
 
+def two_phases(order, gaps):
+    """One of the six versions, on value as it has to lie; () -> (1, Q, M * D)."""
+    text = fill(TWO_PHASES, SUMS=SUMS, ORDER=ORDERS[order], INDEX=GAPS[gaps], **CONSTANTS)
+    run = compile_kernel(text, sizes=levels)
+    torch.testing.assert_close(run(by_gaps[gaps]), expected, atol=1e-5, rtol=1e-5)
+    return lambda: run(by_gaps[gaps])
+
+
+versions = {f"{order}, {gaps}": two_phases(order, gaps) for gaps in GAPS for order in ORDERS}
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+_ = race(versions, rounds=25)
+
+# %% [markdown]
+# Compare the first line, where nothing was done, with the last, where all three changes were made, and both with those
+# between, where one is missing. Such a comparison, with each part left out in turn, is an **ablation**. It is the only way to
+# say that changes help together, and on your machine it may say no.
+#
+# Now the whole ladder, with the library's kernel and PyTorch's form for comparison. (For step 4 the copy without gaps was
+# made before; the library makes it each time, and its time includes that.)
+
+# %%
+index = LAYOUTS["channels last"]
 steps = {
-    "0 a thread a channel": compile_kernel(NAIVE, threads=D),
-    "1 a thread a head": by_layout["channels last"],
-    "2 constant sizes": compile_kernel(constant(HEAD), INDEX=f"(token * {M} + m) * {D} + d"),
-    "3 two phases": compile_kernel(constant(TWO_PHASES)),
-    "4 the library": lambda value: ms_deform_attn(value, shapes, locations, weights, backend="cpu"),
-    "PyTorch": lambda value: ms_deform_attn(value, shapes, locations, weights, backend="reference"),
+    "0 one thread per number": compile_kernel(fill(ONE_PHASE, **PER_NUMBER, INDEX=index), D),
+    "1 one thread per head": by_layout["channels last"],
+    "2 constant sizes": compile_kernel(fill(ONE_PHASE, **PER_HEAD, INDEX=index, **CONSTANTS)),
+    "the library": lambda v: ms_deform_attn(v, shapes, locations, weights, backend="cpu"),
+    "PyTorch": lambda v: ms_deform_attn(v, shapes, locations, weights, backend="reference"),
 }
 for step in steps.values():
     torch.testing.assert_close(step(value), expected, atol=1e-5, rtol=1e-5)
-print(len(steps), "ways, one result")
+runs = {name: lambda s=step: s(value) for name, step in steps.items()}
+runs["3 two phases"] = versions["query by query, with gaps"]
+runs["4 locality"] = versions["head by head + ahead, no gaps"]
+runs = {name: runs[name] for name in sorted(runs, key=str.lower) if name != "PyTorch"} | {
+    "PyTorch": runs["PyTorch"]
+}
 
 # %%
 # NBVAL_IGNORE_OUTPUT
 with torch.no_grad():
-    ladder = race({name: (lambda s=step: s(value)) for name, step in steps.items()})
-read = 4 * Q * M * L * K * 4 * D  # bytes, counting every read
-for name, milliseconds in ladder.items():
-    times, rate = ladder["PyTorch"] / milliseconds, read / milliseconds / 1e6
-    print(f"{name:>22}: {milliseconds:7.2f} ms, {times:5.1f} x PyTorch, {rate:5.1f} GB/s read")
+    times = race(runs, rounds=11)
 
-# %% mystnb={"image": {"alt": "Horizontal bars of milliseconds for six versions of one operation on a logarithmic axis, from one thread a channel, the slowest kernel, step by step down to the library's, with PyTorch's grid_sample form beside them."}}
-figure, axis = plt.subplots(figsize=(7, 2.8))
-bars = axis.barh(list(ladder), list(ladder.values()), color=["C0"] * 5 + ["C1"])
-axis.bar_label(bars, fmt="%.1f", padding=3)
-right = 2 * max(ladder.values())
-axis.set(xscale="log", xlim=(1, right), xlabel="milliseconds, one thread (logarithmic)")
-axis.xaxis.set_major_formatter("{x:g}")
-axis.xaxis.set_minor_formatter("")
-axis.invert_yaxis()
-plt.show()
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Seven rows, the versions of the kernel and PyTorch's form; in each a dot for the median and a bar for the range of the measured milliseconds, on a logarithmic axis."}}
+schematics.ladder(times)
 
 # %% [markdown]
-# *Figure {{n}}.2. The ladder on the machine that made this page, with PyTorch's form in the other colour.
-# Look which step gained most; on another processor it may be another.*
+# *Figure {{n}}.3. The ladder on the machine that made this page: median (dot) and range (bar) of 11 rounds. Where two
+# bars overlap, look at the printed number of rounds before you call a step faster.*
 #
-# Step 1 is the kernel of section {{n}}.3: if its time is another one here, that is how far to trust such times.
-# The printed rates place each version under the roofline: the limit is the cache's slope, and the first
-# steps are far below it, because they compute more than they move. Step 1 may gain more than the count of 4:
-# the compiler can then also turn the loop over channels into vectors.
+# A step counts as shown if it won (nearly) all rounds. On some machines step 2 does not, because the compiler has
+# made vector instructions for step 1 already. Which step gains most depends on the processor and the compiler.
 #
-# **Step 4: locality.** The library's build adds two things that only help together: it goes through the
-# queries head by head, and first copies the head's channels of all tokens into one gapless piece. In (B, S, M, D) a head's rows lie M · D
-# floats apart, and a cache that maps addresses to a few places finds room for few of them at once.
-
-# %%
-set_bytes = 64 * 64  # a first-level cache of 64 sets of 64-byte lines repeats every 4 KiB
-
-
-def sets(stride):
-    """How many of the 64 sets 64 rows of two lines use, `stride` bytes apart."""
-    return len({(t * stride + byte) % set_bytes // 64 for t in range(64) for byte in (0, 64)})
-
-
-print(f"rows {4 * M * D} bytes apart use {sets(4 * M * D)} sets, rows without gaps {sets(4 * D)}")
-assert (sets(4 * M * D), sets(4 * D)) == (8, 64)
+# (`data/results/operator_cpu.json` has measurements against other implementations at the paper's sizes, taken in the same
+# way by `make bench`.)
 
 # %% [markdown]
-# Measured against others by `make bench`, in one process and shuffled order
-# (`data/results/operator_cpu.json`): how many times as long as the library they take, with one thread, at the
-# paper's encoder and decoder, and at the size of a small training. Much of PyTorch's time goes into fetching fresh memory, so
-# it is measured twice, the second time with an allocator that keeps what it has.
-
-# %%
-results = json.loads(Path("../data/results/operator_cpu.json").read_text())
-ratios = {
-    (r["shape"], r["mode"], r["peer"], r["allocator"]): r["times"]
-    for r in results["ratios"]
-    if r["threads"] == 1
-}
-pytorch, package = "official, pure PyTorch", "torch-ms-deform-attn"
-print(f"{'':29}{'PyTorch':>8}{'kept':>8}  {package}")
-for shape in ("encoder", "decoder", "training"):
-    for mode in ("forward", "forward + backward"):
-        slow = [ratios[shape, mode, pytorch, allocator] for allocator in ("default", "kept")]
-        other = ratios[shape, mode, package, "default"]
-        print(f"{shape:>8}  {mode:<19}{slow[0]:>8.1f}{slow[1]:>8.1f}{other:>8.1f}")
-
-# %% [markdown]
-# ## Exercise {{n}}.3  Reuse
+# ## Exercise {{n}}.3  One thread per point
 #
-# *difficulty ●●○ · 20 minutes · 20 lines*
+# *difficulty ●●● · 30 minutes · 20 lines*
 #
-# Write the middle way: a thread takes one **point** of a head and adds its share to the output, all
-# channels. Coordinates are computed once, but threads of one head now share an output: on a GPU the
-# additions would have to be atomic. On the CPU, one after the other, `+=` will do.
+# There is a middle way between one thread per number and one per head. Write a kernel `point` in which a thread takes
+# one **point** of a head, finds its corners once, and adds its share to all D channels of the output. Several threads
+# then share one output, so on a GPU the additions would have to be atomic; here, one after another, `+=` will do.
+#
+# There is one image. `output` holds zeros at first. Threads come in blocks of any size, and more than Q · M · L · K of
+# them, which must touch nothing. Level l's tokens stand behind those of the levels before it. Points outside the map, and
+# corners outside, add nothing. Keep the kernel: compiled by `build(thread_a_point(), "point", FLAGS)`, it can join the
+# race above.
 
 
 # %% tags=["exercise"]
@@ -591,20 +698,87 @@ check("making_it_fast.3", thread_a_point)
 # {{solution}}
 
 # %% [markdown]
-# ## {{n}}.5 Backward: who may write where
+# ## {{n}}.5 The kernels under the roof
 #
-# Forward, each output number has one writer. Backward, the gradient of value is different: every
-# query that sampled a pixel adds to it. How many?
+# All versions do the same useful work: half an operation per byte read. So under the roofline they stand above one
+# another, and their height tells how well they use the machine. For comparison there are two operations that reuse each
+# byte many times, a product of matrices and a convolution.
 
 # %%
-for level, (h, w) in enumerate(LEVELS):
-    tokens = sum(a * b for a, b in LEVELS)
-    print(f"level {level}: {tokens * K * 4 / (h * w):5.0f} additions to each pixel and head")
+# NBVAL_IGNORE_OUTPUT
+useful = Q * M * L * K * 4 * D * 2 / 1e6  # per millisecond: GFLOP/s
+speeds = {name: useful / np.median(given) for name, given in times.items()}
+image, filters = torch.rand(1, 128, 32, 44), torch.rand(128, 128, 3, 3)
+work = 2 * filters.numel() * 32 * 44
+convolve = lambda: torch.nn.functional.conv2d(image, filters, padding=1)  # noqa: E731
+others = {
+    "product of matrices": (768 / 6, machine["GFLOP/s"]),
+    "3 x 3 convolution": (
+        work / (2 * image.nbytes + filters.nbytes),
+        work / best_time(convolve, repeats=15) / 1e9,
+    ),
+}
+for name, speed in speeds.items():
+    times_as_long = others["3 x 3 convolution"][1] / speed
+    print(f"{name:>24}: {times_as_long:6.1f} times as long as a convolution of as many FLOPs")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The measured roofline on logarithmic axes: two slopes, for bytes from cache and from memory, meet a flat ceiling. At half an operation per byte stand the seven versions of the kernel above one another, labelled; far to the right, near the ceiling, a product of matrices and a convolution."}}
+schematics.roofline(machine, speeds, intensity=0.5, others=others)
 
 # %% [markdown]
-# So the coarsest pixels get over a thousand additions each, from threads that run at the same time.
-# What happens without care can be watched. Threads of the operating system add 1 to one number; in
-# between reading and writing, each lets the others go first, as the scheduler does now and then.
+# *Figure {{n}}.4. The roofline of the machine that made this page, with the kernels on it (green), PyTorch's form (grey), and
+# two regular operations (violet), at the intensity of each byte moved once.*
+#
+# Read the figure from below. A version far below both slopes is not limited by bytes: it spends its time on coordinates,
+# jumps and loops. Above the dashed line, bytes must come from the cache, since memory could not deliver them so fast. The
+# solid line is the limit for a kernel whose every read counts. No step of ours can move it to where the convolution stands.
+#
+# ### Why the published detector is slower than its FLOPs
+#
+# The same is seen in whole detectors. These are the numbers that the authors measured on one GPU (images per second):
+#
+# | | GFLOPs | one image at a time | four at a time |
+# |---|---|---|---|
+# | Faster R-CNN with FPN, convolutions | 180 | 25.6 | 28.0 |
+# | Deformable DETR | 173 | 15.0 | 19.4 |
+#
+# The work is about equal, the time is not. (The paper's own table prints 26 and 19, which are, by the repository's table, a
+# number for one image at a time and one for four.) {cite}`zhu2021deformable` give the reason: deformable attention avoids
+# the huge attention maps of dense attention, "at the cost of" accesses to memory without order. A
+# convolution's reads are known in advance, lie side by side, and serve many outputs; here each query computes where it reads. FLOPs
+# count none of that. The same holds for sliding-window attention, which, too, is slower than a convolution of as many FLOPs.
+
+# %% [markdown]
+# ## {{n}}.6 Backward: who may write where
+#
+# In forward every output number has one writer. In backward the gradient of `value` has many, because each query
+# that has sampled a pixel adds to that pixel's gradient.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left, forward: three queries with one arrow each to an output of their own. Middle, backward: arrows from three queries to a row of six pixels; two pixels, in red, get arrows from all three. Right, three boxes: atomic additions, one owner per head, sums of integers."}}
+schematics.who_writes()
+
+# %% [markdown]
+# *Figure {{n}}.5. Forward gathers, backward scatters. Where several arrows end in one pixel, threads may collide.*
+#
+# Before you run: at the paper's sizes, how many additions does a pixel of each level get, per head, on average?
+
+# %%
+total = sum(h * w for h, w in LEVELS)  # queries; each has K points of 4 corners on each level
+for level, (h, w) in enumerate(LEVELS):
+    print(f"level {level}: {total * K * 4 / (h * w):5.0f} additions to each pixel and head")
+
+# %% [markdown]
+# So a pixel of the coarsest level gets over a thousand additions, from threads that run at the same time. An addition has
+# three steps, read, add and write, and this is how one gets lost:
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of boxes along time, thread A and thread B, and between them the number in memory. A reads 5, B reads 5, both compute 5 plus 1, A writes 6, B writes 6. The number should be 7."}}
+schematics.lost_addition()
+
+# %% [markdown]
+# *Figure {{n}}.6. A data race: both threads read before either writes.*
+#
+# It can be watched. Threads of the operating system add 1 to one number; between reading and writing each lets the others
+# go first, as the scheduler does now and then.
 
 # %%
 ADDERS = """
@@ -627,16 +801,11 @@ extern "C" float add(int threads, int times, int atomic) {
     return shared;
 }
 """
-with tempfile.TemporaryDirectory() as folder:
-    source, library = Path(folder, "adders.cpp"), Path(folder, "adders.so")
-    source.write_text(ADDERS)
-    command = [*compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", str(source)]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    adders = ctypes.CDLL(str(library))
+adders = library_of(ADDERS, "-O1", "-std=c++20", "-pthread")
 adders.add.restype = ctypes.c_float
 
 # %% [markdown]
-# Before you run: four threads, 2,000 additions each. What comes out, plain and atomic?
+# Before you run: four threads make 2,000 additions each. What comes out, plain and atomic?
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -645,65 +814,48 @@ print(f"plain {plain:.0f}, atomic {atomic:.0f}")
 assert plain < atomic == 8000
 
 # %% [markdown]
-# Additions are lost whenever two threads read the same old number. **ThreadSanitizer**
-# {cite}`serebryany2009tsan` finds such places where plain runs need luck: it watches every access and
-# reports two that nothing orders. Our kernel, every CUDA thread an operating-system thread, passes it; with the
-# atomic addition replaced by a read and a write it does not:
+# In practice a race shows itself rarely, and never when one looks. **ThreadSanitizer** {cite}`serebryany2009tsan` needs
+# no luck: it watches every access, and reports two that nothing orders. Here is the library's kernel under it, every CUDA
+# thread a thread of the operating system, and once more with a read and a write in place of the atomic addition:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
 try:
     right, wrong = threads.races(), threads.races(atomic=False)
-    assert not right.report and "data race" in wrong.report
-    assert set(right.sums) == {right.expected}
-    print("atomic:", set(right.sums), "each, no report")
-    print("plain: ", sorted(set(wrong.sums)), "and this report:\n")
-    accesses = wrong.report.split("\n\n  Location")[0]
-    print(re.sub(r" at 0x\w+| \(pid=\d+\)", "", accesses))
+    print("atomic:", set(right.sums), "report:", right.report or "none")
+    print("plain: ", sorted(set(wrong.sums)), "report:", wrong.report.splitlines()[0][:34])
+    assert not right.report and "data race" in wrong.report and set(right.sums) == {right.expected}
 except threads.NoSanitizerError as error:  # a compiler without it
     print("not on this machine:", str(error)[:60])
 
 # %% [markdown]
-# Three ways to be right:
+# There are three ways to be right, and the library uses each of them:
 #
-# - **Atomic additions**, on the GPU. They are fast where the hardware adds in the cache, and the
-#   kernel asks for four channels in one instruction where it can (sm_90). But their order changes
-#   from run to run, and floating-point sums with it.
-# - **Ownership**, on the CPU: a worker owns whole heads, so nobody else writes there. No atomics, and
-#   the same bits for any number of threads.
-# - **Fixed point**, the deterministic mode on the GPU: turn each addend into an integer. Integer sums
-#   do not depend on order.
+# - **Atomic additions**, on the GPU. The hardware adds in its cache, four channels per instruction where it can (from the
+#   H100 on). But the order of the additions changes from run to run, and with it the last bits of the sum.
+# - **Ownership**, on the CPU. A worker owns whole heads, so nobody else writes there. No atomics are needed, and any
+#   number of threads gives the same bits (a test compares them).
+# - **Fixed point**, the deterministic mode on the GPU. Each number is turned into an integer before it is added.
+#
+# The last works because sums of integers do not depend on their order, while those of floats do:
 
 # %%
 addends = torch.randn(10_000)
 orders = [torch.randperm(10_000) for _ in range(50)]
-floating = {np.add.accumulate(addends[order].numpy())[-1].item() for order in orders}
-scale = 2.0**40
-integers = {int((addends[order].double() * scale).round().long().sum()) for order in orders}
-print("floats: several sums; integers:", len(integers))
-assert len(floating) > 1 and len(integers) == 1
+floats = {np.add.accumulate(addends[order].numpy())[-1].item() for order in orders}
+integers = {int((addends[order].double() * 2.0**40).round().long().sum()) for order in orders}
+print("50 orders. Sums of floats: several; sums of integers:", len(integers))
+assert len(floats) > 1 and len(integers) == 1
 
 # %% [markdown]
-# And here the CPU kernel's gradients, with one and with two threads, bit for bit:
-
-# %%
-leaves = [x.clone().requires_grad_() for x in (value, locations, weights)]
-gradients = {}
-for count in (1, 2):
-    torch.set_num_threads(count)
-    output = ms_deform_attn(leaves[0], shapes, *leaves[1:], backend="cpu")
-    gradients[count] = torch.autograd.grad(output.square().sum(), leaves)
-torch.set_num_threads(1)
-assert all(torch.equal(a, b) for a, b in zip(gradients[1], gradients[2], strict=True))
-print("the same bits")
-
 # %% [markdown]
 # ## Exercise {{n}}.4  A scale for fixed point
 #
-# *difficulty ●●● · 20 minutes · 2 lines*
+# *difficulty ●●○ · 20 minutes · 2 lines*
 #
-# 64-bit integers hold up to $2^{63} - 1$. Given bounds on the size of one addend and on their number,
-# return the largest power of two as scale such that no sum can exceed $2^{62}$.
+# 64-bit integers hold up to $2^{63} - 1$. Each number is multiplied by a scale before it is rounded. Given bounds on the size
+# of one addend and on how many there are, return the largest power of two as scale such that no sum can exceed
+# $2^{62}$. Bounds may be below one.
 
 
 # %% tags=["exercise"]
@@ -740,80 +892,47 @@ check("making_it_fast.4", fixed_point_scale)
 # {{solution}}
 
 # %% [markdown]
-# ## {{n}}.6 What the compiler made of it
+# ## {{n}}.7 What a GPU would do
 #
-# NVRTC needs no GPU to compile. `python -m tests.test_cuda_build` builds the kernels of four types and three
-# sizes of head for every architecture from sm_75 on (the tests a part of them), and reads what the compiler
-# reports: registers a thread, memory shared by a block, and **spills**, numbers that did not fit into registers
-# and go to memory (there must be none). For the H100's generation, sm_90, the tests also read the instructions.
-# From the record:
+# NVRTC compiles for a GPU without having one. `python -m tests.test_cuda_build` does so for every generation, and notes what the
+# compiler says: the **registers** of a thread, the shared memory of a block, and **spills**, numbers that found no
+# register (there must be none). While one warp waits for memory, others can run, so it helps if many fit. For the H100,
+# whose multiprocessors hold up to 2048 threads, 65,536 registers and 228 KB of shared memory:
 
 # %%
-built = json.loads(Path("../data/results/cuda_build.json").read_text())
-row = "{:>9} {:>9} {:>10} {:>7} {:>9}"
-print(row.format("value", "kernel", "registers", "shared", "resident"))
-for entry in built["kernels"]:
+built = json.loads(Path("../data/results/cuda_build.json").read_text())["kernels"]
+for entry in built:
     if (entry["architecture"], entry["D"], entry["deterministic"]) == (90, 32, False):
-        t = entry["threads"]  # of a block; an sm_90 multiprocessor holds, of each:
+        t = entry["threads"]  # of a block
         by_registers = 65536 // (t * 8 * math.ceil(entry["registers"] / 8))  # given out by eights
-        by_memory = 228 * 1024 // (entry["shared"] + 1024)  # 1 KiB of a block is the system's
-        resident = t * min(2048 // t, by_registers, by_memory) / 2048
-        values = (entry[k] for k in ("dtype", "kernel", "registers", "shared"))
-        print(row.format(*values, f"{resident:.0%}"))
-assert not any(entry["spilled"] for entry in built["kernels"])
+        by_memory = 228 * 1024 // (entry["shared"] + 1024)  # 1 KB of each block is the system's
+        share = t * min(2048 // t, by_registers, by_memory) / 2048
+        names, registers = f"{entry['dtype']:>8} {entry['kernel']:>8}", entry["registers"]
+        print(f"{names}: {registers} registers, {entry['shared']:5} bytes shared, {share:.0%} fit")
+assert not any(entry["spilled"] for entry in built)
 
 # %% [markdown]
-# The last column is *computed*: which part of the 2048 threads that a multiprocessor can hold finds room.
-# While a load is under way, others' threads can run, so more is better. But a thread can also have several
-# loads under way, which takes registers. The backward kernel sums a point's four inner products after the
-# loop over its corners, and in the instructions for sm_90 all four loads of 16 bytes stand before the first
-# shuffle (a test asserts it). With the sums inside that loop, each load would wait for the last one's sum,
-# and one would do with fewer registers. Which is faster, a GPU must say.
+# More is not always better. A thread can also have several loads under way at once, which takes registers: the backward
+# kernel starts all four loads of a point before its first shuffle. Which is faster, only a GPU can say.
+
+# %% [markdown]
+# ## {{n}}.8 A whole detector
 #
-# Another count, of **banks**: shared memory has 32 columns of 4 bytes, and answers a warp's addresses at
-# once if they are equal or lie in different columns. The four heads of a warp read their own corner of the
-# same point: an offset and a weight of 4 bytes for each of 4 corners and 16 points lie between two heads.
-# Before you run: how many columns do the four addresses lie in, and what does one number of padding behind
-# each head's corners change?
-
-# %%
-head_bytes = 4 * 16 * (4 + 4)
-for padding in (0, 4):
-    banks = {head * (head_bytes + padding) // 4 % 32 for head in range(4)}
-    print(f"{padding} bytes of padding: {len(banks)} of 4 banks")
-assert len(banks) == 4
-
-# %% [markdown]
-# On the CPU you can look yourself. On x86 a multiply-add can take an operand straight from memory, and
-# that is the whole inner loop: fetch eight channels, multiply, add, in one instruction. (Others load first.)
-
-# %%
-# NBVAL_IGNORE_OUTPUT
-flags = ["-std=c++17", *OPTIMISE, "-S", "-o", "-", "-x", "c++", "-"]
-text = WORDS + constant(TWO_PHASES).replace("ARGUMENTS", ARGUMENTS)
-listing = subprocess.run([*compiler(), *flags], input=text, capture_output=True, text=True).stdout
-fused = [line.strip() for line in listing.splitlines() if re.search(r"fmadd.*\(%r[^i].*ymm", line)]
-print(len(fused), "multiply-adds from memory", *fused[:4], sep="\n")
-
-# %% [markdown]
-# ## {{n}}.7 Where the time goes in a whole detector
-#
-# The digits' detector of {{chapter training}}, a batch of eight, once with PyTorch's form and once with the
-# kernel. How much of forward and backward is the operator? To know, write down its calls, and repeat
-# them alone.
+# Last, the question that decides whether any of this matters: which part of a training step is the operator? Take
+# the shipped detector of {{chapter training}} and four copies of the book's seven, forward and backward. We write
+# down the operator's calls, and then time the step and the calls alone.
 
 # %%
 model, _ = load_model("../data/checkpoints/digits.safetensors")
-batch = Batch.from_images([torch.randn(3, 128, 128) for _ in range(8)])
+seven = torch.from_numpy(running_example().copy()).permute(2, 0, 1) / 255
+batch = Batch.from_images([seven] * 4)
+calls = []
 
 
 def step():
     """One forward and backward pass."""
     output = model.train()(batch)
     (output.logits.square().mean() + output.boxes.mean()).backward()
-
-
-calls = []
 
 
 def recorded(value, shapes, *inputs):
@@ -829,75 +948,46 @@ calls = [[x.detach().requires_grad_() if torch.is_tensor(x) else x for x in c] f
 print(len(calls), "calls of the operator in a step")
 
 
+# %%
+# NBVAL_IGNORE_OUTPUT
 def operators():
     """The same calls, forward and backward, and nothing else."""
     for call in calls:
         ms_deform_attn(*call).sum().backward()
 
 
-# %%
-# NBVAL_IGNORE_OUTPUT
-def forced(name, function):
-    """A call of the function with this backend."""
-
-    def run():
-        with use_backend(name):
-            function()
-
-    return run
-
-
-parts = race(
-    {
-        (name, f.__name__): forced(name, f)
-        for name in ("reference", "cpu")
-        for f in (step, operators)
-    },
-    rounds=3,
-)
-for name in ("reference", "cpu"):
-    whole, part = parts[name, "step"], parts[name, "operators"]
-    print(
-        f"{name:>9}: a step {whole:4.0f} ms, of which the operator {part:4.0f}: {part / whole:.0%}"
-    )
+for backend in ("reference", "cpu"):
+    print("backend:", backend)
+    with use_backend(backend):
+        pair = race({"step": step, "operator": operators}, rounds=3)
+    share = np.median(pair["operator"]) / np.median(pair["step"])
+    print(f"{'of the step':>31}: {share:6.0%}")
 
 # %% [markdown]
-# A faster operator makes the rest visible: convolutions, linear layers, normalisation. This is
-# Amdahl's law, and the reason to stop: where the operator is a tenth of a step, making it twice as
-# fast gains a twentieth.
+# "reference" is PyTorch's form, "cpu" the kernel. A faster operator makes the rest visible: convolutions, linear layers,
+# normalisation. This is **Amdahl's law**, and a reason to stop: where the operator is a tenth of a step, making
+# it twice as fast gains a twentieth.
 #
-# ## {{n}}.8 Your kernel in the library's tests
+# ## {{n}}.9 Your kernel in the library's tests
 #
-# Write `__global__ void head(...)`, with the arguments of `HEAD`, into a file. It gets one thread a head
-# (Q · M, and some too many), one image at a time, and an output of zeros. One command, in the
-# repository's folder, compares it with the plain loops that the library's operator is compared with: odd sizes, borders,
-# coordinates that are not numbers, no queries, several images.
+# A kernel with the name and arguments of `head` above can be put through the tests of the library's own operator: odd sizes,
+# borders, coordinates that are not numbers, no queries, several images. It gets one thread per head and some too
+# many, one image at a time, and an output of zeros. Write it into a file and run, in the repository's folder,
 #
 # ```
 # python -m pytest tests/test_own_kernel.py --kernel my_kernel.cu
 # ```
 #
-# Here with `HEAD` itself, channels last:
-
-# %%
-with tempfile.TemporaryDirectory() as folder:
-    mine = Path(folder, "my_kernel.cu")
-    mine.write_text(HEAD.replace("ARGUMENTS", ARGUMENTS).replace("INDEX", LAYOUTS["channels last"]))
-    command = [sys.executable, "-m", "pytest", "tests/test_own_kernel.py", "--kernel", str(mine)]
-    result = subprocess.run(
-        [*command, "-q", "-p", "no:cacheprovider"], cwd="..", capture_output=True, text=True
-    )
-print(re.search(r"\d+ passed", result.stdout)[0])
+# Without `--kernel` it tests step 1 of this chapter, which `tests/own_kernel.cu` contains.
 
 # %% [markdown]
 # ## Summary
 #
-# - The operation moves bytes: 64 reads of a value byte on average, half an operation for each byte read.
-# - Count lines and sectors; the layout with fewer wins before anyone takes the time.
-# - Compute coordinates once, say what is constant, leave no branch in the hot loop, keep neighbours
-#   near: each step shows on the ladder.
-# - Backward, additions collide: atomics, ownership, or fixed point.
-# - After that the operator is no longer what takes the time.
+# - The operation moves bytes: half an operation per byte read, and each byte of `value` read 64 times.
+# - A simulator of a few lines predicts which layout and order miss least; an ablation shows what the time makes of it.
+# - A step is faster if it wins in (nearly) every round of a race, not if one number is smaller than another.
+# - Irregular reads are why the detector is slower than a convolutional one with as many FLOPs.
+# - In backward additions collide. There are three ways out: atomics, ownership, fixed point.
 #
 # > **Differs from the paper.** Its Table 1 measures whole detectors only. **Differs from the official
 # > code.** A lane has 16 bytes instead of 4, coordinates are shared by lanes, one backward kernel

@@ -100,15 +100,19 @@ def build(
     assert found, f"the text has no `__global__ void {name}(...)`"
     arguments = ", ".join(p.split()[-1].lstrip("*") for p in found[2].split(","))
     launch = grid.replace("PARAMETERS", found[2]).replace("CALL", f"{found[1]}({arguments})")
+    return Kernel(library_of(words + kernel + launch, *flags))
+
+
+def library_of(text: str, *flags: str) -> ctypes.CDLL:
+    """C++ text, compiled and loaded; AssertionError with the compiler's first error if it fails."""
     with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
-        source.write_text(words + kernel + launch)
+        source, library = Path(folder, "text.cpp"), Path(folder, "text.so")
+        source.write_text(text)
         command = [*compiler(), "-std=c++17", "-shared", "-fPIC", *flags, str(source)]
-        command += ["-o", str(library)]
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
         errors = re.findall(r"error: (.*)", run.stderr)
         assert run.returncode == 0, f"it does not compile: {''.join(errors[:1])}"
-        return Kernel(ctypes.CDLL(str(library)))
+        return ctypes.CDLL(str(library))
 
 
 def build_team(kernel: str) -> Kernel:
