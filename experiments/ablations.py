@@ -76,6 +76,7 @@ STUDY = Study(
     usual=60,
     seconds={"one map": 45, "three maps": 100},
     describe=describe,
+    headline=("test", "ap"),
     data=DATA,
 )
 

@@ -30,6 +30,7 @@ STUDY = Study(
     usual=95,
     seconds={"one map": 65},
     describe=describe,
+    headline=("test", "ap"),
     data=DATA,
 )
 

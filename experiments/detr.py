@@ -16,6 +16,7 @@ STUDY = Study(
     trial=train_detector,
     usual=600,
     describe=describe,
+    headline=("test", "ap"),
     data=DATA,
 )
 

@@ -26,6 +26,7 @@ STUDY = Study(
     trial=train_detector,
     usual=60,
     describe=describe,
+    headline=("test", "ap"),
     data=DATA,
 )
 

@@ -25,11 +25,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
+from deformable_detr.evaluation.intervals import interval, verdict
 from deformable_detr.files import first_line, write_atomically, write_json
 from deformable_detr.interrupts import Interrupted
 from deformable_detr.provenance import provenance
@@ -55,7 +57,8 @@ class Study:
     configurations: by name, what `trial` is given beside a seed and a folder; what `describe` makes
     of one decides which trials are the same. trial: returns the rows of a finished one; it may
     leave in its folder what it resumes from. usual: what one takes, about, in seconds of a core;
-    seconds: of configurations that take another time. data: what they read. runs: their folders'.
+    seconds: of configurations that take another time. headline: split and metric by which each
+    configuration is compared with the first. data: what trials read. runs: their folders'.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Study:
     usual: float
     seconds: dict[str, float] = field(default_factory=dict)
     describe: Callable[[object], dict] = dataclasses.asdict
+    headline: tuple[str, str] | None = None
     data: Path | None = None
     runs: Path = RUNS
 
@@ -130,10 +134,10 @@ def run_studies(studies: list[Study], jobs: int) -> bool:
                 place = waiting.pop(0)
                 print(f"{place.study.name}: {place.name}, seed {place.seed}", flush=True)
                 running[start(place)] = place
+            wait([process.sentinel for process in running])
             for process in [p for p in running if not p.is_alive()]:
                 finish(running.pop(process), process.exitcode)
                 write_tables(studies)
-            time.sleep(0.05)
     except KeyboardInterrupt:
         for process in running:  # those of a terminal have had Ctrl-C themselves
             process.terminate()
@@ -178,8 +182,12 @@ def attempt(place: Place) -> None:
     except Interrupted:
         sys.exit(6)
     except Exception as error:
-        traceback.print_exc()
-        sys.exit(code_of(error))
+        code = code_of(error)
+        if code == 1:
+            traceback.print_exc()
+        else:
+            print(first_line(error), file=sys.stderr)
+        sys.exit(code)
 
 
 def code_of(error: Exception) -> int:
@@ -232,21 +240,45 @@ def rows_of(study: Study) -> Iterator[Row]:
 def about(study: Study) -> dict:
     """How a study was made, and what of it is missing."""
     places = list(study.trials())
+    compared = {"compared": compare(study)} if study.headline else {}
     missing = [place for place in places if place.status() != DONE]
     packages = ("torchvision", "numpy", "scipy", "pycocotools")
     command = f"python experiments/study.py {study.name}"
-    return provenance(command, packages, data=study.data) | {
-        "question": study.question,
-        "configurations": {n: study.describe(c) for n, c in study.configurations.items()},
-        "seeds": list(study.seeds),
-        "trials": len(places),
-        "finished": not missing,
-        "cpu_minutes": round(
-            sum(p.result()["cpu_seconds"] for p in places if p.status() == DONE) / 60, 1
-        ),
-        "missing": [f"{p.name}, seed {p.seed}: {p.status()}" for p in missing],
-        "missing_cpu_minutes": round(sum(place.seconds() for place in missing) / 60),
-    }
+    return (
+        provenance(command, packages, data=study.data)
+        | compared
+        | {
+            "question": study.question,
+            "configurations": {n: study.describe(c) for n, c in study.configurations.items()},
+            "seeds": list(study.seeds),
+            "trials": len(places),
+            "finished": not missing,
+            "cpu_minutes": round(
+                sum(p.result()["cpu_seconds"] for p in places if p.status() == DONE) / 60, 1
+            ),
+            "missing": [f"{p.name}, seed {p.seed}: {p.status()}" for p in missing],
+            "missing_cpu_minutes": round(sum(place.seconds() for place in missing) / 60),
+        }
+    )
+
+
+def compare(study: Study) -> dict[str, dict]:
+    """The headline of each configuration at the end of its trials, with its 95 % interval, and what
+    its difference from the first configuration allows to say; of those with two repeats or more."""
+    values: dict[str, list[float]] = {}
+    for each in study.trials():
+        if each.status() == DONE:
+            rows = [r for r in each.result()["rows"] if (r["split"], r["metric"]) == study.headline]
+            last = max(rows, key=lambda row: row["at"])
+            values.setdefault(each.name, []).append(last["value"])
+    first = next(iter(study.configurations))
+    found = {}
+    for name, repeats in values.items():
+        if len(repeats) > 1:
+            found[name] = {k: round(v, 4) for k, v in vars(interval(repeats)).items()}
+            if name != first and len(values.get(first, [])) > 1:
+                found[name]["against the first"] = verdict(repeats, values[first])
+    return found
 
 
 def load_study(name: str) -> Study:
@@ -264,7 +296,11 @@ def main(names: tuple[str, ...] = STUDIES) -> None:
         parser.error(f"no study {min(unknown)}; there are {', '.join(STUDIES)}")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the trials' processes
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    raise SystemExit(not run_studies([load_study(name) for name in args.names], args.jobs))
+    try:
+        whole = run_studies([load_study(name) for name in args.names], args.jobs)
+    except OSError as error:  # a table that cannot be written
+        raise SystemExit(first_line(error)) from None
+    raise SystemExit(not whole)
 
 
 if __name__ == "__main__":

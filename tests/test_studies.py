@@ -21,7 +21,7 @@ from tests import trials
 from tests.conftest import write_coco
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-DETECTORS = ("ablations", "convergence", "detr", "members")  # studies that train them
+DETECTORS = ("ablations", "convergence", "detr", "members", "rates")  # studies that train them
 NAMES = [path.stem for path in FOLDER.glob("*.py") if "\nSTUDY = " in path.read_text("utf-8")]
 
 
@@ -63,6 +63,8 @@ def here(study, monkeypatch):
     """Trials run in this process, one after another, where none of them is to die of a signal."""
 
     class Done:
+        sentinel = None
+
         def __init__(self, code):
             self.exitcode = code
 
@@ -77,6 +79,7 @@ def here(study, monkeypatch):
         return Done(0)
 
     monkeypatch.setattr(study, "start", start)
+    monkeypatch.setattr(study, "wait", lambda sentinels: None)
 
 
 def table(tmp_path, name="quick"):
@@ -175,6 +178,17 @@ def test_seeds_come_before_configurations(study, make, here, capsys):
     study.run_studies([make("a", name="one"), make("b", name="two")], jobs=1)
     lines = capsys.readouterr().out.splitlines()[1:]
     assert lines == ["one: a, seed 0", "two: b, seed 0", "one: a, seed 1", "two: b, seed 1"]
+
+
+def test_what_repeats_allow_to_say_stands_beside_the_table(study, make, here, tmp_path):
+    """Of the last value of each trial, against the first configuration; one repeat says nothing."""
+    quick = dataclasses.replace(make("a", "b", seeds=(0, 1, 2)), headline=("test", "ap"))
+    study.run_studies([quick], jobs=1)
+    compared = card(tmp_path)["compared"]
+    assert compared["a"] == {"mean": 0.6, "low": 0.3516, "high": 0.8484, "repeats": 3}
+    assert compared["b"]["against the first"].startswith("no difference larger than 0.2")
+    study.run_studies([dataclasses.replace(quick, seeds=(0,))], jobs=1)
+    assert card(tmp_path)["compared"] == {}
 
 
 def test_what_took_long_before_is_expected_to_again(study, make, here):
