@@ -116,7 +116,8 @@ class Place:
 
 
 def row(split: str, at: int, metric: str, value: float | None) -> Row:
-    """A row of a study's table; a value that is None has none."""
+    """A row of a study's table, to four decimals; a value that is None has none."""
+    value = round(value, 4) if isinstance(value, float) else value
     return {"split": split, "at": at, "metric": metric, "value": value}
 
 
