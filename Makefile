@@ -55,8 +55,10 @@ else
 	$(BIN)/python experiments/refinement.py
 	$(BIN)/python experiments/gradient_cut.py
 	$(BIN)/python experiments/memory.py
+	$(BIN)/python experiments/looking.py
 	$(BIN)/python experiments/study.py
 	$(BIN)/python book/readme.py
+	$(BIN)/python book/journey.py
 endif
 
 $(DIGITS): | .venv/.book

@@ -19,7 +19,8 @@ ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 OWN = {"deformable_detr", "tests", "chapters", "build", "conf", "make_digits", "readme"}
 OWN |= {"rendering", "schematics"}
-OWN |= {"digits", "benchmarks", "MultiScaleDeformableAttention"}  # scripts; a name that we install
+OWN |= {"benchmarks", "MultiScaleDeformableAttention"}  # scripts; a name that we install
+OWN |= {path.stem for path in (ROOT / "experiments").glob("*.py")}
 
 
 def distributions(requirements: list[str]) -> set[str]:
