@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -171,3 +172,11 @@ def test_folders_that_cannot_be_converted(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not (tmp_path / "coco").exists()
+
+
+def test_the_shipped_trees_are_whole(tmp_path):
+    said = convert_voc(Path(__file__).parents[1] / "data" / "trees", tmp_path / "trees")
+    assert [line.split(", ")[1] for line in said[:3]] == ["366 boxes", "209 boxes", "279 boxes"]
+    for split in ("train", "val", "test"):
+        faults = check_dataset(*find_split(tmp_path / "trees", split))
+        assert not [fault for fault in faults if fault.fatal]
