@@ -1,6 +1,6 @@
 """What a detector costs: parameters, multiply-adds, seconds and memory (Table 1, Appendix A.1).
 
-Chapter pixels_to_boxes reads it.
+Chapter training_at_every_size measures memory with it.
 """
 
 import dataclasses

@@ -1,2 +1,2 @@
 """From a model's output to detections in people's pictures.
-Chapters pixels_to_boxes and your_own_data."""
+Chapters matching_and_loss and your_own_data."""

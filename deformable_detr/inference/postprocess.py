@@ -1,4 +1,4 @@
-"""From the model's output to detections in pixels. Chapter pixels_to_boxes."""
+"""From the model's output to detections in pixels. Chapter matching_and_loss."""
 
 import torch
 from torchvision.ops import box_convert
