@@ -71,8 +71,10 @@ def gather(source: Path) -> None:
     (source / "chapters").mkdir(parents=True)
     for page in [*BOOK.glob("*.md"), *BOOK.glob("*.bib")]:
         shutil.copy(page, source)
+    for picture in RESULTS.parent.glob("*.png"):
+        shutil.copy(picture, source)
     for page in source.glob("*.md"):
-        text = page.read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8").replace("](../data/results/", "](")
         page.write_text(rendering.chapter_links(text, "chapters/"), encoding="utf-8")
     for notebook in CHAPTERS.glob("*.ipynb"):
         shutil.copy(notebook, source / "chapters")
