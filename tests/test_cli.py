@@ -488,7 +488,7 @@ def test_evaluate_refuses_what_train_does(coco, model_file, capsys, kind):
     path.write_text(json.dumps(content))
     assert main(["evaluate", str(coco), "--model", str(model_file)]) == 2
     error = capsys.readouterr().err
-    assert "val: FATAL: " in error and " fatal faults in the data; all of them: " in error
+    assert "val: FATAL: " in error and " in the data; all of them: deformable-detr check" in error
 
 
 def test_errors_are_one_line(coco, model_file, tmp_path, capsys):
