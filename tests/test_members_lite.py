@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from deformable_detr.evaluation.complexity import complexity
+from deformable_detr.export.program import example, make_graph, to_program
 from deformable_detr.layers.attention import MSDeformAttn
 from deformable_detr.layers.key_aware_attention import KeyAwareAttention
 from deformable_detr.losses import SetCriterion
@@ -147,6 +148,18 @@ def test_it_takes_a_step_with_layers_computed_again(name):
     losses = SetCriterion()(output_of(model, batch), batch.targets)
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_its_program_gives_the_same_numbers_at_another_size():
+    """Written down in plain operations, which every runtime has."""
+    small = {"num_levels": 2, "num_points": 1, "decoder_layers": 1}
+    graph = make_graph(build(tiny("lite_detr", **small)))
+    program = to_program(graph, (64, 96))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not any("sampled_products" in name for name in called)
+    inputs = example(3, 80, 72)
+    for found, expected in zip(program.module()(*inputs), graph(*inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # What it costs
