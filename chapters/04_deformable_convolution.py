@@ -35,7 +35,7 @@
 # the nine points at which it reads. The network itself computes, from the image, how far to move
 # each of them.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Four close-ups of the green seven, each with nine orange points. First a regular 3 by 3 grid; then the same grid spread out to twice its width; then turned; then with each point moved on its own, so that all nine lie on the seven. Arrows lead from the regular grid, drawn as rings, to the moved points."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Four close-ups of the green seven, each with nine orange points. First a regular 3 by 3 grid; then the same grid spread out to twice its width; then turned and spread; then with each point moved on its own, so that all nine lie on the seven. Arrows lead from the regular grid, drawn as rings, to the moved points."}}
 import matplotlib.pyplot as plt
 from schematics.deformable_convolution import moved_taps
 
@@ -74,7 +74,8 @@ def sample(feature_map, pixels):
 # ## {{n}}.1 A convolution is sampling with fixed points
 #
 # The output of a 3 x 3 convolution at place $p_0$ is a sum over nine *taps*, one for each place of
-# the pattern:
+# the pattern. Here $x(p)$ are the channels of the map at place $p$, and $w_k$ is the weight of tap
+# $k$, a matrix with one row per output channel and one column per input channel:
 #
 # $$y(p_0) = \sum_{k=1}^{9} w_k \, x(p_0 + p_k), \qquad p_k \in \{(-1,-1), (0,-1), \dots, (1,1)\}.$$
 #
@@ -125,10 +126,11 @@ one_layer()
 
 # %% [markdown]
 # *Figure {{n}}.2. One deformable layer. The small convolution (blue) says where to read; the weights
-# $w_k$ say how much each sample counts. Both see the same feature map.*
+# $w_k$ say how much each sample counts. The same feature map serves twice: the offsets are computed
+# from it, and it is what they read.*
 #
-# Where the offsets come from waits until section {{n}}.4. First we write what happens once they are
-# there, as a loop over places.
+# Section {{n}}.4 and section {{n}}.5 are about good offsets. First we take the offsets as given and
+# write the sampling, as a loop over places.
 
 
 # %%
@@ -148,7 +150,7 @@ def deform_conv_loop(image, offset, weight):
 
 
 # %% [markdown]
-# With offsets of zero it must be the ordinary convolution, everywhere, the border included.
+# With offsets of zero the result must be the ordinary convolution, everywhere, the border included.
 
 # %%
 still = torch.zeros(4, 6, 9, 2)
@@ -157,7 +159,8 @@ torch.testing.assert_close(deform_conv_loop(image, still, weight), expected)
 print("offsets of zero: an ordinary convolution")
 
 # %% [markdown]
-# If all offsets are the same whole number of pixels, it must be the convolution of a shifted image.
+# If all offsets are the same whole number of pixels, the result must be the convolution of a shifted
+# image.
 #
 # Before you run: with dx = 1 every tap reads one pixel further to the right. Does the picture that
 # comes out move to the left or to the right?
@@ -166,10 +169,15 @@ print("offsets of zero: an ordinary convolution")
 right = still.clone()
 right[..., 0] = 1
 shifted = F.pad(image, (0, 1))[:, :, 1:]  # every pixel takes its right neighbour's value
-expected_shifted = F.conv2d(F.pad(shifted, (1, 1, 1, 1))[None], weight)[0]
+expected_shifted = F.conv2d(shifted[None], weight, padding=1)[0]
 moved = deform_conv_loop(image, right, weight)
-torch.testing.assert_close(moved[:, :, 1:-1], expected_shifted[:, :, 1:-1])
+torch.testing.assert_close(moved[:, :, 1:], expected_shifted[:, :, 1:])
 print("reading to the right moves the picture to the left")
+
+# %% [markdown]
+# It moves to the left, because each place now shows what stood one pixel to its right. (The first
+# column is left out of the comparison: there the moved taps still read column 0 of the image, and the
+# shifted image has lost that column.)
 
 # %% [markdown]
 # ## Exercise {{n}}.1  The points of one place
@@ -217,7 +225,7 @@ check("deformable_convolution.1", tap_points)
 # %% [markdown]
 # ## {{n}}.3 Vectorised, and against torchvision
 #
-# The two loops go, because `sample` takes any number of leading axes: we hand it the points of all
+# Both loops can go. Since `sample` takes any number of leading axes, we hand it the points of all
 # places and taps at once.
 
 
@@ -241,8 +249,8 @@ print("vectorised: equal to the loop")
 
 # %% [markdown]
 # torchvision has the same operation, `deform_conv2d`, in another layout. There the offsets are
-# channels: for each tap first dy, then dx, so **y comes first**. Our points are (x, y). Swapping the
-# two is this operation's classic bug, and it raises no error, so we check both ways round.
+# channels: for each tap first dy, then dx, so **y comes first**. Our points are (x, y). If one swaps
+# the two by mistake, no error is raised and the result is simply wrong, so we check both ways round.
 
 
 # %%
@@ -260,8 +268,8 @@ print("equal to torchvision; with dx and dy swapped it is not")
 # %% [markdown]
 # The second version of deformable convolution {cite}`zhu2019deformable2` also multiplies each sample
 # by a *modulation* between 0 and 1. With it a tap that finds nothing useful can be switched off.
-# torchvision calls the modulation `mask`. Remember it, because the next chapter turns it into an
-# attention weight.
+# torchvision calls the modulation `mask`. Remember this number: in the next chapter an attention
+# weight takes its place.
 
 # %%
 mask = torch.rand(4, 6, 9)
@@ -330,8 +338,8 @@ check("deformable_convolution.2", sample_in_groups)
 # We can watch this on the running example. Take a single place on the seven, let its nine offsets be
 # free numbers, and ask for one thing: each of the nine samples should be green. The map is the
 # picture's greenness in cells of 4 x 4 pixels, blurred a little so that its slope reaches further. A
-# sample that is green enough, above 0.4, asks for nothing more, so its tap stops there. The grid
-# starts with 3.5 cells between its taps, so wide that four of the nine stand on wood.
+# sample above 0.4 is green enough: it adds nothing to the loss, so its tap is no longer pulled. The
+# grid starts with 3.5 cells between its taps, so wide that four of the nine stand on wood.
 
 # %%
 from schematics import running_example
@@ -367,8 +375,10 @@ plt.show()
 
 # %% [markdown]
 # *Figure {{n}}.3. Nine taps of one place, moved by a gradient. Rings are the starts, discs the ends.
-# Taps that stand well inside the green stay; the others walk until they are on it too. Nothing in the loss
-# mentions the shape of the seven; they find it because the slope of the map leads them there.*
+# Two taps of the middle column stay, the others walk inwards until they are on the seven. (The one at the top
+# walks too, although it starts on green: the map is blurred, and near the edge of the seven it is below
+# 0.4.) The loss knows nothing about the shape of the seven. The taps find it because the slope of the
+# map leads them there.*
 
 # %% tags=["hide-input"]
 on_green = [int((sample(greenness, (p + 0.5) * 4 - 0.5)[:, 0] > 0.2).sum()) for p in path[[0, -1]]]
@@ -376,10 +386,11 @@ print(f"taps on the seven: {on_green[0]} of 9 before, {on_green[1]} of 9 after")
 assert on_green[0] < 6 and on_green[1] == 9
 
 # %% [markdown]
-# Layers add up. A tap of the third layer reads a place of the second, which has nine taps in the
-# first, and so on: after three layers one output depends on $9^3 = 729$ samples. With fixed taps most
-# of these fall onto one another. With moved taps they can gather on the object, and this is the
-# picture by which deformable convolution became known (Figure 6 of {cite}`dai2017deformable`).
+# With several layers the samples multiply. An output of the third layer reads nine places of the
+# second layer. Each of these has read nine places of the first, and each of those nine places of the
+# image. So one output depends on $9^3 = 729$ samples. With fixed taps most of them fall onto one
+# another. With moved taps they can gather on the object. Figure 6 of {cite}`dai2017deformable` shows
+# this for photographs; here it is for our seven.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two close-ups of the seven. Left: the samples of three ordinary convolutions form a square grid of 49 places, many of them on wood. Right: the samples of three deformable ones, several hundred places, most of them on the seven."}}
 from schematics.deformable_convolution import three_layers
@@ -387,21 +398,24 @@ from schematics.deformable_convolution import three_layers
 three_layers()
 
 # %% [markdown]
-# *Figure {{n}}.4. The 729 samples behind one output (cross) of three layers. Left, fixed taps: 49
-# different places on a square. Right, taps that each move a few pixels to where the picture is
-# greener. (This rule is ours and stands in for a trained network, which must find one of its own.)*
+# *Figure {{n}}.4. The 729 samples behind one output (cross) of three layers, whose taps are nine pixels
+# of the image apart. Left, fixed taps: 49 different places on a square, and half of the samples lie on
+# wood. Right, taps that each move a few pixels to where the picture is greener: more than nine samples
+# in ten lie on the seven. (This rule is ours and stands in for a trained network, which must find one
+# of its own.)*
 
 # %% [markdown]
 # ## {{n}}.5 Offsets that a network computes
 #
 # Free offsets work for one picture only. In a network, a small convolution computes them, so that
-# they suit each new picture. Does such a convolution learn? For this we need a task of which we know
-# the answer.
+# they suit each new picture. Can such a convolution learn to do so? To judge that, we need a task whose
+# answer we know.
 #
 # A map has two channels: a smooth random picture, and a flag that is -1 to the left of some border
 # and +1 to the right of it. The target is the picture again, but read from elsewhere: **three pixels
 # to the left where the flag is -1, three pixels to the right where it is +1**. So the correct offset
-# is dx = 3 times the flag.
+# is dx = 3 times the flag. (The picture is noise blurred by a Gaussian with a standard deviation of 2.5
+# pixels, then brought to a standard deviation of 1. Where the target would lie outside, it is 0.)
 
 # %%
 SHIFT = 3.0
@@ -491,14 +505,15 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.5. One line per seed. The plain convolution has 99 parameters and sees all that
-# matters, yet it stops at about 0.4. The deformable one has 7 parameters and solves the task.*
+# *Figure {{n}}.5. One line per seed. The plain convolution has 99 parameters (2 x 7 x 7 weights and a
+# bias) and sees all that matters, yet it stops at about 0.4. The deformable one has 7 (six for the
+# offset, one weight for the tap) and solves the task.*
 #
 # The plain convolution does not fail for lack of reach. It fails because it is **linear**: its output
 # is one sum over the picture plus another sum over the flag. A sum cannot let the flag *choose*
-# between two parts of the picture, because choosing is a product of the two. We can see it directly.
-# Turn the flag from -1 to +1. A linear layer changes its output by the same amount, whatever the
-# picture shows.
+# between two parts of the picture, because choosing is a product of the two. We can see this directly
+# by turning the flag from -1 to +1 everywhere: a linear layer changes its output by the same amount,
+# whatever the picture shows.
 
 # %%
 first, second = torch.randn(2, 1, 1, 14, 22)
@@ -520,14 +535,26 @@ torch.testing.assert_close(change(convolutions[0], first), change(convolutions[0
 assert (change(readers[0], first) - change(readers[0], second)).abs().max() > 1
 
 # %% [markdown]
-# The best that a linear layer can do is to mix both candidates. To choose, it needs something that
-# is not linear. A ReLU is enough: for pictures whose values stay below some bound $b$,
+# Since it cannot choose, the best that a linear layer can do is to mix both candidates, half and half.
+# How far off is that?
+
+# %%
+inputs, targets = make_batch(200)
+picture = inputs[:, :1]
+mixed = (picture[..., :-6] + picture[..., 6:]) / 2  # what lies 3 to the left, and 3 to the right
+error = (mixed - targets[..., 3:-3]).square().mean().item()
+print(f"mean of both candidates: squared error {error:.1f}")
+assert abs(error - ends[0]) < 0.1
+
+# %% [markdown]
+# That is the 0.4 at which the plain convolution stopped. To choose, a layer needs something that is not
+# linear. A ReLU is enough: for pictures whose values lie between $-b$ and $b$,
 #
 # $$\text{relu}(x + b \cdot \text{flag}) - b \cdot \text{relu}(\text{flag})$$
 #
 # is $x$ where the flag is +1, and 0 where it is -1. So a network of two ordinary layers *can* solve
-# this task. But it needs one such branch for each displacement that might ever occur, while an
-# offset is a single number that can become any of them.
+# this task. But built like this, it needs one such branch for each displacement that might ever occur,
+# while an offset is a single number that can take any value.
 
 # %%
 x, flag, b = torch.randn(1000).clamp(-4, 4), torch.randn(1000).sign(), 4.0
@@ -541,7 +568,7 @@ print("with a ReLU, the flag gates the picture")
 # %%
 learned = torch.stack([reader.offset.weight[:, :, 0, 0] for reader in readers])  # (3, 2, 2)
 flag_to_dy, flag_to_dx = learned[:, 0, 1], learned[:, 1, 1]
-print("dx for each unit of the flag, three seeds:", [f"{dx:.1f}" for dx in flag_to_dx.tolist()])
+print("dx per unit of the flag, three seeds:", [f"{dx:.1f}" for dx in flag_to_dx.tolist()])
 assert (flag_to_dx - SHIFT).abs().max() < 0.05 and flag_to_dy.abs().max() < 0.05
 
 # %% mystnb={"image": {"alt": "A smooth random picture with a vertical dashed border. White arrows left of the border point three pixels to the left, arrows right of it three pixels to the right."}}
@@ -562,8 +589,9 @@ plt.show()
 
 # %% [markdown]
 # *Figure {{n}}.6. The learned offsets of one reader, as arrows from where an output stands to where
-# it reads. They turn round at the dashed border, where the flag changes its sign. The parameters are
-# the same everywhere; what stands at a place decides where that place looks.*
+# it reads. Their direction changes at the dashed border, where the flag changes its sign. The
+# parameters are the same everywhere; the input at a place (here its flag) decides where that place
+# reads.*
 
 # %% tags=["hide-input"]
 left, right_side = dx[:, : int(border)], dx[:, int(border) + 2 :]
@@ -574,7 +602,8 @@ assert (left < -2).all() and (right_side > 2).all()
 #
 # *difficulty ●●● · 30 minutes · 8 lines*
 #
-# Write the whole modulated layer, which you can put in place of any 3 x 3 convolution:
+# Write the whole modulated layer. You can put it in place of any 3 x 3 convolution that has stride 1,
+# padding 1 and no bias (as most of those in a ResNet):
 # - one ordinary 3 x 3 convolution with 27 outputs computes, from the layer's own input, the offsets
 #   (channels 0 to 17, in torchvision's layout) and nine scores (channels 18 to 26);
 # - a modulation is **twice** the sigmoid of its score;
@@ -640,16 +669,19 @@ check("deformable_convolution.3", DeformableLayer)
 # which starts at one half. The factor of two lets pretrained weights carry over.)
 
 # %% [markdown]
-# ## {{n}}.6 When there is nothing to follow
+# ## {{n}}.6 Offsets need a slope to follow
 #
 # The random picture was smooth on purpose. A gradient feels only the pixels next to the point
 # ({{chapter sampling}} calls this the capture range), so a target three pixels away can pull only if
 # the picture leads there smoothly.
 #
-# We put numbers to that. Let the target lie three pixels to the right, and let a reader stand at
-# dx = 0.5, so it reads halfway between two pixels. The derivative of its error by dx is easy to write
-# down for many pictures at once. Gradient descent steps *against* the derivative, so the reader moves
-# to the right, as it should, where the derivative is **negative**.
+# We measure this on many random pictures. Let the target lie three pixels to the right, and let a
+# reader with one dx for the whole picture stand at dx = 0.5, so that it reads halfway between two
+# pixels: $r = (\text{here} + \text{right}) / 2$. If dx grows, $r$ changes by
+# $\text{right} - \text{here}$. So, up to a factor of 2, the derivative of the squared error by dx is
+# the mean of $(r - \text{target})(\text{right} - \text{here})$ over all places. Gradient descent
+# steps *against* the derivative, so the reader moves to the right, as it should, if the derivative is
+# **negative**.
 
 
 # %%
@@ -672,9 +704,9 @@ print(f"moves the right way: smooth {smooth:.1f}, noise {noise:.1f}")
 assert smooth > 0.95 and abs(noise - 0.5) < 0.05
 
 # %% [markdown]
-# On smooth pictures the reader always sets out in the right direction. On noise it does so half of
-# the time, as if it tossed a coin, because neighbouring pixels say nothing about pixels further
-# away.
+# On smooth pictures the reader practically always sets out in the right direction. On noise it does
+# so half of the time, as if it tossed a coin, because neighbouring pixels say nothing about pixels
+# further away.
 #
 # ## Exercise {{n}}.4  The derivative by an offset
 #
@@ -728,24 +760,27 @@ check("deformable_convolution.4", offset_gradient)
 # %% [markdown]
 # ## {{n}}.7 What is missing before this is attention
 #
-# Deformable convolution looks where the content of the image sends it. Two things separate it from
-# the attention of {{chapter attention}}, and a third from what a detector needs:
+# In a deformable convolution the content of the image decides where to read. Two things still separate
+# it from the attention of {{chapter attention}}, and a third from what a detector needs:
 #
 # - **Weights that compete.** In the first version $w_k$ is the same at every place. The second
 #   version's modulations differ from place to place, but each tap has its own: nothing makes them
 #   share one total, as a softmax does.
-# - **A query from elsewhere.** Every output of a convolution stands on its own map. An object that
-#   is looked for ("where is the seven?") is not a place on the map, so it cannot ask.
+# - **A query from elsewhere.** In a convolution it is always a place of the map that asks, and it asks
+#   with what stands there. But a detector also has questions that belong to no place, such as "where is
+#   the seven?". A convolution has no input for them.
 # - **Several scales.** Each layer reads one map, although a detector has several.
 #
-# {{chapter deformable_attention}} brings the first two, and {{chapter many_scales}} the third. The way back is exact: the next chapter shows that deformable attention with one point per
-# head, fixed weights and no value projection *is* a deformable convolution.
+# {{chapter deformable_attention}} brings the first two, and {{chapter many_scales}} the third. Nothing
+# from this chapter is lost on the way: the next one shows that deformable attention with one point per
+# head and no value projection *is* a deformable convolution.
 
 # %% [markdown]
 # ## Summary
 #
 # - A convolution samples nine fixed points; a deformable one adds an offset to each.
-# - A small convolution, which starts at zero, computes the offsets from the map.
+# - A small convolution computes the offsets from the map. Its parameters start at zero, so the layer
+#   starts as an ordinary convolution.
 # - The loss reaches an offset through the slope of bilinear sampling, within its capture range.
 # - One linear layer cannot let one channel choose where another is read. An offset can.
 # - torchvision's layout is (dy, dx) for each tap; this book's points are (x, y).
@@ -759,4 +794,5 @@ check("deformable_convolution.4", offset_gradient)
 #
 # - {cite}`dai2017deformable`: offsets, section 2.1; the 729 samples, Figure 6.
 # - {cite}`zhu2019deformable2`: modulation, and how to train offsets well.
-# - {cite}`zhu2021deformable`: after its Eq. 2, deformable attention beside deformable convolution.
+# - {cite}`zhu2021deformable`: the paragraphs after its Eq. 2 compare deformable attention with
+#   deformable convolution.

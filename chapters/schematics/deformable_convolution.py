@@ -43,7 +43,7 @@ def moved_taps() -> None:
     panels = {
         "convolution": CENTRE + STEP * GRID,
         "spread out (dilation 2)": CENTRE + 2 * STEP * GRID,
-        "turned": CENTRE + 1.7 * STEP * GRID @ turn.T,
+        "turned and spread": CENTRE + 1.7 * STEP * GRID @ turn.T,
         "each on its own": ALONG_THE_SEVEN,
     }
     _, axes = plt.subplots(1, 4, figsize=(7.4, 2.1))
