@@ -4,7 +4,8 @@
 
 No training: points whose weight is below a threshold are dropped, or all but the k heaviest of each
 query and head, and what is left sums to one again. A threshold lets each query choose how many it
-keeps; the k heaviest are the fair rival, with the same number for all.
+keeps; the k heaviest are the fair rival, with the same number for all. And, for what several maps
+are worth to small objects and to large ones: all points but those on one map.
 """
 
 from collections.abc import Callable
@@ -47,7 +48,20 @@ class Keep:
         return (kept / kept.sum(-1, keepdim=True)).view(weights.shape)
 
 
-def evaluate(keep: Keep, seed: int, folder: Path) -> list[dict]:
+@dataclass(frozen=True)
+class Leave:
+    """Points are kept on all levels but one."""
+
+    level: int
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        """As `Keep`."""
+        kept = weights.clone()
+        kept[..., self.level, :] = 0
+        return kept / kept.sum((-1, -2), keepdim=True)
+
+
+def evaluate(keep: Keep | Leave, seed: int, folder: Path) -> list[dict]:
     """AP on images of test and on each fifth of them, and the points kept per query and head."""
     model, _ = load_model(CHECKPOINTS / "digits.safetensors")
     dataset = CocoDataset(*find_split(DATA, "test"), digits_eval_transform())
@@ -71,7 +85,7 @@ def evaluate(keep: Keep, seed: int, folder: Path) -> list[dict]:
     return rows + [row("test", 0, name, round(mean, 3)) for name, mean in means.items()]
 
 
-def keeping(sampling: Callable, keep: Keep, counts: list[float]) -> Callable:
+def keeping(sampling: Callable, keep: Keep | Leave, counts: list[float]) -> Callable:
     """A module's `sampling` with fewer points; their mean number is noted for each call."""
 
     def call(*arguments: object) -> Sampling:
@@ -91,6 +105,7 @@ STUDY = Study(
         "all": Keep(),
         **{f"weight at least {w}": Keep(at_least=w) for w in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)},
         **{f"{k} heaviest": Keep(heaviest=k) for k in (1, 2, 3, 4, 6, 8)},
+        **{f"none at stride {4 << level}": Leave(level) for level in range(3)},
     },
     seeds=(0,),
     trial=evaluate,

@@ -270,6 +270,8 @@ def test_which_points_are_kept(study):
     above = Keep(at_least=0.3)(weights)
     assert torch.allclose(above[0], two[0])
     assert above[1].max() == 1, "where all are below, the heaviest stays"
+    finest = importlib.import_module("thresholds").Leave(1)(weights)
+    assert torch.allclose(finest[0], torch.tensor([[5 / 6, 1 / 6], [0.0, 0.0]]))
 
 
 @pytest.fixture
