@@ -710,8 +710,9 @@ draw.inside_or_outside(inverse_sigmoid)
 # delta gives a centre inside the image, and every centre can be reached. Added outside (right), centres
 # leave the image (grey), and not every centre can be reached.*
 #
-# All four numbers lie between 0 and 1. That keeps the *centre* inside the image, but not the edges. **Before
-# you run**: a box has its centre at x = 0.9 and a width of 0.4. Where is its right edge?
+# All four numbers lie between 0 and 1. That keeps the *centre* inside the image, but not the edges.
+#
+# **Before you run**: a box has its centre at x = 0.9 and a width of 0.4. Where is its right edge?
 
 # %%
 from deformable_detr.boxes import cxcywh_to_xyxy

@@ -71,7 +71,7 @@ torch.set_num_threads(1)
 # ## {{n}}.1 Adding before the sigmoid
 #
 # In {{chapter pixels_to_boxes}} the head's answer was added to a point, before the sigmoid. Now the start is
-# a whole box, so all four numbers have a start (A.4):
+# a whole box, so all four numbers have a start (Appendix A.4 of the paper):
 #
 # $$b' = \sigma\big(\sigma^{-1}(b) + \Delta\big), \qquad \sigma^{-1}(b) = \ln\frac{b}{1-b}$$
 #
@@ -272,8 +272,8 @@ print(f"of the {int(sure.sum())} with a score above 0.4: {int((outside & sure).s
 # ## {{n}}.3 Where the gradient is cut
 #
 # Layer 2 starts from the box of layer 1. Its loss could therefore train layer 1's head too, through the
-# reference. The paper forbids it (A.4): "to stabilize training", as in RAFT {cite}`teed2020raft`, the gradient
-# is blocked at the last box. In code this is one word, `detach`.
+# reference. The paper forbids it: "to stabilize training", as in RAFT {cite}`teed2020raft`, the gradient is
+# blocked at the last box (Appendix A.4). In code this is one word, `detach`.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two decoder layers, each with a head, a box and a loss. Blue arrows lead forward from layer 1 to layer 2, called content, and from each layer to its head and box. Purple arrows lead back from each loss through box and head to its layer, and from layer 2 to layer 1. An orange line leads from box 1 to layer 2 and to box 2; it is crossed by two red bars, labelled detach: no gradient."}}
 draw.gradient_cut()
