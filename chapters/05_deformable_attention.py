@@ -13,7 +13,7 @@
 #
 # You will be able to
 # - **compute** Eq. 2 of Deformable DETR by hand, and **build** it as a module,
-# - **prove** that it becomes a deformable convolution in one limit and dense attention in the other,
+# - **show** that it becomes a deformable convolution in one limit and dense attention in the other,
 # - **explain** where the keys went, and what that costs,
 # - **count** its operations, in encoder and decoder, in two orders of work,
 # - **watch** a module learn where to look, on a task with a known answer.
@@ -27,10 +27,10 @@
 
 # %% [markdown]
 # Dense attention lets a query weigh all $HW$ places of a map. That is flexible but expensive.
-# Deformable convolution reads a few moved points with fixed weights. That is cheap, but nobody can
-# ask it a question. Deformable attention {cite}`zhu2021deformable` takes the few points from the one
-# and the weights from the other: **each query says where its $K$ points are, and how much each of
-# them counts**.
+# Deformable convolution reads a few moved points with fixed weights. That is cheap, but only the places
+# of the map itself can ask. Deformable attention {cite}`zhu2021deformable` joins the two. It reads a
+# few points, as the convolution does, and weighs them for any query, as attention does: **each query
+# says where its $K$ points are, and how much each of them counts**.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: the green seven on wood with a blue cross and four numbered orange discs around it, two on the seven and two on wood. Right: the four sampled colours as squares, brown, green, brown and green, their weights 0.1, 0.5, 0.1 and 0.3, and arrows to one larger square of the mixed colour, mostly green."}}
 import matplotlib.pyplot as plt
@@ -42,8 +42,8 @@ one_query()
 # %% [markdown]
 # *Figure {{n}}.1. One query with K = 4 points, on the running example. The blue cross is its reference
 # point. It reads the picture's colour at four points (a larger disc has a larger weight) and returns
-# the weighted sum. Points and weights were set by hand here; this chapter is about a query that
-# chooses them itself.*
+# the weighted sum. (The picture is drawn paler than it is, so that the points stand out.) Points and
+# weights were set by hand here; this chapter is about a query that chooses them itself.*
 #
 # This operation stands in two places of the detector. In the encoder the queries are the cells of
 # the map; in the decoder they are candidates for objects.
@@ -77,8 +77,8 @@ _ = torch.manual_seed(0)
 # W'_m \, x(p_q + \Delta p_{mqk}) \Big]$$
 #
 # Read it from the inside. A head $m$ looks at the map $x$ at the reference point plus an offset. It
-# projects what it finds, weighs it, and sums over its $K$ points. The heads' results are projected
-# once more and added.
+# projects what it finds, from $C$ channels to its own $D = C/M$, weighs it, and sums over its $K$
+# points. The heads' results are projected once more, back to $C$ channels, and added.
 #
 # | symbol | what it is | where it comes from |
 # |:--|:--|:--|
@@ -86,7 +86,7 @@ _ = torch.manual_seed(0)
 # | $p_q$ | its reference point | given |
 # | $\Delta p_{mqk}$ | offset of point $k$ of head $m$ | a linear layer on $z_q$ |
 # | $A_{mqk}$ | attention weight, $\sum_k A_{mqk} = 1$ | a linear layer on $z_q$, then a softmax |
-# | $W'_m, W_m$ | value and output projection of a head | learned |
+# | $W'_m, W_m$ | value projection ($D \times C$) and output projection ($C \times D$) of a head | learned |
 #
 # We begin with one query, one head, $K = 3$, a map of one channel and no projections. The reference
 # is pixel (2, 1). The offsets and the scores (what goes into the softmax) are what a query might have
@@ -117,8 +117,9 @@ assert math.isclose((weights * values).sum(), (8 + 2 * 9.5 + 5 * 20) / 8, rel_to
 # ## {{n}}.2 All queries and heads, with loops
 #
 # Transformers take sequences, so the map comes as $HW$ tokens, row after row. The heads share the
-# channels: head $m$ reads channels $mD$ to $(m+1)D$ of the projected values, where $D = C/M$. The
-# function below takes projected values, points and weights, and does everything between $W'$ and $W$.
+# channels: counted from 0, head $m$ reads channels $mD$ to $(m+1)D$ of the projected values. The
+# function below gets values that $W'$ has already projected, with points and weights. It samples,
+# weighs and adds; the output projection $W$ comes later.
 
 
 # %%
@@ -205,8 +206,8 @@ check("deformable_attention.1", attention_vectorised)
 # %% [markdown]
 # ## {{n}}.3 The module
 #
-# What is left is four linear layers: two on the query (offsets and scores) and two on the values
-# ($W'$ before the sampling, $W$ after it).
+# To make this a module, we add four linear layers: two on the query (offsets and scores) and two on
+# the values ($W'$ before the sampling, $W$ after it).
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Block diagram. The query, Q by C, goes through a linear layer to offsets, Q by M by K by 2, and through a linear layer with softmax to weights, Q by M by K. The feature map, HW by C, goes through the linear layer W prime to values, HW by M by D. Offsets plus reference points say where the values are sampled; samples are Q by M by K by D. They are weighed and added over k, and a last linear layer W gives Q by C."}}
 from schematics.deformable_attention import the_module
@@ -215,8 +216,8 @@ the_module()
 
 # %% [markdown]
 # *Figure {{n}}.3. The module, with the shape of what flows at each arrow (without the batch axis).
-# Blue depends on the query only, green on the map only; they meet where the values are sampled and
-# weighed.*
+# Blue depends on the query only, green on the map only. They meet where the values are sampled and
+# weighed (orange). The output (grey) depends on both.*
 #
 # One detail needs care. Offsets come out of their layer in **pixels** of the map, but reference
 # points are normalised to [0, 1]. So an offset's x is divided by the width and its y by the height.
@@ -246,9 +247,9 @@ class MyDeformAttn(nn.Module):
 
 
 # %% [markdown]
-# Does it agree with the library's `DeformAttn`, given the same parameters? That module starts with
-# zeros in the layers for offsets and scores, and zeros would hide mistakes, so we first fill both
-# with random numbers.
+# Does it agree with the library's `DeformAttn`, given the same parameters? In that module the weights
+# of the layers for offsets and scores start at zero. Zeros would hide mistakes, so we first fill all
+# layers with random numbers.
 
 
 # %%
@@ -272,8 +273,13 @@ torch.testing.assert_close(
 print(tuple(result.shape), "equal")
 
 # %% [markdown]
-# The first release of the official code divided x by the height and y by the width. On square maps
-# the two are the same, so nobody could see it. On our map of 4 x 6 it shows at once:
+# The first release of the official code divided x by the height and y by the width (its issue 6). On
+# square maps that makes no difference, so a test on square maps cannot find it. On our map of 4 x 6 it
+# shows at once.
+#
+# To see the points we call the library's method `sampling`. It returns only where the module looks,
+# `locations` (B, Q, M, L, K, 2), and how much each point counts, `weights` (B, Q, M, L, K). The axis of
+# $L$ levels has length 1 in this chapter; the next chapter puts it to use.
 
 # %%
 sampling = library.sampling(query, references, (height, width))
@@ -345,23 +351,25 @@ who_decides()
 # *Figure {{n}}.4. What decides where to look, and how much each place counts. In dense attention both
 # the query and the map do; in deformable attention only the query does.*
 #
-# Two experiments show what that means. In the first, we leave the sampled pixels alone and replace
-# all **others** by noise.
+# Two experiments show what that means, with one query for each of two images. With
+# `return_sampling=True` the module also returns where it looked. From this we mark the four pixels
+# around each sample as `touched`. In the first experiment we leave these pixels alone and replace all
+# **others** by noise.
 #
 # Before you run: does the output change?
 
 # %%
-size, few, places = (12, 18), query[:, :1], references[:, :1]
+size, asking, places = (12, 18), query[:, :1], references[:, :1]
 wide = torch.randn(2, 12 * 18, 12)
-before, sampling = library(few, places, wide, size, return_sampling=True)
+before, sampling = library(asking, places, wide, size, return_sampling=True)
 pixels = sampling.locations[:, :, :, 0] * torch.tensor([18, 12]) - 0.5  # (B, 1, M, K, 2)
-touched = torch.zeros(2, *size, dtype=torch.bool)
+touched = torch.zeros(2, *size, dtype=torch.bool)  # for each pixel of both images
 for b in range(2):
     for x, y in pixels[b].reshape(-1, 2).floor().long().tolist():
         touched[b, max(y, 0) : max(y + 2, 0), max(x, 0) : max(x + 2, 0)] = True
 touched = touched.flatten(1).unsqueeze(-1)
 noise = torch.randn_like(wide) * 100
-after = library(few, places, torch.where(touched, wide, noise), size)
+after = library(asking, places, torch.where(touched, wide, noise), size)
 print(f"{int((~touched).sum())} of {touched.numel()} pixels replaced, output moved by", end=" ")
 print(f"{(after - before).abs().max():.1f}")
 assert (~touched).sum() > 300 and torch.allclose(after, before, atol=1e-4)
@@ -375,7 +383,7 @@ assert (~touched).sum() > 300 and torch.allclose(after, before, atol=1e-4)
 
 # %%
 changed = torch.where(touched, noise, wide)
-after, sampling_after = library(few, places, changed, size, return_sampling=True)
+after, sampling_after = library(asking, places, changed, size, return_sampling=True)
 print("output moved:", bool((after - before).abs().max() > 1))
 print("points moved:", not torch.equal(sampling.locations, sampling_after.locations))
 print("weights moved:", not torch.equal(sampling.weights, sampling_after.weights))
@@ -386,24 +394,25 @@ assert torch.equal(sampling.locations, sampling_after.locations)
 assert torch.equal(sampling.weights, sampling_after.weights)
 
 # %% [markdown]
-# The output moves, but points and weights stay where they were: what stands there was not consulted.
-# The same replacement does move the weights of dense attention, since it changes the keys:
+# The output moves, but points and weights stay as they were, because they do not depend on what stands
+# at the points. The same replacement does move the weights of dense attention, since it changes the
+# keys:
 
 # %%
 dense = nn.MultiheadAttention(12, 3, batch_first=True, bias=False)
-weights_before = dense(few, wide, wide)[1]
-weights_after = dense(few, changed, changed)[1]
+weights_before = dense(asking, wide, wide)[1]
+weights_after = dense(asking, changed, changed)[1]
 print("weights of dense attention moved:", bool((weights_after - weights_before).abs().max() > 0.1))
 assert (weights_after - weights_before).abs().max() > 0.1
 
 # %% [markdown]
-# How then can it find anything? Because the **query** has seen something. In an encoder the query
-# *is* the content of its own cell (plus a code of its position). So there the offsets and weights do
-# depend on the picture, as they do in a deformable convolution: on what stands at the cell itself. In
-# a decoder the query has gathered its content in the layers before.
+# Then how can deformable attention find anything? It can because the **query** itself has seen
+# something. In an encoder the query *is* the content of its own cell (plus a code of its position). So
+# there the offsets and weights do depend on the picture, as in a deformable convolution: on what stands
+# at the cell itself. In a decoder the query has gathered its content in the layers before.
 #
-# To see it, we change what stands in one cell of a map whose cells are the queries, and ask whose
-# weights move.
+# We can see this for the encoder. We change what stands in one cell of a map whose cells are the
+# queries, and check whose weights move.
 
 # %%
 own = torch.randn(1, 12 * 18, 12)  # in an encoder: the map's cells are the queries
@@ -416,18 +425,19 @@ print("cells whose weights moved:", (moved > 1e-5).nonzero().flatten().tolist())
 assert moved.argmax() == 40 and moved[40] > 0.01
 
 # %% [markdown]
-# The price of so few points can be seen in the paper's own Table 1. On small objects the average
-# precision rose from DETR's 20.5 to 26.4, thanks to finer maps that dense attention could not afford.
-# On **large** objects it *fell*, from 61.1 to 58.0. (The two models differ in more than the attention,
-# so this is a hint rather than a proof.) The gains follow in sections {{n}}.7 and {{n}}.8.
+# Few points and no keys may also have a price. Table 1 of the paper compares DETR, trained for 500
+# epochs, with Deformable DETR, trained for 50. On small objects the average precision rose from 20.5 to
+# 26.4, thanks to finer maps that dense attention could not afford. On **large** objects it *fell*, from
+# 61.1 to 58.0. (The two models differ in more than the attention, and in the length of training, so
+# this is a hint rather than a proof.) What one gains in return follows in sections {{n}}.7 and {{n}}.8.
 
 # %% [markdown]
 # ## {{n}}.5 One limit: deformable convolution
 #
 # Two special cases show how this operation relates to what we know. The first: take **one head, one
-# point, and the identity for $W'$**. A softmax over a single point is always 1, so the weights say
-# nothing, and what is left reads one moved point and multiplies by $W$. That is a deformable 1 x 1
-# convolution. With the cells of a map as queries even the two modules agree, since a linear layer on
+# point, and the identity for $W'$**. A softmax over a single point is always 1, so the weights drop out.
+# What is left is to read one moved point and to multiply by $W$. That is a deformable 1 x 1 convolution.
+# With the cells of a map as queries the whole modules agree, offsets included, since a linear layer on
 # each cell is a 1 x 1 convolution:
 
 # %%
@@ -482,27 +492,29 @@ print("M = 9, K = 1, W' = I: a deformable 3 x 3 convolution")
 # The second special case: take $K = HW$, put the points on all pixel centres, and use as weights
 # those of a dense softmax. Then each query reads every pixel once, with the weights of dense
 # attention. (We must hand these weights in. The module's own linear layer could not produce them for
-# every picture, since it does not see what it would have to compare.)
+# every picture, since it sees the query only, and no keys to compare it with.) We reuse the five
+# queries and the map of 24 pixels from section {{n}}.3, and the dense attention from section {{n}}.4.
 
 # %%
 expected, dense_weights = dense(query, feature, feature, average_attn_weights=False)
 locations = centres[0].expand(2, 5, 3, 1, -1, -1)  # (B, Q, M, L=1, K=HW, 2)
 weights = dense_weights.transpose(1, 2).unsqueeze(3)  # (B, Q, M, 1, HW)
 w_query, w_key, w_value = dense.in_proj_weight.chunk(3)
-value = (feature @ w_value.T).view(2, -1, 3, 4)
+value = (feature @ w_value.T).unflatten(-1, (3, 4))  # M = 3 heads of D = 4 channels
 attended = ms_deform_attn(value, [(height, width)], locations, weights) @ dense.out_proj.weight.T
 torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-5)
 print("K = HW, all pixel centres, weights of a dense softmax: dense attention")
 
 # %% [markdown]
-# So deformable attention lies between the two. Dense attention pays for all $HW$ points; a few
-# learned ones are a bet that most of the others are not needed.
+# So deformable attention lies between the two. Dense attention pays for all $HW$ points. Deformable
+# attention reads a few learned ones, and relies on most of the others not being needed.
 
 # %% [markdown]
 # ## {{n}}.7 Weights at the start
 #
 # {{chapter attention}} found that a dense softmax starts at about $1/N_k$ everywhere, so that a single
-# pixel gets next to no gradient. Here the weights start at $1/K$, whatever the size of the map.
+# pixel gets next to no gradient. Here the weights start at $1/K$, whatever the size of the map. We ask
+# an untrained module, and print $1/HW$ beside it.
 
 # %%
 start = DeformAttn(embed_dim=12, num_heads=3, num_points=4)
@@ -539,8 +551,10 @@ two_orders()
 # | read and weigh | $5 N_q K C$ | four pixels for a sample, and one product with its weight |
 # | output projection | $N_q C^2$ | a $C \times C$ matrix for each query |
 #
-# That is where the **5** comes from: four products to interpolate, one to weigh, for each of the
-# $N_q \cdot MK \cdot C/M$ numbers read. The total is
+# The **5** counts four products to interpolate and one to weigh, for each of the
+# $N_q \cdot MK \cdot C/M$ numbers read. (If the samples are projected afterwards, each head must read all
+# $C$ channels, not only its own $C/M$. Then this step costs $5 N_q M K C$. The paper's count leaves that
+# out; ours below does not.) The paper's total is
 #
 # $$N_q C^2 + \min(HWC^2, N_q K C^2) + 5 N_q K C + 3 N_q C M K.$$
 #
@@ -556,11 +570,12 @@ for points in (4, 16):
 assert 5 * 4 + 3 * 8 * 4 == 116 < 256 < 464 == 5 * 16 + 3 * 8 * 16
 
 # %% [markdown]
-# So in the real detector the layers for offsets and scores are no small change.
+# So on four scales the two terms may not be dropped: together they outweigh the output projection. Most
+# of the 464, namely $3MK = 384$, are the layers for offsets and scores.
 #
 # **In the encoder** every pixel is a query, so $N_q = HW$, and everything grows in proportion to
 # $HW$. Dense attention costs $O(N_q C^2 + N_k C^2 + N_q N_k C)$, whose last term grows with the square
-# of $HW$. We count rather than believe. PyTorch's counter sees the matrix products (it counts a
+# of $HW$. We check this by counting. PyTorch's counter sees the matrix products (it counts a
 # multiply-add as two operations); the sampling is added by formula.
 
 
@@ -595,8 +610,7 @@ print(f"encoder at 100 x 134: {deformable} GFLOPs deformable, {dense_cost} dense
 # %% [markdown]
 # **In the decoder** 300 queries look at the same map. Projecting the samples would cost
 # $N_q K C^2$, so the paper says that the decoder's cost does not depend on the map's size. But the
-# official code, and our module with it, always projects all values first. So its cost does grow
-# with the map.
+# official code, like our module, always projects all values first. So its cost does grow with the map.
 
 # %%
 decoder = torch.tensor([flops(300, n) for n in tokens], dtype=torch.float64)
@@ -623,14 +637,15 @@ plt.show()
 # %% [markdown]
 # *Figure {{n}}.6. In the encoder (left) the pixels are also the queries: deformable attention is linear
 # in their number, dense attention becomes quadratic. In the decoder (right) there are 300 queries. Only
-# the order that the code does not use is independent of the map. The last points are a map of 100 x 134,
-# stride 8 of an 800 x 1066 image.*
+# the order that the code does not use is independent of the map. It pays on large maps; below about
+# 1,400 pixels the code's order is the cheaper one. The last points are a map of 100 x 134, stride 8 of
+# an 800 x 1066 image.*
 
 # %% tags=["hide-input"]
 slopes = (encoder[-1] / encoder[2]).log() / math.log(tokens[-1] / tokens[2])
 assert math.isclose(slopes[0], 1, abs_tol=0.01) and slopes[1] > 1.7
 assert encoder[-1, 1] > 40 * encoder[-1, 0]
-assert decoder[-1, 0] > 10 * decoder[0, 0] and decoder[0, 0] < late < decoder[-1, 0]
+assert decoder[-1, 0] > 10 * decoder[0, 0] and flops(300, 1300)[0] < late < flops(300, 1400)[0]
 
 # %% [markdown]
 # ## Exercise {{n}}.3  Cheaper or not?
@@ -688,9 +703,9 @@ check("deformable_attention.3", cross_attention_flops)
 # $W'_m$ per query and head, $N_q C^2$ in all instead of $N_q K C^2$.
 #
 # Each head now reads all $C$ channels at its own points, because its projection comes later. (So
-# reading costs $5 N_q M K C$, $M$ times as much as the table says. The paper's count leaves this
-# out.) The result must be that of `output_proj(attention(value_proj(feature)))` without biases, and
-# no product may have $HW$ rows. Keep it for detectors with few queries and large maps.
+# reading costs $5 N_q M K C$, as said above.) The result must be that of
+# `output_proj(attention(value_proj(feature)))` without biases, and no matrix product may have $HW$ rows.
+# Keep the function for detectors with few queries and large maps.
 
 
 # %% tags=["exercise"]
@@ -744,7 +759,9 @@ check("deformable_attention.4", project_last)
 # Can a query learn where its points belong if it is told only what it should have found? Again we take
 # a task with a known answer. The map is a smooth random picture. Each query carries a direction (up,
 # down, left or right, as one of four vectors), and it must return the picture's value **four pixels**
-# away from its reference in that direction.
+# away from its reference in that direction. The module wants as many channels in the map as in the
+# query, so the picture stands in all four channels of the map; the answer is the first channel of the
+# output.
 
 # %%
 DIRECTIONS = torch.tensor([[0.0, -4.0], [0.0, 4.0], [-4.0, 0.0], [4.0, 0.0]])  # (dx, dy)
@@ -785,16 +802,10 @@ def learn(seed, steps=250):
 
 
 # %% [markdown]
-# At the start the two points lie one and two pixels to the right of the reference, with equal weights,
-# for every query.
-#
-# Before you run: one point would be enough for each direction. Where will the two be at the end, and
-# with what weights?
+# Where do the two points lie before training?
+
 
 # %%
-trained = [learn(seed) for seed in range(3)]
-
-
 def learned_points(module):
     """Offsets in pixels (4, K, 2) and weights (4, K) for each of the four directions."""
     sampling = module.sampling(torch.eye(4)[None], torch.full((1, 4, 2), 0.5), (20, 26))
@@ -802,6 +813,20 @@ def learned_points(module):
     return offsets.detach(), sampling.weights[0, :, 0, 0].detach()
 
 
+offsets, weights = learned_points(DeformAttn(embed_dim=4, num_heads=1, num_points=2))
+print("offsets of each query:", offsets[0].round(decimals=1).tolist())
+print("weights of each query:", weights[0].tolist())
+assert torch.allclose(offsets, torch.tensor([[1.0, 0.0], [2.0, 0.0]]), atol=1e-5)
+
+# %% [markdown]
+# All four kinds of query start alike: with one point one pixel to the right of the reference, one point
+# two pixels to the right, and equal weights. (The next chapter draws these first offsets.)
+#
+# Before you run: one point would be enough for each direction. Where will the two be at the end, and
+# with what weights?
+
+# %%
+trained = [learn(seed) for seed in range(3)]
 for seed, (module, _) in enumerate(trained):
     offsets, weights = learned_points(module)
     heavy = offsets[torch.arange(4), weights.argmax(-1)]  # the point with the larger weight
@@ -815,7 +840,8 @@ for seed, (module, _) in enumerate(trained):
 figure, (left_axis, right_axis) = plt.subplots(1, 2)
 for seed, (_, losses) in enumerate(trained):
     curve = torch.tensor(losses).unfold(0, 10, 1).mean(-1)
-    left_axis.plot(range(10, 251), curve, linewidth=1.2, label=f"seed {seed}")
+    line = ("-", "--", ":")[seed]
+    left_axis.plot(range(10, 251), curve, line, color="0.3", linewidth=1.2, label=f"seed {seed}")
 left_axis.set(xlabel="step", ylabel="squared error, mean of 10 steps", ylim=(0, None))
 left_axis.legend()
 offsets, weights = learned_points(trained[0][0])
@@ -856,5 +882,6 @@ plt.show()
 # ## Further reading
 #
 # - {cite}`zhu2021deformable`: Eq. 2, Table 1 and Appendix A.1.
-# - {cite}`vaswani2017attention`: what it replaces.
-# - {cite}`dai2017deformable` and {cite}`zhu2019deformable2`: where the offsets come from.
+# - {cite}`vaswani2017attention`: dense attention, which it replaces.
+# - {cite}`dai2017deformable` and {cite}`zhu2019deformable2`: deformable convolution, from which it
+#   takes the offsets.

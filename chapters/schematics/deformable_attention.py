@@ -70,7 +70,7 @@ def the_module() -> None:
     block(axes, 2.6, 0.65, "Linear $W'$\nC to C", VALUE, 1.1, 0.6)
     block(axes, 4.65, 1.4, "sample", POINT, 0.95, 0.6)
     block(axes, 5.85, 1.4, "weigh,\nadd over $k$", POINT, 1.05, 0.7)
-    block(axes, 5.85, 0.35, "Linear $W$\nC to C", VALUE, 1.05, 0.55)
+    block(axes, 5.85, 0.35, "Linear $W$\nC to C", QUIET, 1.05, 0.55)
     arrow(axes, (1.27, 2.65), (2.05, 2.95), colour=QUERY)
     arrow(axes, (1.27, 2.45), (1.92, 2.1), colour=QUERY)
     arrow(axes, (1.27, 0.65), (2.05, 0.65), colour=VALUE)
@@ -79,14 +79,14 @@ def the_module() -> None:
     arrow(axes, (3.17, 0.65), (4.3, 1.1), colour=VALUE, bend=0.1)
     arrow(axes, (5.15, 1.4), (5.32, 1.4), colour=POINT)
     arrow(axes, (5.85, 1.04), (5.85, 0.65), colour=POINT)
-    arrow(axes, (6.4, 0.35), (6.85, 0.35), colour=VALUE)
+    arrow(axes, (6.4, 0.35), (6.85, 0.35), colour=QUIET)
     for x, y, text, colour in (
         (4.2, 3.0, "offsets $\\Delta p$\n(Q, M, K, 2)", QUERY),
         (5.6, 2.2, "weights $A$ (Q, M, K)", QUERY),
         (3.5, 1.13, "values\n(HW, M, D)", VALUE),
         (4.65, 0.95, "(Q, M, K, D)", POINT),
         (6.2, 0.85, "(Q, M·D)", POINT),
-        (7.08, 0.35, "(Q, C)", VALUE),
+        (7.08, 0.35, "(Q, C)", QUIET),
     ):
         axes.text(x, y, text, color=colour, fontsize=8, ha="center", va="center")
     arrow(axes, (3.75, 1.55), (4.15, 1.45), colour=QUERY)
