@@ -188,7 +188,7 @@ for num_cells in (16, 64, 256, 1024):
 assert half_way[16] < half_way[64] < half_way[256] < half_way[1024]
 assert half_way[1024] > 4 * half_way[16]
 
-# %%
+# %% tags=["hide-output"]
 # NBVAL_IGNORE_OUTPUT
 for num_cells, step in half_way.items():
     print(
@@ -224,7 +224,7 @@ print("16 cells, last 20 steps: all colours right; 1,024 cells, first 40 steps: 
 # %% [markdown]
 # So the prediction holds: in our runs, 64 times the cells took about twenty times as many steps. The
 # slow curves have a remarkable shape as well: a long flat piece, then stairs. What is a stair? Let us
-# draw the three queries of one run separately.
+# draw the three queries of a run separately, for two of the runs with 1,024 cells.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two charts against the training step, one for each of two runs with 1024 cells. In each, coloured lines, one per query, stay at zero for a while and then jump to one within a few steps, at different times; in the second run one of them never does. A grey line, their mean, climbs in stairs."}}
 figure, axes = plt.subplots(1, 2, sharey=True, figsize=(7, 2.9))
@@ -254,8 +254,9 @@ for weights in histories[256][:, :, 0].permute(0, 2, 1).flatten(0, 1):  # 5 seed
     begins, half = (int((smooth > level).nonzero()[0]) for level in (0.1, 0.5))
     waits.append(begins)
     climbs.append(half - begins)
-print("the climb is shorter than the wait:", all(np.less(climbs, waits)))
 assert np.median(climbs) < 15 < 40 < np.median(waits)
+assert sum(np.less(climbs, waits)) >= 12
+print("the climb is shorter than the wait for nearly all of the 15, and on average much shorter")
 
 # %% [markdown]
 # Finally, look at *where* the queries look. We take a run with 256 cells, before and after training, and
@@ -666,7 +667,7 @@ images = {
     for number in (10, 21)
 }
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of five panels. Above, a green seven on wood, 34 by 53 pixels, as pixels and averaged over cells of 4, 8, 16 and 32 pixels: it is a seven up to stride 8, a green patch at 16 and a tint at 32. Below, a blue zero on stones, 8 by 12 pixels: its hole is gone at stride 4, at 8 it is a blue smear, and from 16 on a hardly visible tint."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of five panels. Above, a green seven on wood, 34 by 53 pixels, as pixels and averaged over cells of 4, 8, 16 and 32 pixels: it is a seven up to stride 8, a green patch at 16 and a tint at 32. Below, a blue zero on stones, 8 by 12 pixels: its hole is hardly there at stride 4, at 8 it is a blue patch, and from 16 on a tint of the cells around it."}}
 figure, axes = plt.subplots(2, 5, figsize=(9, 3.9))
 for row, number, box, corner in zip(
     axes, (10, 21), (seven, zero), ((28, 57), (20, 64)), strict=True
@@ -682,8 +683,8 @@ axes[1, 0].set(ylabel="8 x 12 pixels")
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.9. What to see: the seven can be read down to stride 8 and is a green patch at 16. The
-# hole of the small zero is hardly there at stride 4; at 16, a bluish tint of one or two cells is left. (The white
+# *Figure {{n}}.9. What to see: the seven can be read down to stride 8 and is a green patch at 16. The hole
+# of the small zero is hardly there at stride 4, and at 16 a bluish tint of two cells is left. (The white
 # boxes are from the annotations. Both rows show a part of a picture, at the same scale.)*
 
 # %% [markdown]
