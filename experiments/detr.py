@@ -1,5 +1,5 @@
-"""How long does DETR take to be useful? Dense attention on the map of stride 16, ten times as many
-steps as experiments/convergence.py gives deformable attention.
+"""How long does DETR take to be useful? Dense attention on the map of stride 16, thirteen times as
+many steps as experiments/convergence.py gives deformable attention.
 
     python experiments/detr.py
 """
@@ -10,8 +10,11 @@ from study import main as run
 
 STUDY = Study(
     name="detr",
-    question="AP against images: dense attention on one map, with ten times as many steps",
-    configurations={"DETR": Detector("digits-detr", steps=6_000, evaluations=12)},
+    question="AP against images: dense attention on one map, with thirteen times as many steps",
+    configurations={
+        "DETR": Detector("digits-detr", (), 6_000, 12),
+        "DETR, focal loss": Detector("digits-detr", ("model.scoring=focal",), 6_000, 12),
+    },
     seeds=(0, 1, 2),
     trial=train_detector,
     usual=600,
