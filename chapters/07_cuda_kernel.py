@@ -109,8 +109,9 @@ extern "C" void launch(int blocks, int threads, PARAMETERS) {
 """
 
 # %% [markdown]
-# `build` puts the words, the kernel and the loops into one file, compiles it, and returns a function that runs
-# the kernel. It takes the number of blocks, that of threads per block, and the kernel's own arguments.
+# `build` puts the words, the kernel and the loops into one file (with the kernel's own parameters for `PARAMETERS`, and
+# a call of it for `CALL`), compiles it, and returns a function. This takes the number of blocks, that of threads
+# per block, and the kernel's arguments.
 #
 # Before you run: we have ten numbers and blocks of four threads. How many blocks does that take, and
 # what do the last two threads of the last block do?
@@ -203,7 +204,8 @@ assert torch.allclose(output.flatten(), torch.tensor([2.15, -2.15]))
 #
 # The first kernel, like the official one of {cite}`zhu2021deformable`, gives each of the B · Q · M · D output
 # numbers a thread. The thread takes its number `i` apart into channel `d`, head `m` and image `b`; `item` counts
-# images, queries and heads together. Then it walks over levels, points, and the four pixels around each point.
+# images, queries and heads together. Then it walks over levels, points, and the four pixels around each point. To C an
+# array is one long row of numbers: channel d of head m of a token stands in `value` at (token · M + m) · D + d.
 
 # %%
 NAIVE = r"""
@@ -325,7 +327,9 @@ def watch(kernel):
 
 
 # %% [markdown]
-# Our last comparison had 420 threads. Before you run: which image, query, head and channel belong to
+# Our last comparison had 420 threads.
+#
+# Before you run: which image, query, head and channel belong to
 # thread 303? Count from the back, with D = 6, M = 7 and Q = 5.
 
 # %%
@@ -510,8 +514,8 @@ constexpr int D = {D}, POINTS = {L * K}, LANES = 8, VECTOR = 4;
 
 # %% [markdown]
 # **Phase 1.** A `Corners` holds, for corner c of point p, where its first channel lies and its weight: bilinear
-# times attention. A corner outside the map gets weight zero and the offset 0, which exists, so phase 2 need not
-# ask. For brevity the caller passes each point's level: `levels` has the rows H, W and start.
+# times attention. A corner outside the map gets weight zero and the offset 0, which exists, so phase 2 need not test
+# for it. For brevity the caller passes each point's level: `levels` has the rows H, W and start.
 
 # %%
 PHASE_1 = r"""
@@ -609,7 +613,9 @@ assert wrong.tolist() == [True] * 7 + [False]
 # Only the last lane is right, because all others had finished before it started. On a GPU such a mistake is
 # nastier: lanes usually run together, so the kernel may be right on every day but one.
 #
-# How does it read memory? A head has 8 lanes, so a warp works on four heads at once, and each lane reads 16 bytes.
+# How does it read memory? A block of eight threads fills only a quarter of a warp, so the library puts several heads into
+# one block (a head's number then is `threadIdx.y`). A warp works on four heads at once, and each lane reads 16 bytes.
+#
 # Before you run: how many sectors does one request fetch now, and how many requests does a head need?
 
 # %%
@@ -739,7 +745,7 @@ check("cuda_kernel.3", lanes_of_a_head)
 #
 # **An inner product runs over channels, and these lie in different lanes.** In a **shuffle** each lane reads what
 # another one holds in a register: `__shfl_xor_sync(mask, x, step)` returns the `x` of the lane whose number
-# differs in the bit `step`. Three shuffles sum eight lanes. In the figure these hold 0 to 7. Each adds what
+# differs in the bit `step`. (The mask says which lanes take part: here all 32.) Three shuffles sum eight lanes. In the figure these hold 0 to 7. Each adds what
 # lane `i ^ 4` holds, then `i ^ 2`, then `i ^ 1`. (`^` flips bits; for example, 5 ^ 4 = 1.)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Four rows of eight boxes. The first holds 0 to 7. Arrows lead from each box to the one below and to a partner four, then two, then one place away. The second row holds 4, 6, 8, 10 twice, the third 12 and 16 in turn, the last 28 in all boxes."}}
@@ -906,7 +912,7 @@ check("cuda_kernel.4", point_gradients)
 # |---|---|
 # | `forward_head`, `backward_head` | both phases of one head |
 # | `neighbours` | the part of `find_corners` for one axis, without a branch |
-# | `GROUPS` | heads per block; `threadIdx.y` is the head |
+# | `GROUPS` | heads per block |
 # | `VALUE`, `REAL`, `OFFSET` | the number type of value, of weights and sums, of indices |
 # | `Vector`; `load`, `store`, `add` | `VECTOR` channels as one thing; 16 bytes per instruction |
 # | `VECTORS`, `STEP`, `PASS`, `EXISTS` | for heads larger than one vector per lane: vectors per lane; channels in one vector of all lanes, and in all; a tail guard |
@@ -945,7 +951,9 @@ print("forward and all three gradients: equal to autograd's")
 assert (macros["VECTOR"], macros["LANES"]) == (4, 8)
 
 # %% [markdown]
-# It can write a trace, too. Before you run: does the real kernel keep to the 16 requests per head, of 16 sectors each,
+# It can write a trace, too.
+#
+# Before you run: does the real kernel keep to the 16 requests per head, of 16 sectors each,
 # that section {{n}}.6 predicted?
 
 # %%
@@ -954,7 +962,7 @@ loads = trace[trace["array"] == "value"]
 own = [loads["offset"][loads["thread"] == t] for t in range(32)]
 wide = 4 * np.stack(own, 1)  # (requests, 32) in bytes
 fetched = {sectors(row, size=16) for row in wide}
-print(len(wide) / 4, "requests per head,", *fetched, "sectors each")
+print(len(wide) // 4, "requests per head,", *fetched, "sectors each")
 assert set(loads["bytes"]) == {16} and wide.shape == (L * K * 4, 32) and fetched == {16}
 
 # %% [markdown]

@@ -26,9 +26,9 @@
 
 # %% [markdown]
 # A kernel that is right can still be a hundred times slower than another one that is right, too. This chapter
-# finds out why, on your own processor. Times differ from machine to machine, and from minute to minute on the same one.
-# Counts do not. So we count first, predict from the counts, and only then take the time. The times on this page
-# are those of the machine that made it; run the cells to see yours.
+# finds out why, on your own processor. Times differ from machine to machine, and from minute to minute on the same one;
+# counts do not. So we count first, predict from the counts, and only then take the time. (The times on this page are those of
+# the machine that made it.)
 
 # %%
 import ctypes
@@ -48,7 +48,7 @@ from schematics import running_example
 
 from deformable_detr import Batch, ms_deform_attn, use_backend
 from deformable_detr.exercises import check
-from deformable_detr.exercises.cuda import build, library_of
+from deformable_detr.exercises.cuda import build, build_team, library_of
 from deformable_detr.layers import attention
 from deformable_detr.ops import threads
 from deformable_detr.weights.ours import load_model
@@ -101,7 +101,7 @@ schematics.two_limits()
 # operations per byte would meet both limits at once.*
 #
 # Your machine's limits take three measurements: copying what fits into the processor's cache, copying what does not,
-# and multiplying matrices, which does many operations per byte.
+# and computing what does many operations per byte, a product of matrices or a convolution.
 
 
 # %%
@@ -109,9 +109,9 @@ def best_time(function, repeats):
     """Seconds of the fastest call. For a limit that is right: whatever disturbs, slows down."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
@@ -125,11 +125,13 @@ def copy_rate(megabytes, repeats):
 # %%
 # NBVAL_IGNORE_OUTPUT
 a, b = torch.rand(2, 768, 768)
-machine = {
-    "cache": copy_rate(1, repeats=300),
-    "memory": copy_rate(128, repeats=7),
-    "GFLOP/s": 2 * 768**3 / best_time(lambda: a @ b, repeats=9) / 1e9,
-}
+image, filters = torch.rand(1, 128, 32, 44), torch.rand(128, 128, 3, 3)
+product = 2 * 768**3 / best_time(lambda: a @ b, repeats=9) / 1e9
+with torch.no_grad():
+    seconds = best_time(lambda: torch.conv2d(image, filters, padding=1), repeats=15)
+convolution = 2 * filters.numel() * 32 * 44 / seconds / 1e9
+machine = {"cache": copy_rate(1, 300), "memory": copy_rate(128, 7)}
+machine["GFLOP/s"] = max(product, convolution)
 for name in ("cache", "memory"):
     rate, ridge = machine[name], machine["GFLOP/s"] / machine[name]
     print(f"{name}: {rate:.0f} GB/s; up to {ridge:.1f} operations per byte, bytes are the limit")
@@ -301,8 +303,8 @@ assert predicted["channels first"] > 3 * predicted["channels last"]
 # So the prediction is: channels last wins, and the time that reading takes differs by a factor of several. It will not
 # be as much as 16, because a line that a neighbour has fetched is often still there.
 #
-# To check it, here is a kernel for both layouts, with one thread per head or per number. In capitals stands what
-# differs from one version to the next:
+# To check it, here is a kernel for both layouts, with one thread per head. In capitals stands what differs from one
+# version to the next; the version with one thread per number is for later.
 
 # %%
 ARGUMENTS = """const float* value, const int* shapes, const float* locations,
@@ -553,9 +555,9 @@ assert len(schematics.sets_used(4 * M * D)) == 8 and len(schematics.sets_used(4 
 # %% [markdown]
 # A prediction of misses is not yet one of time. Our simulator leaves out the second-level cache, which makes a miss
 # cheaper, and the **prefetcher**: a processor guesses which line comes next and fetches it ahead of time, which
-# works for reads in sequence. Query by query, locations, weights and output are passed in sequence. Head by head, each jumps
-# over the other heads', and the prefetcher is lost. What one gains at `value` may be lost there, unless the kernel itself asks
-# for these lines some queries ahead. So there are six versions:
+# works for reads in sequence. Query by query, locations, weights and output are passed in sequence; head by head, they are
+# not. What one gains at `value` may be lost there, unless the kernel itself asks for these lines some queries ahead. So
+# there are six versions:
 
 # %%
 CONSTANTS = {"D": D, "L": L, "K": K, "M": M}
@@ -588,8 +590,8 @@ _ = race(versions, rounds=25)
 
 # %% [markdown]
 # Compare the first line, where nothing was done, with the last, where all three changes were made, and both with those
-# between, where one is missing. Such a comparison, with each part left out in turn, is an **ablation**. It is the only way to
-# say that changes help together, and on your machine it may say no.
+# between, where some are missing. Such an **ablation** is the only way to say that changes help together. On your machine it
+# may say no.
 #
 # Now the whole ladder, with the library's kernel and PyTorch's form for comparison. (For step 4 the copy without gaps was
 # made before; the library makes it each time, and its time includes that.)
@@ -641,8 +643,8 @@ schematics.ladder(times)
 #
 # There is one image. `output` holds zeros at first. Threads come in blocks of any size, and more than Q · M · L · K of
 # them, which must touch nothing. Level l's tokens stand behind those of the levels before it. Points outside the map, and
-# corners outside, add nothing. Keep the kernel: compiled by `build(thread_a_point(), "point", FLAGS)`, it can join the
-# race above.
+# corners outside, add nothing. Keep the kernel: compiled by `build(thread_a_point(), "point", FLAGS)` and called as in
+# `compile_kernel`, with Q · M · L blocks of K threads, it can join the race above.
 
 
 # %% tags=["exercise"]
@@ -708,18 +710,15 @@ check("making_it_fast.3", thread_a_point)
 # NBVAL_IGNORE_OUTPUT
 useful = Q * M * L * K * 4 * D * 2 / 1e6  # per millisecond: GFLOP/s
 speeds = {name: useful / np.median(given) for name, given in times.items()}
-image, filters = torch.rand(1, 128, 32, 44), torch.rand(128, 128, 3, 3)
-work = 2 * filters.numel() * 32 * 44
-convolve = lambda: torch.nn.functional.conv2d(image, filters, padding=1)  # noqa: E731
 others = {
-    "product of matrices": (768 / 6, machine["GFLOP/s"]),
+    "product of matrices": (768 / 6, product),
     "3 x 3 convolution": (
-        work / (2 * image.nbytes + filters.nbytes),
-        work / best_time(convolve, repeats=15) / 1e9,
+        2 * filters.numel() * 32 * 44 / (2 * image.nbytes + filters.nbytes),
+        convolution,
     ),
 }
 for name, speed in speeds.items():
-    times_as_long = others["3 x 3 convolution"][1] / speed
+    times_as_long = convolution / speed
     print(f"{name:>24}: {times_as_long:6.1f} times as long as a convolution of as many FLOPs")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The measured roofline on logarithmic axes: two slopes, for bytes from cache and from memory, meet a flat ceiling. At half an operation per byte stand the seven versions of the kernel above one another, labelled; far to the right, near the ceiling, a product of matrices and a convolution."}}
@@ -730,8 +729,9 @@ schematics.roofline(machine, speeds, intensity=0.5, others=others)
 # two regular operations (violet), at the intensity of each byte moved once.*
 #
 # Read the figure from below. A version far below both slopes is not limited by bytes: it spends its time on coordinates,
-# jumps and loops. Above the dashed line, bytes must come from the cache, since memory could not deliver them so fast. The
-# solid line is the limit for a kernel whose every read counts. No step of ours can move it to where the convolution stands.
+# jumps and loops. Above the dashed line bytes must come from a cache, since memory could not deliver them so fast. The solid
+# line is the rate of copying 1 MB, which lies in the second-level cache; what is still in the first-level cache comes faster, so
+# a version may even stand above it. The convolution stands to the right of all that, because it uses what it reads many times.
 #
 # ### Why the published detector is slower than its FLOPs
 #
@@ -743,10 +743,10 @@ schematics.roofline(machine, speeds, intensity=0.5, others=others)
 # | Deformable DETR | 173 | 15.0 | 19.4 |
 #
 # The work is about equal, the time is not. (The paper's own table prints 26 and 19, which are, by the repository's table, a
-# number for one image at a time and one for four.) {cite}`zhu2021deformable` give the reason: deformable attention avoids
-# the huge attention maps of dense attention, "at the cost of" accesses to memory without order. A
-# convolution's reads are known in advance, lie side by side, and serve many outputs; here each query computes where it reads. FLOPs
-# count none of that. The same holds for sliding-window attention, which, too, is slower than a convolution of as many FLOPs.
+# number for one image at a time and one for four.) The reason that {cite}`zhu2021deformable` give is the order of
+# accesses to memory. A convolution's reads are known in advance, lie side by side, and serve many outputs; here each query
+# computes where it reads. FLOPs count none of that. The paper says the same of sliding-window attention.
+# (Other things may add to it, such as many small operations; the published numbers do not tell them apart.)
 
 # %% [markdown]
 # ## {{n}}.6 Backward: who may write where
@@ -777,53 +777,43 @@ schematics.lost_addition()
 # %% [markdown]
 # *Figure {{n}}.6. A data race: both threads read before either writes.*
 #
-# It can be watched. Threads of the operating system add 1 to one number; between reading and writing each lets the others
-# go first, as the scheduler does now and then.
+# It can be watched. `build_team` of the last chapter makes each CUDA thread a thread of the operating system. Between reading
+# and writing each lets the others go first, as the scheduler does now and then.
 
 # %%
 ADDERS = """
-#include <atomic>
-#include <thread>
-#include <vector>
-extern "C" float add(int threads, int times, int atomic) {
-    std::atomic<float> shared{0};
-    auto work = [&] {
-        for (int i = 0; i < times; i++) {
-            if (atomic) { shared.fetch_add(1); continue; }
-            float read = shared;
-            std::this_thread::yield();
-            shared = read + 1;
-        }
-    };
-    std::vector<std::thread> all;
-    for (int t = 0; t < threads; t++) all.emplace_back(work);
-    for (auto& thread : all) thread.join();
-    return shared;
+__global__ void add(float* sum, int times) {
+    for (int i = 0; i < times; i++) { ADDITION }
 }
 """
-adders = library_of(ADDERS, "-O1", "-std=c++20", "-pthread")
-adders.add.restype = ctypes.c_float
+PLAIN = "float read = *sum; std::this_thread::yield(); *sum = read + 1;"
+adders = {
+    "plain": build_team(fill(ADDERS, ADDITION=PLAIN)),
+    "atomic": build_team(fill(ADDERS, ADDITION="atomicAdd(sum, 1);")),
+}
 
 # %% [markdown]
 # Before you run: four threads make 2,000 additions each. What comes out, plain and atomic?
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-plain, atomic = adders.add(4, 2000, 0), adders.add(4, 2000, 1)
-print(f"plain {plain:.0f}, atomic {atomic:.0f}")
-assert plain < atomic == 8000
+sums = {name: torch.zeros(1) for name in adders}
+for name, run in adders.items():
+    run(1, 4, sums[name], 2000)
+print({name: int(total) for name, total in sums.items()})
+assert sums["plain"] < sums["atomic"] == 8000
 
 # %% [markdown]
 # In practice a race shows itself rarely, and never when one looks. **ThreadSanitizer** {cite}`serebryany2009tsan` needs
-# no luck: it watches every access, and reports two that nothing orders. Here is the library's kernel under it, every CUDA
-# thread a thread of the operating system, and once more with a read and a write in place of the atomic addition:
+# no luck: it watches every access, and reports two that nothing orders. Here is the library's kernel under it, on inputs for
+# which each sum must be 128, and once more with a read and a write in place of the atomic addition:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
 try:
     right, wrong = threads.races(), threads.races(atomic=False)
     print("atomic:", set(right.sums), "report:", right.report or "none")
-    print("plain: ", sorted(set(wrong.sums)), "report:", wrong.report.splitlines()[0][:34])
+    print("plain: ", sorted(set(wrong.sums)), "report:", wrong.report.split(" (pid")[0])
     assert not right.report and "data race" in wrong.report and set(right.sums) == {right.expected}
 except threads.NoSanitizerError as error:  # a compiler without it
     print("not on this machine:", str(error)[:60])
@@ -847,7 +837,6 @@ integers = {int((addends[order].double() * 2.0**40).round().long().sum()) for or
 print("50 orders. Sums of floats: several; sums of integers:", len(integers))
 assert len(floats) > 1 and len(integers) == 1
 
-# %% [markdown]
 # %% [markdown]
 # ## Exercise {{n}}.4  A scale for fixed point
 #
@@ -986,7 +975,7 @@ for backend in ("reference", "cpu"):
 # - The operation moves bytes: half an operation per byte read, and each byte of `value` read 64 times.
 # - A simulator of a few lines predicts which layout and order miss least; an ablation shows what the time makes of it.
 # - A step is faster if it wins in (nearly) every round of a race, not if one number is smaller than another.
-# - Irregular reads are why the detector is slower than a convolutional one with as many FLOPs.
+# - The operator takes longer than a convolution of as many FLOPs, because its reads are irregular.
 # - In backward additions collide. There are three ways out: atomics, ownership, fixed point.
 #
 # > **Differs from the paper.** Its Table 1 measures whole detectors only. **Differs from the official

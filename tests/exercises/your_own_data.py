@@ -1,5 +1,7 @@
 """Checkers of chapter your_own_data, "Your own data"."""
 
+import random
+
 import numpy as np
 
 from deformable_detr import DeformableDETR, DeformableDETRConfig
@@ -20,7 +22,51 @@ SMALL = DeformableDETRConfig(
 )
 
 
+def _split(groups, share=0.2, seed=0, images=False, count_groups=False, ordered=True, val=True):
+    """As the text asks; the switches make wrong answers."""
+    order = sorted(set(groups)) if ordered else list(dict.fromkeys(groups))
+    if images:
+        order = list(range(len(groups)))
+    random.Random(seed).shuffle(order)
+    parts = {"test": [], "val": [], "train": []}
+    used = {"test": 0, "val": 0}
+    for group in order:
+        found = [group] if images else [i for i, own in enumerate(groups) if own == group]
+        whole = len(order) if count_groups else len(groups)
+        size = {n: used[n] if count_groups else len(parts[n]) for n in used}
+        wanting = [n for n in ("test", "val")[: 1 + val] if size[n] < share * whole]
+        name = wanting[0] if wanting else "train"
+        parts[name] += found
+        if name in used:
+            used[name] += 1
+    return tuple(sorted(parts[name]) for name in ("train", "val", "test"))
+
+
 @checks("your_own_data.1")
+def check_split_by_group(split_by_group):
+    groups = ["b", "a", "c", "a", "d", "b", "e", "f", "g", "h"]
+    yield "every image is in exactly one split"
+    parts = split_by_group(groups)
+    expect(sorted(i for part in parts for i in part), list(range(10)))
+    yield "no group is in two splits"
+    for seed in range(5):
+        parts = split_by_group(groups, seed=seed)
+        names = [{groups[i] for i in part} for part in parts]
+        shared = names[0] & names[1] | names[0] & names[2] | names[1] & names[2]
+        expect(shared, set(), f"seed {seed}: deal out groups, not images")
+    yield "test and val have at least their share, and train the rest"
+    crowd = ["large"] * 30 + [f"small {i}" for i in range(20)]
+    for seed in range(6):
+        for share in (0.1, 0.3):
+            given = [list(part) for part in split_by_group(crowd, share, seed)]
+            hint = "sorted groups, Random(seed).shuffle, then test, val and train; count images"
+            expect(given, [list(part) for part in _split(crowd, share, seed)], hint)
+    yield "the order in which images come does not matter for groups"
+    given = [list(part) for part in split_by_group(groups[::-1], 0.2, 3)]
+    expect(given, [list(part) for part in _split(groups[::-1], 0.2, 3)], "sort the groups first")
+
+
+@checks("your_own_data.2")
 def check_looks_like_corners(looks_like_corners):
     corners = np.array([[10, 20, 60, 50], [70, 5, 95, 30], [40, 40, 90, 60]])
     sizes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
@@ -45,7 +91,7 @@ def check_looks_like_corners(looks_like_corners):
     expect(looks_like_corners(outside, 100, 64), False, "corners must lie inside, all of them")
 
 
-@checks("your_own_data.2")
+@checks("your_own_data.3")
 def check_train_heads_only(train_heads_only):
     model = DeformableDETR(SMALL)
     names = [name for name, _ in model.named_parameters()]
@@ -64,7 +110,7 @@ def check_train_heads_only(train_heads_only):
     expect(sorted(learning()), wanted)
 
 
-@checks("your_own_data.3")
+@checks("your_own_data.4")
 def check_kind_of_error(kind_of_error):
     def kind(overlaps, label, labels):
         return kind_of_error(np.array(overlaps, float), label, np.array(labels, int))
@@ -131,6 +177,12 @@ def _corners(boxes, width, height, beyond=np.greater, ordered=np.greater):
 
 WRONG = {
     "your_own_data.1": [
+        ("images dealt out", lambda g, share=0.2, seed=0: _split(g, share, seed, images=True)),
+        ("groups counted", lambda g, share=0.2, seed=0: _split(g, share, seed, count_groups=True)),
+        ("no val", lambda g, share=0.2, seed=0: _split(g, share, seed, val=False)),
+        ("groups as they come", lambda g, share=0.2, seed=0: _split(g, share, seed, ordered=False)),
+    ],
+    "your_own_data.2": [
         ("no size may touch the border", lambda *a: _corners(*a, beyond=np.greater_equal)),
         ("corners without width", lambda *a: _corners(*a, ordered=np.greater_equal)),
         (
@@ -139,11 +191,11 @@ WRONG = {
         ),
         ("corners whenever right > left", lambda b, w, h: bool((b[:, 2] > b[:, 0]).all())),
     ],
-    "your_own_data.2": [
+    "your_own_data.3": [
         ("nothing is frozen", _heads(reset=False)),
         ("never switched on again", _heads(reset=True)),
     ],
-    "your_own_data.3": [
+    "your_own_data.4": [
         ("only the object that overlaps most", _best_object_only),
         ("the same for place alone", _best_object_for_place),
         ("never background", lambda o, label, labels: "place" if len(o) else "background"),
