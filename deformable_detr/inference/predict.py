@@ -165,7 +165,7 @@ class Look:
 
     def _whole(self, images: list[Image.Image]) -> list[tuple[Detections, float]]:
         top_k, nms = self.top_k or TOP_K, self.nms
-        found = detect(self.detector.model, images, self.views, self.merge, top_k, nms=nms)
+        found = detect(self.detector.model, images, self.views, self.merge, top_k, nms)
         highest = [max(each.scores.tolist(), default=0.0) for each in found]
         found = [each[each.scores >= self.threshold] for each in found]
         return list(zip(found, highest, strict=True))
@@ -190,12 +190,10 @@ def detect(
     views: list[View],
     merge: str = "fusion",
     top_k: int = TOP_K,
-    threshold: float = 0.0,
     nms: float | None = None,
 ) -> list[Detections]:
-    """The top_k best detections of each RGB picture with scores from the threshold on, in its
-    pixels and on the CPU. Those that come to have one size are seen at once. ValueError where merge
-    is not in MERGES."""
+    """The top_k best detections of each RGB picture, in its pixels and on the CPU. Those that come
+    to have one size are seen at once. ValueError where merge is not in MERGES."""
     if merge not in MERGES:
         raise ValueError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}")
     seen = [_detect_in(view, model, images, top_k) for view in views]
@@ -204,8 +202,7 @@ def detect(
         merged = [MERGES[merge](list(of_image)) for of_image in zip(*seen, strict=True)]
     if nms is not None:
         merged = [suppress([found], nms) for found in merged]
-    counts = [min(top_k, int((found.scores >= threshold).sum())) for found in merged]
-    return [found[:count] for found, count in zip(merged, counts, strict=True)]
+    return [found[:top_k] for found in merged]
 
 
 def _detect_in(
