@@ -40,7 +40,13 @@ SOURCE = f"""# %% [markdown]
 #
 # {{{{solution}}}}
 """
-MEASURED = {"seconds": 1.6, "peak_mib": 300, "reading_minutes": 4, "cores": 2}
+MEASURED = {
+    "seconds": 1.6,
+    "peak_mib": 300,
+    "reading_minutes": 4,
+    "exercise_minutes": 5,
+    "cores": 2,
+}
 
 
 @pytest.fixture
@@ -146,11 +152,12 @@ def test_notebook_holds_stub_solution_and_measured_figures(tmp_path):
     source.write_text(SOURCE, encoding="utf-8")
     first, exercise, helps = tool.notebook_from_source(source, MEASURED).cells
     assert first.source.endswith(
-        "*Measured: runs in 2 s on two cores, peak memory 300 MiB, about 4 minutes to read.*"
+        "*Measured: runs in 2 s on two cores, peak memory 300 MiB, about 4 minutes to read, "
+        "exercises about 5 more.*"
     )
     assert exercise.source == tool.stub(CODE)
     assert exercise.metadata == {"tags": ["exercise"]}
-    assert exercise.id == "00_nothing-001"
+    assert exercise.id == "nothing-001"
     assert helps.source.endswith(tool.folded(CODE))
 
 
@@ -199,4 +206,4 @@ def test_a_chapter_is_run_measured_and_stored(tmp_path, capsys):
     assert tool.main(["--check", str(source)]) == 0
     source.write_text("# %% [markdown]\n# {{measured}}\n\n# %%\n1 + 2\n", encoding="utf-8")
     assert tool.main(["--check", str(source)]) == 1
-    assert "00_nothing-001: source differs" in capsys.readouterr().err
+    assert "nothing-001: source differs" in capsys.readouterr().err
