@@ -36,8 +36,8 @@ class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention, Eq. 3 and Appendix A.4 of "Deformable DETR".
 
     Each query asks for K points on each of L feature levels, per head; offsets are linear in the
-    query, and weights are the softmax of what is, so there are no keys. Parameter names and initialisation are the official
-    ones, so published weights load.
+    query, and weights are the softmax of what is, so there are no keys. Parameter names and
+    initialisation are the official ones, so published weights load.
     """
 
     def __init__(

@@ -138,9 +138,8 @@ class SoftmaxScoring:
         counted: Tensor | None = None,
         share: float = 1.0,
     ) -> Tensor:
-        """Cross-entropy, a mean over queries, weighted by class: where a batch is the whole step, as
-        the official code has it; else over the step's queries, of which num_boxes find an object.
-        """
+        """Cross-entropy, a mean over queries, weighted by class: of the batch, as in the official
+        code, where that is the whole step; else of the step, whose num_boxes find a query each."""
         nothing = logits.shape[-1] - 1
         queries = labels.numel() if counted is None else counted.sum()
         found = num_boxes if share < 1 else (labels >= 0).sum()
