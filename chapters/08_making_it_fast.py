@@ -597,22 +597,21 @@ _ = race(versions, rounds=25)
 # made before; the library makes it each time, and its time includes that.)
 
 # %%
-index = LAYOUTS["channels last"]
-steps = {
-    "0 one thread per number": compile_kernel(fill(ONE_PHASE, **PER_NUMBER, INDEX=index), D),
-    "1 one thread per head": by_layout["channels last"],
-    "2 constant sizes": compile_kernel(fill(ONE_PHASE, **PER_HEAD, INDEX=index, **CONSTANTS)),
-    "the library": lambda v: ms_deform_attn(v, shapes, locations, weights, backend="cpu"),
-    "PyTorch": lambda v: ms_deform_attn(v, shapes, locations, weights, backend="reference"),
+last = LAYOUTS["channels last"]
+per_number = compile_kernel(fill(ONE_PHASE, **PER_NUMBER, INDEX=last), D)
+fixed = compile_kernel(fill(ONE_PHASE, **PER_HEAD, INDEX=last, **CONSTANTS))
+inputs = value, shapes, locations, weights
+runs = {
+    "0 one thread per number": lambda: per_number(value),
+    "1 one thread per head": lambda: by_layout["channels last"](value),
+    "2 constant sizes": lambda: fixed(value),
+    "3 two phases": versions["query by query, with gaps"],
+    "4 locality": versions["head by head + ahead, no gaps"],
+    "the library": lambda: ms_deform_attn(*inputs, backend="cpu"),
+    "PyTorch": lambda: ms_deform_attn(*inputs, backend="reference"),
 }
-for step in steps.values():
-    torch.testing.assert_close(step(value), expected, atol=1e-5, rtol=1e-5)
-runs = {name: lambda s=step: s(value) for name, step in steps.items()}
-runs["3 two phases"] = versions["query by query, with gaps"]
-runs["4 locality"] = versions["head by head + ahead, no gaps"]
-runs = {name: runs[name] for name in sorted(runs, key=str.lower) if name != "PyTorch"} | {
-    "PyTorch": runs["PyTorch"]
-}
+for run in runs.values():
+    torch.testing.assert_close(run(), expected, atol=1e-5, rtol=1e-5)
 
 # %%
 # NBVAL_IGNORE_OUTPUT

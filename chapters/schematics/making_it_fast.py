@@ -123,7 +123,7 @@ def roofline(
         axes.text(0.15, height, name, ha="right", va="center", fontsize=8, color=colour)
     for row, (name, (place, speed)) in enumerate(others.items()):
         axes.plot(place, speed, "o", color=LOSS)
-        where = {"ha": "right", "xytext": (-8, -16)} if row else {"ha": "left", "xytext": (4, -16)}
+        where = {"ha": "left", "xytext": (4, -16)} if row else {"ha": "right", "xytext": (-4, -16)}
         axes.annotate(
             name, (place, speed), textcoords="offset points", fontsize=8, color=LOSS, **where
         )
