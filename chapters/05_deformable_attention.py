@@ -45,7 +45,7 @@ one_query()
 # the weighted sum. (The picture is drawn paler than it is, so that the points stand out.) Points and
 # weights were set by hand here; this chapter is about a query that chooses them itself.*
 #
-# This operation stands in two places of the detector. In the encoder the queries are the cells of
+# This operation is used in two places of the detector. In the encoder the queries are the cells of
 # the map; in the decoder they are candidates for objects.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The stages of the detector in a row: image, backbone, tokens, encoder, queries, decoder, boxes and classes. Encoder and decoder are filled."}}
@@ -426,10 +426,11 @@ assert moved.argmax() == 40 and moved[40] > 0.01
 
 # %% [markdown]
 # Few points and no keys may also have a price. Table 1 of the paper compares DETR, trained for 500
-# epochs, with Deformable DETR, trained for 50. On small objects the average precision rose from 20.5 to
-# 26.4, thanks to finer maps that dense attention could not afford. On **large** objects it *fell*, from
-# 61.1 to 58.0. (The two models differ in more than the attention, and in the length of training, so
-# this is a hint rather than a proof.) What one gains in return follows in sections {{n}}.7 and {{n}}.8.
+# epochs, with Deformable DETR, trained for 50. On small objects the average precision rose from 20.5
+# to 26.4, probably thanks to finer maps that dense attention could not afford. On **large** objects it
+# *fell*, from 61.1 to 58.0. (The two models differ in more than the attention, and in the length of
+# training, so this is a hint rather than a proof.) What one gains in return follows in sections {{n}}.7
+# and {{n}}.8.
 
 # %% [markdown]
 # ## {{n}}.5 One limit: deformable convolution
@@ -529,8 +530,8 @@ for side in (4, 16, 64):
 # %% [markdown]
 # ## {{n}}.8 What it costs
 #
-# Values can be projected by $W'$ before the sampling or after it. Both give the same result, because
-# projecting is linear, but they cost differently.
+# Values can be projected by $W'$ before the sampling or after it. If $W'$ has no bias, both give the
+# same result, because projecting is then linear. But they cost differently.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels with the same grid of 6 by 8 pixels and four orange points. Left: all pixels are green, so HW products with W prime, and then four samples are taken. Right: the pixels are white; four samples are taken and only these are green, so Q K products."}}
 from schematics.deformable_attention import two_orders

@@ -86,8 +86,8 @@ one_sequence()
 # stripes are rows of the seven: the sequence still holds the picture, but neighbours above and below
 # are far apart in it.*
 #
-# To find a cell again one needs the size of each map and the place where each level starts. We use
-# odd and unequal sizes, so that mistakes show.
+# To find a cell again, one needs the size of each map and the place where each level starts. From here
+# on we use odd and unequal sizes, so that mistakes show.
 
 # %%
 shapes = [(5, 7), (3, 4), (2, 2)]  # (H, W) of each level
@@ -213,7 +213,11 @@ slider(two_levels, dx=(-4.0, 4.0, 1.5), dy=(-4.0, 4.0, -2.5))
 
 # %% [markdown]
 # *Figure {{n}}.3. One offset on two levels; in JupyterLab, move it with the sliders. Up to which offset
-# does the point on the coarse level stay on the picture? What does it read beyond?*
+# does the point on the coarse level stay on the picture? (Beyond the edge it reads zeros, at the latest
+# half a pixel of its level further out.)*
+#
+# The module takes one reference per level, (B, Q, L, 2). In most cases all $L$ are the same point, as in
+# the formula; in a padded batch they differ a little, for reasons that section {{n}}.8 explains.
 
 
 # %%
@@ -234,14 +238,14 @@ class MyMSDeformAttn(nn.Module):
         heads, levels, points = self.sizes
         weights = self.attention_weights(query).unflatten(-1, (heads, levels * points))
         weights = weights.softmax(-1).unflatten(-1, (levels, points))
-        widths = torch.tensor([(width, height) for height, width in shapes])  # (L, 2)
-        locations = references[:, :, None, :, None] + offsets / widths[:, None]
+        sizes = torch.tensor([(width, height) for height, width in shapes])  # (L, 2)
+        locations = references[:, :, None, :, None] + offsets / sizes[:, None]
         value = self.value_proj(sequence).unflatten(-1, (heads, -1))
         return self.output_proj(attention_loop(value, shapes, locations, weights))
 
 
 # %% [markdown]
-# Compared with the library's module, both filled with the same random parameters:
+# We compare it with the library's module, both filled with the same random parameters.
 
 
 # %%
@@ -268,74 +272,43 @@ print(tuple(theirs.shape), "the reader's module equals the library's")
 # one set of parameters, not one per level. How can that work, when a cell of level 2 covers sixteen
 # times the area of a cell of level 0?
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Three tokens, of levels 0, 1 and 2, each with the code of its level added, lead into one block, the same layer with offsets and weights, from which arrows lead to K points on each of the three levels."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three tokens, of levels 0, 1 and 2, each with the embedding of its level added, lead into one block, the same layer with offsets and weights, from which arrows lead to K points on each of the three levels."}}
 from schematics.many_scales import every_query
 
 every_query()
 
 # %% [markdown]
-# *Figure {{n}}.4. The tokens of all levels ask through one layer. It has outputs of its own for each
-# level that is **read**, but it must learn from the token itself which level is **asking**.*
+# *Figure {{n}}.4. The tokens of all levels ask through one layer. The layer has separate outputs for each
+# level that is **read**, but only the token itself can tell it which level is **asking**.*
 #
 # Three things make it possible:
-# - all maps were projected to one width $C$ (in {{chapter pixels_to_boxes}}), so their tokens speak one
-#   language;
+# - all maps were projected to one width $C$ (in {{chapter pixels_to_boxes}}), so the same matrices fit
+#   the tokens of every level;
 # - offsets are counted in pixels of the level that is read, so an offset of one means the next cell on
 #   every level;
 # - a learned vector per level, the *level embedding*, is added to each token.
 #
 # Without the third, a token would not know its level. Row 2 of five rows and row 1 of three are both
 # the middle row, so even the code of the position is the same. We can check it: two tokens with the
-# same content get the same offsets, unless they carry the codes of different levels.
+# same content get the same offsets, unless different level embeddings were added to them.
 
 # %%
-content, level_code = torch.randn(6), torch.randn(3, 6)
+content, level_embedding = torch.randn(6), torch.randn(3, 6)
 middle = torch.full((1, 2, 3, 2), 0.5)
-for name, codes in (("without", torch.zeros(2, 6)), ("with", level_code[[0, 2]])):
-    asked = library.sampling((content + codes)[None], middle, shapes)  # tokens of levels 0 and 2
+for name, added in (("without", torch.zeros(2, 6)), ("with", level_embedding[[0, 2]])):
+    asked = library.sampling((content + added)[None], middle, shapes)  # tokens of levels 0 and 2
     same = torch.allclose(asked.locations[:, 0], asked.locations[:, 1], atol=1e-5)
     print(f"{name} the level embedding, both levels look at the same places: {same}")
     assert same == (name == "without")
 
 # %% [markdown]
-# ## {{n}}.6 Boxes as references
+# ## {{n}}.6 The star
 #
-# A decoder that refines boxes passes on not just a point but a whole box $(c_x, c_y, w, h)$ as the
-# reference. Then offsets are measured in parts of the box instead of pixels:
-#
-# $$\hat p + \frac{\Delta p}{K} \cdot \frac{(w, h)}{2}$$
-
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Three blue boxes of different shapes, each with a cross at its centre and rays of four points in eight directions. In each box the outermost point of every ray lies on the box's edge."}}
-from schematics.many_scales import in_the_box
-
-in_the_box()
-
-# %% [markdown]
-# *Figure {{n}}.5. The same offsets in three boxes. Point 4 of K = 4 lies on the edge of each.*
-#
-# Half of the box is the way from its centre to its edge, and dividing by $K$ makes an offset of $K$ go
-# exactly that far. At the start point $k$ has an offset of $k$, so the outermost points land on the
-# edge of the box. (This factor is what readers of the official code ask about most.)
-
-# %%
-box = torch.tensor([0.5, 0.4, 0.3, 0.2]).expand(1, 1, 3, 4)
-start = MSDeformAttn(embed_dim=16, num_levels=3, num_heads=8, num_points=4)
-points = start.sampling(torch.randn(1, 1, 16), box, shapes).locations.flatten(0, -2)
-low, high = points.amin(0), points.amax(0)
-print(
-    "points from", [round(v, 2) for v in low.tolist()], "to", [round(v, 2) for v in high.tolist()]
-)
-assert torch.allclose(low, torch.tensor([0.35, 0.3]), atol=1e-6)
-assert torch.allclose(high, torch.tensor([0.65, 0.5]), atol=1e-6)
-
-# %% [markdown]
-# ## {{n}}.7 The star
-#
-# Before training, the weights of the offset layer are zero, so only its bias speaks, and every query
-# looks at the same pattern. Head $m$ looks in direction $2\pi m / M$. Its directions are put onto a
-# square, not a circle: point $k$ lies $k$ pixels away to the left, right, top or bottom, and
-# $k\sqrt 2$ pixels away on the diagonals. The pattern is the same **on every level**, in pixels of that
-# level.
+# Before training, the weights of the offset layer are zero. So the offsets are its bias alone, and every
+# query looks at the same pattern. Head $m$ looks in direction $2\pi m / M$, and its points lie on squares
+# around the reference rather than on circles: point $k$ lies $k$ pixels away to the left, right, top or
+# bottom, and $k\sqrt 2$ pixels away on the diagonals. (So with eight heads all first offsets are whole
+# numbers of pixels.) The pattern is the same **on every level**, in pixels of that level.
 
 # %% mystnb={"image": {"alt": "Two panels over the same oblong image. Left: on the fine level eight rays of four points each form a small star around the reference. Right: on the coarse level the same star is four times as large. Heads have different colours."}}
 wide = [(24, 36), (6, 9)]
@@ -358,10 +331,11 @@ for level, (axis, (height, width)) in enumerate(zip(axes, wide, strict=True)):
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.6. Eight heads, four points each, around one reference (black cross), on the grids of two
+# *Figure {{n}}.5. Eight heads, four points each, around one reference (black cross), on the grids of two
 # levels. The star has the same size in pixels of its level. So in the image the coarse one reaches four
-# times as far, and nine of its points lie outside the map (frame), where they read zeros. Near and far
-# are covered before anything is learned.*
+# times as far, and nine of its points lie outside the map (frame). Six of them read zeros; the three just
+# above the frame still catch a part of the first row. Near and far are covered before anything is
+# learned.*
 
 # %%
 away = sampling.locations[0, 0].detach() - centre[0, 0, 0]  # (M, L, K, 2)
@@ -376,7 +350,9 @@ steps = torch.arange(1, 5).float()
 lengths = in_pixels.norm(dim=-1)  # (M, L, K)
 torch.testing.assert_close(lengths[::2], steps.expand(4, 2, 4), atol=1e-5, rtol=1e-5)
 torch.testing.assert_close(lengths[1::2], 2**0.5 * steps.expand(4, 2, 4), atol=1e-5, rtol=1e-5)
-assert ((sampling.locations[0, 0, :, 1] - 0.5).abs().amax(-1) > 0.5).sum() == 9
+coarse = (sampling.locations[0, 0, :, 1] - 0.5).abs()
+assert (coarse.amax(-1) > 0.5).sum() == 9
+assert (coarse > 0.5 + 0.5 / torch.tensor([9, 6])).any(-1).sum() == 6  # no pixel of the map near
 assert torch.allclose(sampling.weights, torch.tensor(1 / 8))
 
 # %% [markdown]
@@ -424,6 +400,40 @@ check("many_scales.2", star_offsets)
 # {{solution}}
 
 # %% [markdown]
+# ## {{n}}.7 Boxes as references
+#
+# A decoder that refines boxes passes on not just a point but a whole box $(c_x, c_y, w, h)$ as the
+# reference. Then offsets are measured in parts of the box instead of pixels. With
+# $\hat p = (c_x, c_y)$, the centre of the box, a point lies at
+#
+# $$\hat p + \frac{\Delta p}{K} \cdot \frac{(w, h)}{2}.$$
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three blue boxes of different shapes, each with a cross at its centre and rays of four points in eight directions. In each box the outermost point of every ray lies on the box's edge."}}
+from schematics.many_scales import in_the_box
+
+in_the_box()
+
+# %% [markdown]
+# *Figure {{n}}.6. The offsets of the star in three boxes, those of head 0 (to the right) in full colour.
+# Point 4 of K = 4 lies on the edge of each box.*
+#
+# From the centre of the box to its edge is half of its width or height. Dividing by $K$ makes an offset
+# of $K$ go exactly that far. In the star, point $k$ has an offset of $k$, so the outermost points land on
+# the edge of the box. We check this with an untrained module and a box from 0.35 to 0.65 in x and from
+# 0.3 to 0.5 in y.
+
+# %%
+box = torch.tensor([0.5, 0.4, 0.3, 0.2]).expand(1, 1, 3, 4)
+start = MSDeformAttn(embed_dim=16, num_levels=3, num_heads=8, num_points=4)
+points = start.sampling(torch.randn(1, 1, 16), box, shapes).locations.flatten(0, -2)
+low, high = points.amin(0), points.amax(0)
+print(
+    "points from", [round(v, 2) for v in low.tolist()], "to", [round(v, 2) for v in high.tolist()]
+)
+assert torch.allclose(low, torch.tensor([0.35, 0.3]), atol=1e-6)
+assert torch.allclose(high, torch.tensor([0.65, 0.5]), atol=1e-6)
+
+# %% [markdown]
 # ## {{n}}.8 Padding, and what valid ratios are
 #
 # If two images of different sizes are in one batch, the smaller one is padded on the right and at the
@@ -451,8 +461,9 @@ assert torch.allclose(ratios[1, :, 1], torch.tensor([5 / 8, 3 / 4, 2 / 2]))
 # The exact share is 60/96 = 40/64 = 0.625 in both directions. But a map has whole cells, and the mask is
 # shrunk by taking one pixel for each cell, its first one. So a cell counts as image if its *first* pixel
 # is image, and a cell that is only begun counts in full. In other words the number of valid cells is
-# always rounded **up**: 60/8 = 7.5 becomes 8, 40/16 = 2.5 becomes 3, 40/32 = 1.25 becomes 2. (Where the
-# padded size is not divisible by the stride, one cell more can be counted, but never one less.)
+# always rounded **up**: 60/8 = 7.5 becomes 8, 40/16 = 2.5 becomes 3, 40/32 = 1.25 becomes 2. We check
+# this for all widths up to 96 pixels. (If the padded size is not divisible by the stride, the cells of
+# the mask are a little smaller than the stride. Then the count can be one more, but never one less.)
 
 # %%
 for stride in (8, 16, 32):
@@ -461,12 +472,18 @@ for stride in (8, 16, 32):
     shrunk = F.interpolate(columns[:, None].float(), size=96 // stride)[:, 0].bool()
     assert (~shrunk).sum(1).tolist() == begun
 print("widths 1 to 96, three strides: the number of valid cells is always rounded up")
+columns = torch.arange(90) >= torch.arange(1, 91)[:, None]  # padded to 90, stride 32: 3 cells
+shrunk = F.interpolate(columns[:, None].float(), size=3)[:, 0].bool()
+more = (~shrunk).sum(1) - torch.tensor([-(-valid // 32) for valid in range(1, 91)])
+print("padded to 90 pixels, stride 32: at least", more.min().item(), "and at most", end=" ")
+print(more.max().item(), "cell more")
+assert more.min() == 0 and more.max() == 1
 
 # %% [markdown]
-# So the image ends at another place on each level, and that matters when a token of one level looks at
-# another level. Its reference point is computed in two steps. First **divide** by the ratio of its own
-# level, which gives its place in the *image*, from 0 to 1, without padding. Then **multiply** by the
-# ratio of the level that is read, which gives its place on that *padded* map.
+# So each level puts the end of the image at a slightly different place. That matters when a token of one
+# level looks at another level. Its reference point is computed in two steps. First **divide** by the
+# ratio of its own level. This gives its place in the *image* without padding, from 0 to 1. Then
+# **multiply** by the ratio of the level that is read. This gives its place on that *padded* map.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "A padded map of 8 by 12 cells with a cross in the last valid cell; an arrow, divided by the own ratio, to a rectangle for the image without padding, where the cross is near the lower right corner; an arrow, times the ratio of level l, to a padded map of 2 by 3 cells with the cross in the last valid cell."}}
 from schematics.many_scales import divide_then_multiply
@@ -474,14 +491,18 @@ from schematics.many_scales import divide_then_multiply
 divide_then_multiply()
 
 # %% [markdown]
-# *Figure {{n}}.7. From a cell to its reference on another level: divide by the own valid ratio, multiply
-# by the other's. Grey cells are padding.*
+# *Figure {{n}}.7. From a cell to its reference on another level: divide by the valid ratio of its own
+# level, $r_{own}$, and multiply by that of the other level, $r_l$. Grey cells are padding.*
 #
-# The second step is needed anyway, because boxes, and with them the decoder's references, are measured
-# in the image without padding. The encoder follows the same convention. With exact ratios its two steps
-# would cancel on every level, which is why they look like a bug to many readers. Since the masks are
-# rounded, they cancel only on the token's own level. On another level the point drifts, by less than one
-# cell of the coarser of the two. Published weights were trained with that, so it stays.
+# Why not stay on the padded map, and skip both steps? Boxes are measured in the image without padding, so
+# the decoder's references are too, and the decoder needs the second step. The encoder follows the same
+# convention, and so it needs the first step as well.
+#
+# With exact ratios the encoder's two steps would cancel, so to many readers they look like a mistake. But
+# the ratios are rounded, so the steps cancel only on the token's own level. On another level the point
+# drifts. Both levels round the same end of the image up to whole cells. So the two ends, and with them
+# the point, differ by less than one cell of the coarser level. Published weights were trained with this
+# drift, so it stays.
 
 # %%
 shapes = [(8, 12), (4, 6), (2, 3)]
@@ -495,9 +516,9 @@ for level, place in enumerate(references[1, token].tolist()):
 # %% mystnb={"image": {"alt": "Three maps, one for each level, with padded cells grey. A cross marks the same place of the image on each: it lies in the last valid row each time, at a height of 0.56, 0.68 and 0.9 of the map. A circle stays at 0.56, the same pixel of the image."}}
 figure, axes = plt.subplots(1, 3, figsize=(7, 2.2))
 for level, (axis, (height, width)) in enumerate(zip(axes, shapes, strict=True)):
-    axis.imshow(~masks[level][1], extent=(0, 1, 1, 0), cmap="gray", vmin=-1, aspect=2 / 3)
-    axis.vlines([x / width for x in range(1, width)], 0, 1, color="0.75", linewidth=0.6)
-    axis.hlines([y / height for y in range(1, height)], 0, 1, color="0.75", linewidth=0.6)
+    axis.imshow(~masks[level][1], extent=(0, 1, 1, 0), cmap="gray", vmin=-5, aspect=2 / 3)
+    axis.vlines([x / width for x in range(1, width)], 0, 1, color="0.6", linewidth=0.6)
+    axis.hlines([y / height for y in range(1, height)], 0, 1, color="0.6", linewidth=0.6)
     axis.plot(*references[1, token, level], "+", color="C1", markersize=14, markeredgewidth=2.5)
     axis.plot(*references[1, token, 0], "o", color="C0", fillstyle="none", markersize=10)
     axis.set(title=f"level {level}: {height} x {width}", xticks=[], yticks=[])
@@ -565,8 +586,9 @@ check("many_scales.3", token_reference)
 # ## {{n}}.9 Padding must not be seen
 #
 # Sampling points can land on padding. What they read there must be zero, as it is outside the map. So
-# the module sets values on padding to zero, and it does so *after* the value projection, because the
-# projection's bias would turn zeros into something else. Whatever stands on padding then cannot matter.
+# the module sets values on padding to zero. It does so *after* the value projection, because a
+# projection turns zeros into its bias, which is not zero. Then it cannot matter what stands on the
+# padding. We test it with nonsense there.
 
 # %%
 attention = randomise(MSDeformAttn(embed_dim=6, num_levels=3, num_heads=2, num_points=4))
@@ -577,15 +599,18 @@ query = torch.randn(2, 5, 6)
 places = torch.rand(2, 5, 1, 2) * ratios[:, None]
 clean = attention(query, places, features, shapes, padding)
 torch.testing.assert_close(attention(query, places, nonsense, shapes, padding), clean)
-assert not torch.allclose(attention(query, places, nonsense, shapes), clean)  # without the mask
-print("with the mask, what stands on padding cannot be seen")
+without = attention(query, places, nonsense, shapes)
+assert not torch.allclose(without, clean)
+print("with the mask, what stands on padding changes nothing; without it, it changes the output")
 
 # %% [markdown]
-# Is an image's result then independent of the padding that its batch adds? Nearly. Two differences
-# remain: the rounding of the masks, and the backbone, whose later convolutions see what the earlier ones
-# made of the padding. We measure it with the detector that {{chapter training}} trains, whose weights
-# are here already. It finds the digits of an image alone; then the same image comes in a batch with a
-# larger one. By how much do its boxes move?
+# So does a detector find the same in an image, however much padding its batch adds? Nearly. Two
+# influences remain. One is the rounding of the masks. The other is the backbone: its first convolutions
+# make something of the padding near the image, and its later ones see that.
+#
+# How large is the effect? We measure it with the detector that {{chapter training}} trains; its weights
+# come with the book. First it gets an image alone, then the same image in a batch with a larger one. By
+# how much do its boxes move?
 
 # %%
 model, _ = load_model("../data/checkpoints/digits.safetensors")
@@ -598,7 +623,7 @@ def boxes_of(batch):
     """All boxes of the first image, in its pixels, and their scores."""
     output = model(batch)
     valid = (~batch.mask[0]).nonzero().amax(0) + 1  # (height, width)
-    boxes = output.boxes[0] * valid.flip(0).repeat(2)
+    boxes = output.boxes[0] * valid.flip(0).repeat(2)  # (cx, cy, w, h) times (W, H, W, H)
     return boxes, output.logits[0].sigmoid().amax(-1)
 
 
@@ -619,8 +644,9 @@ for name, batch in (("256 x 256", twice), ("153 x 165", odd), ("mask ignored", u
 assert moved["256 x 256"] < 1 < moved["153 x 165"] < 5 < moved["mask ignored"]
 
 # %% [markdown]
-# With the mask the boxes hardly move, and least where the padded size is divisible by the strides. So
-# the detector is nearly, but not exactly, independent of padding. Without the mask nothing is found.
+# With the mask the boxes hardly move, and least in the batch of 256 x 256, whose size is divisible by all
+# strides. So the detector is nearly, but not exactly, independent of padding. Without the mask it finds
+# nothing.
 
 # %% [markdown]
 # ## {{n}}.10 Where a trained detector looks
@@ -639,9 +665,9 @@ sampling = record.decoder[-1]
 points = sampling.locations[0, found] * 128  # (M, L, K, 2) in pixels: the image has no padding
 weights = sampling.weights[0, found]  # (M, L, K)
 print(tuple(points.shape), "points; share of each level:", end=" ")
-print([round(share, 1) for share in (weights.sum((0, 2)) / len(weights)).tolist()])
+print([round(share, 2) for share in (weights.sum((0, 2)) / len(weights)).tolist()])
 
-# %% mystnb={"image": {"alt": "The running example three times, in cells of 4, 8 and 16 pixels, with a blue box around the seven and 16 orange points on each. Nearly all points lie inside the box, on the seven and around its outline; larger discs are points with larger weights."}}
+# %% mystnb={"image": {"alt": "The running example three times, in cells of 4, 8 and 16 pixels, with a blue box around the seven and 16 orange points on each. All points lie inside the box, on the seven and around its outline; larger discs are points with larger weights."}}
 from schematics.many_scales import draw_level
 
 cx, cy, w, h = (output.boxes[0, found] * 128).tolist()
@@ -658,13 +684,13 @@ plt.show()
 
 # %% [markdown]
 # *Figure {{n}}.9. The points of the query that found the seven, in the last decoder layer; a larger disc
-# has a larger weight, the blue box is the detection. The star has become a pattern that fits the seven,
-# and all three levels are used.*
+# has a larger weight, the blue box is the detection. The points no longer form a star: they gather on and
+# beside the seven, and all three levels are used.*
 
 # %% tags=["hide-input"]
 inside = ((points - torch.tensor([cx, cy])).abs() <= torch.tensor([w, h]) / 2).all(-1)
 share = ((weights * inside).sum() / weights.sum()).item()
-print(f"share of the weight inside the box: {share:.1f}")
+print(f"share of the weight inside the box: {share:.2f}")
 assert share > 0.9 and (weights.sum((0, 2)) / len(weights) > 0.1).all()
 
 # %% [markdown]
@@ -674,7 +700,7 @@ assert share > 0.9 and (weights.sum((0, 2)) / len(weights) > 0.1).all()
 #
 # *difficulty ●●● · 30 minutes · 6 lines*
 #
-# "How do I draw the sampling points?" is asked more often than anything else about the official code.
+# "How do I draw the sampling points?" is a question that users of the official code asked for years.
 # Write the function that answers it, for images that are padded as well. Locations are normalised to
 # the *padded* maps, so divide by the valid ratio of their level to get to the image, then multiply by
 # the image's own width and height. Return three flat tensors, sorted by falling weight:
@@ -729,11 +755,13 @@ check("many_scales.4", points_in_pixels)
 # ratios of one they must lie where they lie above.
 
 # %% [markdown]
-# ## {{n}}.11 What it takes to remember
+# ## {{n}}.11 How much memory it needs
 #
 # The official form in pure PyTorch samples all levels, stacks the results, and multiplies the stack by
-# the weights. The library adds up level by level, so it never holds more than one level's samples. We
-# count the largest tensors, for an encoder layer at 800 x 1066 in float32:
+# the weights. The library's form in pure PyTorch (its backend "reference") adds up level by level. So at
+# inference it never holds more than one level's samples. (In training, autograd keeps the samples of all
+# levels for the backward pass.) We count the largest tensors at inference, for an encoder layer at
+# 800 x 1066 in float32:
 
 # %%
 large = [(100, 134), (50, 67), (25, 34), (13, 17)]
@@ -745,14 +773,18 @@ print(S, "tokens;", stacked // 2**20, "MiB against", by_level // 2**20, "MiB")
 assert stacked == 4 * by_level and stacked > 500 * 2**20
 
 # %% [markdown]
-# A kernel that adds up while it samples needs neither: {{chapter cuda_kernel}}.
+# A kernel that adds up while it samples needs neither of these tensors, in training or at inference.
+# {{chapter cuda_kernel}} shows one.
 
 # %% [markdown]
 # ## {{n}}.12 Does it choose the right level?
 #
-# At last a task with a known answer. Two levels show two different random pictures. Each query carries a
-# flag that says whether its answer stands on level 0 or on level 1, at its reference. The loss only knows
-# the answer's value.
+# Can a query learn to use the level that it needs? As in the chapters before, we take a task with a known
+# answer. Two levels show two different random pictures. Each query carries a flag that says whether its
+# answer stands on level 0 or on level 1, at its reference. The loss only knows the answer's value.
+#
+# (The picture on the fine level is an enlarged coarse one, so that both are equally smooth in the image.
+# Each picture stands in two channels, because the module wants as many channels as the query has.)
 
 
 # %%
@@ -831,10 +863,10 @@ plt.show()
 #
 # Several scales bring 1.7, more points 0.9, and reading across scales 1.5. An FPN (feature pyramid
 # network {cite}`lin2017fpn`), which most detectors use to pass information from coarse maps to fine
-# ones, brings nothing more. Attention across levels passes that information already, so Deformable DETR
-# does without. (These are the paper's numbers; nobody trained on COCO for this book. The paper calls
-# attention to one scale with $K = 1$ a deformable convolution; strictly that also takes $W' = I$, as
-# {{chapter deformable_attention}} showed.)
+# ones, brings nothing more here. Attention across levels passes that information already, so Deformable
+# DETR has no FPN. (These are the paper's numbers; nobody trained on COCO for this book. The paper calls
+# attention to one scale with $K = 1$ a deformable convolution. Strictly, $W'$ must then also be the
+# identity, as {{chapter deformable_attention}} showed.)
 
 # %% [markdown]
 # ## Summary

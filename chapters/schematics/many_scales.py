@@ -127,12 +127,12 @@ def in_the_box() -> None:
 
 
 def every_query() -> None:
-    """One layer for the tokens of all levels: the level's code tells it who is asking."""
+    """One layer for the tokens of all levels: the level embedding tells it who is asking."""
     axes = canvas(7.4, 2.1)
     for level, y in enumerate((1.75, 1.05, 0.35)):
         block(axes, 1.0, y, f"token of level {level}", LEVEL_COLOURS[level], 1.7, 0.5)
-        axes.text(1.98, y, f"+ code of level {level}", va="center", fontsize=8)
-        arrow(axes, (3.15, y), (3.95, 1.05 + 0.2 * (1 - level)), colour=QUERY)
+        axes.text(1.98, y, f"+ level embedding {level}", va="center", fontsize=8)
+        arrow(axes, (3.25, y), (3.95, 1.05 + 0.2 * (1 - level)), colour=QUERY)
     block(axes, 4.75, 1.05, "the same layer:\noffsets and\nweights", QUERY, 1.5, 1.1)
     for level, y in enumerate((1.75, 1.05, 0.35)):
         arrow(axes, (5.5, 1.05 + 0.2 * (1 - level)), (6.0, y), colour=POINT)
