@@ -21,6 +21,8 @@ STUDY = Study(
         "Group DETR": Detector("digits-group-detr", TWO_MAPS),
         "Sparse DETR": Detector("digits-sparse-detr", TWO_MAPS),
         "Efficient DETR": Detector("digits-efficient-detr", TWO_MAPS),
+        "Lite DETR": Detector("digits-lite-detr", TWO_MAPS),
+        "Lite-DINO": Detector("digits-lite-dino", TWO_MAPS),
     },
     seeds=(0, 1, 2, 3, 4),
     trial=train_detector,
