@@ -26,9 +26,9 @@
 
 # %% [markdown]
 # A recipe is a small file of numbers: how many images go into a step, how long the step is, when steps
-# become shorter. Two trainings with the same model, the same images and different recipes can end at an
-# AP of 0.45 and of 0.05, and nothing in the model will tell you why. This chapter goes through the
-# numbers one by one. For each it asks what the number does, and tests the answer on something small
+# become shorter. With the same model and the same images, one recipe may train a good detector and another
+# one a bad one, and nothing in the model will tell you why. This chapter goes through the numbers one by one.
+# For each it asks what the number does, and tests the answer on something small
 # enough to be computed by hand. How the same recipe runs on other machines, on one GPU or on eight, is
 # the subject of {{chapter training_at_every_size}}.
 
@@ -65,15 +65,16 @@ from schematics.recipe import one_step
 one_step()
 
 # %% [markdown]
-# *Figure {{n}}.1. One training step, and which number of the recipe acts where. The sections of this
-# chapter follow the chain from AdamW's rates to the average.*
+# *Figure {{n}}.1. One training step, and which number of the recipe acts where. This chapter begins with the
+# rates that AdamW uses and with their schedule. Then come clipping and the average.*
 #
 # ## {{n}}.1 What stands in a recipe
 #
 # The library's recipes lie in `deformable_detr/training/recipes`, one file each, with a reason beside
 # every value that needs one. A value that a recipe does not mention is the paper's. The next cell
 # compares four recipes and prints the rows in which they differ: the paper's, a more recent one for
-# COCO, one for small data sets, and the one behind the digits' detector.
+# COCO, one for small data sets, and the one behind the digits' detector (which was trained for 14 epochs
+# instead of the file's 12).
 
 # %%
 names = ("paper", "modern", "small-data", "digits")
@@ -112,12 +113,13 @@ for field in dataclasses.fields(PAPER):
 # the reference points; and the rest. The paper's rate is 2e-4 for the rest and a tenth of that for the
 # other two.
 #
-# There are two reasons to go slowly, and only one of them is certain. The backbone comes trained from
-# ImageNet, so long steps would destroy what it knows. For the sampling layers the paper gives no
-# reason, and other projects do without (the recipe `modern` does). But one danger is easy to see: a
-# sampling point that leaves the map reads zeros, and there the gradient by its place is zero too. The
-# point is lost, because nothing tells it to come back. The next cell shows it, with one point inside
-# the map and one beyond.
+# Why go slowly? For the backbone the reason is clear: it was trained on ImageNet, and long steps would
+# destroy what it knows. For the sampling layers the paper gives no reason, and other projects do without
+# a lower rate (the recipe `modern` does). But one danger is easy to see. A sampling point that has left the
+# map reads zeros, and moving it a little changes nothing, so the gradient with respect to its position is
+# zero too. Nothing that this point reads can bring it back. (Other points may, since all queries share the
+# layer that makes the offsets.) The next cell shows the two gradients, of one point inside the map and one
+# beyond it.
 
 # %%
 place = torch.tensor([[0.5, 0.5], [1.3, 0.5]], requires_grad=True)  # (x, y): inside, beyond
@@ -194,14 +196,15 @@ assert counts[2] == 790_018 and sum(counts) == 39_847_265
 print(f"sampling: {100 * counts[2] / sum(counts):.0f} % of {sum(counts) / 1e6:.1f} million")
 
 # %% [markdown]
-# So two per cent of the parameters decide where all the others look.
+# So 2 % of the parameters decide where the model samples. (The groups hold the parameters that learn. The
+# model has 40.1 million; the 0.2 million of the ResNet's frozen `conv1` and `layer1` are in no group.)
 #
 # ## {{n}}.3 The schedule
 #
 # All three rates follow one schedule, which multiplies them by the same factor. There are two kinds.
 # A *step* schedule keeps the rate and drops it to a tenth once, late in the training. A *cosine* lets
-# it fall smoothly to nearly zero. Before the rate falls it may rise: in the first few steps the heads
-# are random, their gradients point anywhere, and a short step does less damage.
+# it fall smoothly to a hundredth. Either may begin with a **warm-up**, in which the rate rises: in the first
+# steps the heads are random, their gradients point anywhere, and short steps do less damage.
 
 # %% mystnb={"image": {"alt": "Four learning rates over the course of a training, on a logarithmic axis. The paper's and the modern one are flat and drop to a tenth at four fifths; the small-data and digits rates rise at once and fall as half a cosine."}}
 figure, axis = plt.subplots(figsize=(7, 3))
@@ -209,7 +212,7 @@ for (name, recipe), style in zip(recipes.items(), ("-", "--", "-", "--"), strict
     steps = range(0, 100 * recipe.epochs, 5)
     rates = [recipe.lr * lr_factor(s, 100 * recipe.epochs, 100, recipe) for s in steps]
     axis.plot([s / len(steps) / 5 for s in steps], rates, style, label=name)
-axis.set(xlabel="part of the training", ylabel="learning rate", yscale="log", ylim=(4e-7, 2e-3))
+axis.set(xlabel="fraction of the training", ylabel="learning rate", yscale="log", ylim=(4e-7, 2e-3))
 axis.legend(ncols=2)
 plt.show()
 
@@ -217,9 +220,9 @@ plt.show()
 # *Figure {{n}}.2. The four schedules, drawn for 100 steps per epoch. Two of them have to know at which
 # epoch to drop; the cosines only have to know where the training ends.*
 #
-# The low rate at the end matters as much as the high one before. With long steps the weights jump
-# around a good place; with short ones they settle into it. That is why an AP measured in the middle of
-# a schedule says little about the AP at its end.
+# The low rate at the end matters, too. With long steps the weights jump around a good place (Figure {{n}}.5
+# will show it); with short ones they settle into it. So do not judge a recipe by its AP in the middle of the
+# schedule: part of the gain comes only when the rate falls.
 #
 # ## {{n}}.4 Clipping
 #
@@ -248,7 +251,8 @@ torch.testing.assert_close(weight.grad, by_hand)
 
 # %% [markdown]
 # The official code clips at 0.1. Is that much or little? It depends on how long gradients are. The next
-# cell takes the digits' detector with random weights and trains it for 24 steps.
+# cell takes the digits' detector with random weights and trains it for 24 steps. (It trains on *val*, which is
+# allowed only because nothing will be measured on these images afterwards.)
 
 # %%
 digits = CocoDataset(*find_split(Path("../data/digits"), "val"), digits_eval_transform())
@@ -297,30 +301,39 @@ for scale in (1.0, 0.01):
 torch.testing.assert_close(*moved)
 
 # %% [markdown]
-# What clipping does is to give every step the same weight in AdamW's two running averages, the one of
-# gradients and the one of their squares. Without it, one wild batch counts a hundredfold, and since the
-# average of squares forgets slowly ($\beta_2 = 0.999$), the size it divides by stays too large for
-# hundreds of steps.
+# So what does clipping do? It gives every step the same weight in AdamW's two running averages, the one of
+# gradients and the one of their squares. Without it, a batch with a gradient of a hundred times the usual
+# length counts a hundredfold in the first average and ten thousandfold in the second. The first one forgets
+# within tens of steps ($\beta_1 = 0.9$). The second one, by whose root AdamW divides, forgets slowly
+# ($\beta_2 = 0.999$), so it stays too large for a long time.
 #
 # Before you run: all gradients are 1, except a single one of 100. How long is a step, as a part of the
-# learning rate, 200 steps after it?
+# learning rate, at this gradient, and 20, 200 and 1,500 steps later?
 
 # %%
+LATER = (0, 20, 200, 1500)
 after = {}
 for name, bound in (("unclipped", 1e9), ("clipped at 1", 1.0)):
     weight = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.0)
-    for step in range(700):
+    walked = []
+    for step in range(2001):
         weight.grad = torch.tensor([100.0 if step == 500 else 1.0])
         nn.utils.clip_grad_norm_([weight], bound)
         before = weight.item()
         optimizer.step()
-    after[name] = before - weight.item()
-    print(f"{name:12}: a step is {after[name]:.2f} of the learning rate")
+        walked.append(before - weight.item())
+    after[name] = [walked[500 + steps] for steps in LATER]
+    print(f"{name:12}:", *(f"{length:.2f}" for length in after[name]))
 
 # %% tags=["hide-input"]
-assert after["clipped at 1"] > 0.99 and after["unclipped"] < 0.5
-print("one wild gradient makes all later steps less than half as long, unless it is clipped")
+assert min(after["clipped at 1"]) > 0.99 and after["unclipped"][0] > 2
+assert max(after["unclipped"][1:3]) < 0.5 < after["unclipped"][3] < 0.6
+print("its own step is twice as long as the rate; 20 and 200 steps later it is less than half")
+
+# %% [markdown]
+# Without clipping, one wild gradient thus does harm twice: its own step is too long, and after 1,500 steps the
+# steps have only come back to half of their length. With clipping, every step has its full length.
 
 # %% [markdown]
 # ## {{n}}.5 Averaged weights, and when to stop
@@ -453,12 +466,13 @@ def stops_after(history, patience):
 
 
 history = [0.21, 0.30, 0.29, 0.33, 0.33, 0.32, 0.31, 0.35, 0.36]
-print("stops after evaluation", stops_after(history, 3), "or", stops_after(history, 4))
+for patience in (3, 4):
+    print(f"patience {patience}: {stops_after(history, patience)} of {len(history)} evaluations")
 assert stops_after(history, 3) == 7 and stops_after(history, 4) == 9
 
 # %% [markdown]
-# With a patience of 3 this run would have missed its best value. AP on a few hundred images is noisy,
-# so choose a patience that is longer than the noise.
+# With a patience of 3 this run stops too early and misses its best value; with 4 it goes on to the end. AP on a
+# few hundred images is noisy, so choose a patience that survives a few evaluations of bad luck.
 #
 # ## {{n}}.6 The loss stays high. What is wrong?
 #
@@ -494,8 +508,10 @@ print(f"with biases of 0: {without / expected:.0f} times the expected loss")
 assert without > 3 * expected
 
 # %% [markdown]
-# With 300 queries and 91 classes it is hundreds of times the expected loss. A loss that starts too high
-# means a lost prior: a head from another project, or a bias of 0.
+# The paper's model has 300 queries and 91 classes. There, each of the 27,300 scores adds
+# $0.75 \cdot 0.5^2 \cdot \ln 2 = 0.13$, and with seven objects in an image the loss starts at about 450 times the
+# expected one. So a class loss that starts too high means that the prior of 0.01 was lost: the head comes from another
+# project, or its bias is 0.
 #
 # **Does it fall at all?** If it starts right and does not fall, something is wrong with the data or with
 # the recipe, and `deformable-detr doctor` ({{chapter your_own_data}}) finds out which.
@@ -563,7 +579,8 @@ check("recipe.3", before_training)
 
 # %% [markdown]
 # Keep it: a value near 1 for the class loss, a finite length, and an empty list say that a training may
-# begin. The library's `doctor` starts with the same three questions.
+# begin. The library's `doctor` asks for finite gradients and for silent parameters too, and it examines the data as
+# well ({{chapter your_own_data}}).
 
 # %% tags=["hide-input"]
 temporary.cleanup()
@@ -571,11 +588,11 @@ temporary.cleanup()
 # %% [markdown]
 # ## Summary
 #
-# - Rates belong to groups of parameters, and all follow one schedule; its low end matters as much.
-# - Clipping acts in every early step. It does not shorten AdamW's steps; it keeps one wild batch from
-#   shortening all later ones.
+# - Rates belong to groups of parameters, and all follow one schedule. The low rate at its end matters, too.
+# - Clipping acts in every early step. It hardly shortens AdamW's steps; it keeps one wild batch from shortening
+#   the next thousand.
 # - An average of weights is calmer than the weights; buffers belong to it.
-# - The class loss at the start is known: 2.26. Ten times as much means a lost prior.
+# - The class loss at the start is known: 2.26. Ten times as much means that the prior was lost.
 #
 # > **Differs from the paper.** The paper says Adam and does not mention clipping or averaging; the
 # > official code has AdamW and clips at 0.1. **Differs from the official code.** It has no cosine, no

@@ -2,32 +2,36 @@
 
 import numpy as np
 
-from schematics import CUT, LOSS, POINT, QUERY, QUIET, VALUE, arrow, block, canvas
+from schematics import CUT, LOSS, POINT, QUERY, VALUE, arrow, block, canvas
 
 
 def one_step() -> None:
     """One training step from left to right, and under each part the numbers that act there."""
-    axes = canvas(7.4, 2.1)
+    axes = canvas(7.4, 1.75)
     parts = (
-        ("batch", VALUE, "batch_size\ntransforms"),
-        ("loss", LOSS, "frozen\nmixed_precision"),
-        ("gradient", LOSS, "accumulate"),
+        ("batch", VALUE, "batch_size"),
+        ("loss", LOSS, "mixed_precision"),
+        ("gradient", LOSS, "accumulate\nfrozen"),
         ("clipped", CUT, "clip_norm"),
-        ("AdamW", QUERY, "weight_decay\nlr, backbone_lr,\nsampling_lr_factor"),
-        ("weights", QUERY, "schedule\nwarmup_steps"),
-        ("average", POINT, "ema_decay\npatience"),
+        (
+            "AdamW",
+            QUERY,
+            "lr, backbone_lr\nsampling_lr_factor\nschedule\nwarmup_steps\nweight_decay",
+        ),
+        ("weights", QUERY, ""),
+        ("average", POINT, "ema_decay"),
     )
     for index, (name, colour, numbers) in enumerate(parts):
         x = 0.55 + 1.05 * index
-        block(axes, x, 1.6, name, colour, width=0.9, strong=True)
-        axes.text(x, 1.2, numbers, ha="center", va="top", fontsize=7.5, color=colour)
+        block(axes, x, 1.1, name, colour, width=0.9, strong=True)
+        axes.text(x, 0.78, numbers, ha="center", va="top", fontsize=7.5, color=colour)
         if index:
-            arrow(axes, (x - 0.6, 1.6), (x - 0.45, 1.6))
-    arrow(axes, (5.8, 1.92), (0.55, 1.92), colour=QUIET, bend=0.0, style="-")
-    arrow(axes, (5.8, 1.85), (5.8, 1.92), colour=QUIET, style="-")
-    arrow(axes, (0.55, 1.92), (0.55, 1.84), colour=QUIET)
-    axes.text(3.2, 1.97, "the next batch, epochs times through the images", ha="center", fontsize=8)
-    axes.set_ylim(0.4, 2.15)
+            arrow(axes, (x - 0.6, 1.1), (x - 0.45, 1.1))
+    arrow(axes, (5.8, 1.35), (5.8, 1.48), style="-")
+    arrow(axes, (5.8, 1.48), (0.55, 1.48), style="-")
+    arrow(axes, (0.55, 1.48), (0.55, 1.35))
+    words = "the next batch; epochs and patience decide how many there are"
+    axes.text(3.2, 1.54, words, ha="center", fontsize=8)
 
 
 def clipping() -> None:
@@ -43,4 +47,6 @@ def clipping() -> None:
             end = (size * np.cos(angle), size * np.sin(angle))
             arrow(axis, (0, 0), end, colour=LOSS)
     left.text(0, -0.62, "the circle has the radius clip_norm", ha="center", fontsize=8, color=CUT)
-    right.text(0, -0.62, "directions stay, lengths end at it", ha="center", fontsize=8, color=CUT)
+    right.text(
+        0, -0.62, "too long: cut at the circle, same direction", ha="center", fontsize=8, color=CUT
+    )
