@@ -129,8 +129,8 @@ one_layer()
 # $w_k$ say how much each sample counts. The same feature map serves twice: the offsets are computed
 # from it, and it is what they read.*
 #
-# Section {{n}}.4 and section {{n}}.5 are about good offsets. First we take the offsets as given and
-# write the sampling, as a loop over places.
+# How to get good offsets is the question of sections {{n}}.4 and {{n}}.5. First we take the offsets as
+# given and write the sampling, as a loop over places.
 
 
 # %%
@@ -375,9 +375,9 @@ plt.show()
 
 # %% [markdown]
 # *Figure {{n}}.3. Nine taps of one place, moved by a gradient. Rings are the starts, discs the ends.
-# Two taps of the middle column stay, the others walk inwards until they are on the seven. (The one at the top
-# walks too, although it starts on green: the map is blurred, and near the edge of the seven it is below
-# 0.4.) The loss knows nothing about the shape of the seven. The taps find it because the slope of the
+# Two taps of the middle column stay, the others walk inwards until they are on the seven. (The one at
+# the top walks too, although it starts on green: the map is blurred, and near the edge of the seven it
+# is below 0.4.) The loss knows nothing about the shape of the seven. The taps find it because the slope of the
 # map leads them there.*
 
 # %% tags=["hide-input"]
@@ -392,7 +392,7 @@ assert on_green[0] < 6 and on_green[1] == 9
 # another. With moved taps they can gather on the object. Figure 6 of {cite}`dai2017deformable` shows
 # this for photographs; here it is for our seven.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two close-ups of the seven. Left: the samples of three ordinary convolutions form a square grid of 49 places, many of them on wood. Right: the samples of three deformable ones, several hundred places, most of them on the seven."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two close-ups of the seven. Left: the samples of three ordinary convolutions form a square grid of 49 places, many of them on wood. Right: the samples of three deformable ones, several hundred places, nearly all of them on the seven."}}
 from schematics.deformable_convolution import three_layers
 
 three_layers()
@@ -400,9 +400,8 @@ three_layers()
 # %% [markdown]
 # *Figure {{n}}.4. The 729 samples behind one output (cross) of three layers, whose taps are nine pixels
 # of the image apart. Left, fixed taps: 49 different places on a square, and half of the samples lie on
-# wood. Right, taps that each move a few pixels to where the picture is greener: more than nine samples
-# in ten lie on the seven. (This rule is ours and stands in for a trained network, which must find one
-# of its own.)*
+# wood. Right, taps that each move a few pixels to where the picture is greener: nearly all samples lie
+# on the seven. (This rule is ours and stands in for a trained network, which must find one of its own.)*
 
 # %% [markdown]
 # ## {{n}}.5 Offsets that a network computes
@@ -772,8 +771,9 @@ check("deformable_convolution.4", offset_gradient)
 # - **Several scales.** Each layer reads one map, although a detector has several.
 #
 # {{chapter deformable_attention}} brings the first two, and {{chapter many_scales}} the third. Nothing
-# from this chapter is lost on the way: the next one shows that deformable attention with one point per
-# head and no value projection *is* a deformable convolution.
+# from this chapter is lost on the way: the next one shows that deformable attention with one head, one
+# point and no value projection *is* a deformable 1 x 1 convolution, and that nine heads with one point
+# each make a 3 x 3 one.
 
 # %% [markdown]
 # ## Summary

@@ -90,6 +90,13 @@ def towards_green(points: np.ndarray, steps: int) -> np.ndarray:
     return points
 
 
+def on_the_seven(points: np.ndarray) -> float:
+    """The share of points (N, 2), pixels of the running example, that lie on its digit."""
+    column, row = points.round().astype(int).clip(0, 127).T
+    red, green, blue = running_example()[row, column].astype(float).T / 255
+    return float((green - (red + blue) / 2 > 0.2).mean())
+
+
 def three_layers() -> None:
     """What one output sees through three layers: fixed taps, and taps that follow the digit."""
     _, axes = plt.subplots(1, 2, figsize=(6.2, 3.1))
@@ -103,5 +110,6 @@ def three_layers() -> None:
         axis.plot(*points.T, "o", color=POINT, markersize=2.6, alpha=0.8, markeredgewidth=0)
         axis.plot(*CENTRE, "k+", markersize=10)
         places = len(np.unique(points.round(), axis=0))
-        axis.set_title(f"{name}: {places} places", fontsize=9)
+        title = f"{name}: {places} places,\n{on_the_seven(points):.0%} of 729 samples on the seven"
+        axis.set_title(title, fontsize=9)
     plt.show()
