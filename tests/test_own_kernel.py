@@ -1,4 +1,4 @@
-"""A kernel of the reader's own through the operator's tests (chapter making_it_fast, section 7.8):
+"""A kernel of the reader's own through the operator's tests (the end of chapter making_it_fast):
 
     python -m pytest tests/test_own_kernel.py --kernel my_kernel.cu
 
