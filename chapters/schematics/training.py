@@ -1,6 +1,7 @@
 """Schematics of the chapter on training."""
 
 from matplotlib.patches import Rectangle
+
 from schematics import CUT, LOSS, POINT, QUERY, QUIET, VALUE, arrow, block, canvas
 
 
@@ -61,22 +62,20 @@ def loop() -> None:
     )
 
 
-def verdicts() -> None:
-    """Five detections of one class, best score first, and what becomes of each."""
-    axes = canvas(7, 2.3)
-    objects = [(0.3, 0.9, 0.7, 1.0), (2.2, 1.2, 1.2, 0.6), (4.6, 0.7, 1.2, 1.2)]
-    for x, y, width, height in objects:
-        axes.add_patch(Rectangle((x, y), width, height, facecolor="#dddddd", edgecolor=QUIET))
-    boxes = [
-        (0.34, 0.86, 0.68, 1.02, "1 correct", VALUE, 0),
-        (2.2, 1.2, 0.85, 0.6, "2 correct", VALUE, 0),
-        (0.2, 0.8, 0.5, 1.2, "3 duplicate", CUT, 1.42),
-        (3.5, 0.25, 0.8, 0.55, "4 nothing there", CUT, 0),
-        (4.6, 0.62, 1.25, 1.0, "5 correct", VALUE, 0),
-    ]
-    for x, y, width, height, text, colour, shift in boxes:
-        axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, lw=2))
-        axes.text(
-            x + width / 2, y - 0.08 + shift, text, ha="center", va="top", fontsize=8, color=colour
-        )
-    axes.set_ylim(-0.2, 2.3)
+def verdicts(objects: list[list[float]], found: list[list[float]], overlap: list[float]) -> None:
+    """Five detections of one class, best score first, and what becomes of each at an IoU of 0.5.
+
+    objects, found: boxes xyxy in pixels; overlap: of each detection with its nearest object.
+    """
+    axes = canvas(5.6, 3.3)
+    for x0, y0, x1, y1 in objects:
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor="#dddddd", edgecolor=QUIET))
+    words = ("correct", "correct", "duplicate", "nothing there", "correct")
+    places = ((9, 6), (49, 16), (9, 54.5), (-0.5, 103.5), (59, 114.5))
+    for number, (x0, y0, x1, y1) in enumerate(found):
+        colour = VALUE if words[number] == "correct" else CUT
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=2))
+        x, y = places[number]
+        text = f"{number + 1}: IoU {overlap[number]:.2f}, {words[number]}"
+        axes.text(x, y, text, va="center", fontsize=8, color=colour)
+    axes.set(xlim=(-4, 124), ylim=(119, 2))
