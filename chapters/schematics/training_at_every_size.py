@@ -13,8 +13,8 @@ def shares() -> None:
         left = 0.1 + 2.4 * index
         axes.text(left + 1.05, 2.35, title, ha="center", fontsize=9)
         for piece in range(pieces):
-            width = 2.1 / pieces
-            start = left + piece * width
+            width = (2.25 - 0.15 * pieces) / pieces  # a gap between two batches
+            start = left + piece * (width + 0.15)
             for image in range(8 // pieces):
                 side = width / (8 // pieces)
                 corner = (start + image * side + 0.02, 1.85)
@@ -54,7 +54,7 @@ def recomputing() -> None:
         for number in range(4):
             x = left + 0.4 + 0.8 * number
             block(axes, x, 1.2, f"block {number + 1}", QUIET, width=0.7, height=0.4)
-            kept = 4 if index == 0 else 1
+            kept = 4 if index == 0 else int(number < 3)  # backward has left the last block
             for layer in range(kept):
                 colour = VALUE if layer == 0 else LOSS
                 corner = (x - 0.3, 1.48 + 0.17 * layer)
@@ -73,5 +73,5 @@ def recomputing() -> None:
             axes.text(
                 x, 0.48, "backward is here: run once more", ha="center", fontsize=8, color=CUT
             )
-            text = "one per block, and one block's rest"
+            text = "one per block, and the rest of one block"
         axes.text(left + 1.6, 0.15, text, ha="center", fontsize=8.5)
