@@ -25,7 +25,8 @@
 # {{map}}
 
 # %% [markdown]
-# Training Deformable DETR on COCO takes more than three hundred GPU hours. Nobody should have to do that twice, so
+# Training Deformable DETR on COCO takes more than three hundred GPU hours (the table at the end of this chapter has
+# the figures). Nobody should have to do that twice, so
 # the weights are published. A file of weights is a list of names and numbers. Two questions decide whether it is of any
 # use: do its names **fit** the model, and is the model **right**, in every detail of the forward pass? The first is a
 # matter of tables, and the second can be tested.
