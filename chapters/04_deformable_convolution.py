@@ -424,12 +424,12 @@ BLUR = BLUR / BLUR.sum()
 
 def make_batch(size=4, height=14, width=22):
     """(size, 2, H, W) inputs and (size, 1, H, W) targets."""
-    noise = torch.randn(size, 1, height + 12, width + 12)
+    noise = torch.randn(size, 1, height + 12, width + 12)  # the blur takes 6 from each side
     picture = F.conv2d(F.conv2d(noise, BLUR.view(1, 1, 1, -1)), BLUR.view(1, 1, -1, 1))
     picture = picture / picture.std()
     border = torch.randint(6, width - 6, (size, 1, 1, 1))
     flag = torch.where(torch.arange(width) < border, -1.0, 1.0).expand(size, 1, height, width)
-    places = torch.arange(width) + SHIFT * flag[:, 0, 0]  # (size, W)
+    places = torch.arange(width) + SHIFT * flag[:, 0, 0]  # (size, W): where to read, in each column
     inside = (places >= 0) & (places < width)
     index = places.clamp(0, width - 1).long()[:, None, None].expand(size, 1, height, width)
     target = picture.gather(3, index) * inside[:, None, None]

@@ -323,7 +323,7 @@ for level, (axis, (height, width)) in enumerate(zip(axes, wide, strict=True)):
     axis.tick_params(which="minor", length=0)
     for head in range(8):
         x, y = sampling.locations[0, 0, head, level].detach().T
-        axis.plot(x, y, "o", color=f"C{head % 7}", markersize=4, alpha=1 - 0.5 * (head > 6))
+        axis.plot(x, y, "o", color=f"C{head}" if head < 7 else "0.55", markersize=4)
     axis.plot(0.53, 0.48, "k+", markersize=12)
     axis.plot([0, 1, 1, 0, 0], [0, 0, 1, 1, 0], color="0.4", linewidth=1)
     axis.set(xlim=(-0.05, 1.05), ylim=(1.25, -0.25), aspect=2 / 3, xticks=[], yticks=[])
@@ -700,8 +700,8 @@ assert share > 0.9 and (weights.sum((0, 2)) / len(weights) > 0.1).all()
 #
 # *difficulty ●●● · 30 minutes · 6 lines*
 #
-# "How do I draw the sampling points?" is a question that users of the official code asked for years.
-# Write the function that answers it, for images that are padded as well. Locations are normalised to
+# "How do I draw the sampling points?" The official code has no function for it. Write the one that
+# answers the question, for images that are padded as well. Locations are normalised to
 # the *padded* maps, so divide by the valid ratio of their level to get to the image, then multiply by
 # the image's own width and height. Return three flat tensors, sorted by falling weight:
 # - the points in pixels of the image, as (x, y),
