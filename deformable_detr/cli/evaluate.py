@@ -12,6 +12,7 @@ from deformable_detr.cli.arguments import (
     add_data,
     add_device,
     add_model,
+    add_precision,
     add_top_k,
 )
 from deformable_detr.cli.views import add_views, choose_views
@@ -60,6 +61,7 @@ def add(commands: argparse.Action) -> None:
         "Also for a model with other classes than the data",
     )
     add_views(command)
+    add_precision(command)
     add_device(command)
 
 
@@ -85,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.class_agnostic:
         detector, dataset = with_same_classes(detector, dataset, accelerator.is_main_process)
     several = accelerator.num_processes > 1 and not args.device
-    detector.model.to(accelerator.device if several else choose_device(args.device))
+    device = accelerator.device if several else choose_device(args.device)
+    detector = detector.in_precision(args.precision, device)
     results = detect_all(args, detector, dataset, accelerator)
     if not accelerator.is_main_process:
         return 0

@@ -14,6 +14,7 @@ from deformable_detr.cli.arguments import (
     add_command,
     add_device,
     add_model,
+    add_precision,
 )
 from deformable_detr.cli.views import add_views, choose_views
 from deformable_detr.data.crowding import TOP_K
@@ -80,6 +81,7 @@ def add(commands: argparse.Action) -> None:
         "show one box stays, with --nms or without",
     )
     add_views(command)
+    add_precision(command)
     add_device(command)
 
 
@@ -101,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     refuse_targets(args.json)
     if pictures:
         require_folder(pictures)
-    detector = load_detector(args.model)
+    device = choose_device(args.device)
+    detector = load_detector(args.model).in_precision(args.precision, device)
     results, names, seen, passed_over = [], [], 0, []
 
     def pass_over(line: str) -> None:
@@ -115,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             paths,
             args.threshold,
             args.batch_size,
-            choose_device(args.device),
+            device,
             top_k=args.top_k,
             views=choose_views(args, detector),
             merge=args.merge or "fusion",

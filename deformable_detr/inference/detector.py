@@ -4,12 +4,14 @@ Chapter your_own_data."""
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torchvision.transforms import v2
 
 from deformable_detr.data.names import counted, listed
 from deformable_detr.data.preparation import DEFAULT as PREPARATION
 from deformable_detr.data.preparation import PREPARATIONS, preparation_of
 from deformable_detr.data.transforms import SHORT_SIDE, SMALLEST_SIDE
+from deformable_detr.inference.precision import choose_precision, in_bf16
 from deformable_detr.models import BaseDetector
 from deformable_detr.weights.classes import with_classes
 from deformable_detr.weights.ours import load_model, read_card, save_model
@@ -73,6 +75,14 @@ class Detector:
                 f"{len(missing)} of the data's it has not, such as {missing[0]!r}"
             )
         return replace(self, model=model, categories=wanted)
+
+    def in_precision(self, precision: str, device: torch.device | str | None = None) -> "Detector":
+        """The same detector on a device, in a precision of `precision.PRECISIONS`: for detecting,
+        not for saving."""
+        if device is not None:
+            self.model.to(device)
+        chosen = choose_precision(precision, next(self.model.parameters()).device)
+        return self if chosen == "float32" else replace(self, model=in_bf16(self.model))
 
     def card(self) -> dict[str, object]:
         """What belongs to the model, as a file keeps it."""

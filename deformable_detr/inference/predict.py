@@ -46,6 +46,7 @@ def predict(
     merge: str = "fusion",
     nms: float | None = None,
     tiles: int | None = None,
+    precision: str = "float32",
     progress: bool = False,
 ) -> list[Prediction]:
     """Detect objects in images.
@@ -62,7 +63,8 @@ def predict(
     merged, a name in `views.MERGES`. nms: overlap (IoU, in [0, 1]) from which of two boxes of a
     class only the better one stays; None, the default, keeps all, as the paper does: queries learn
     not to repeat others. tiles: look at each image in pieces with sides of so many pixels; see
-    `tiles.detect_tiles`.
+    `tiles.detect_tiles`. precision: "float32", "bf16", or "auto", bf16 where the device
+    has instructions for it.
     Raises FileNotFoundError and ValueError, in one line, on a file that is not there or no image.
     In a folder, such files are passed over, and one warning at the end names them; another says
     where only a file's first frame was looked at, or an image was shrunk much.
@@ -70,7 +72,7 @@ def predict(
     skipped: list[str] = []
     notes: list[str] = []
     found = predict_each(
-        _as_detector(model, categories),
+        _as_detector(model, categories).in_precision(precision, device),
         images,
         threshold,
         batch_size,

@@ -1,0 +1,64 @@
+"""Detecting in bfloat16: half the memory, and less time where the processor has instructions for
+it. Chapter training_at_every_size."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from deformable_detr.evaluation_mode import evaluating
+from deformable_detr.models import BaseDetector
+from deformable_detr.structures import Batch, Output
+
+PRECISIONS = ("float32", "bf16", "auto")
+SIDE = 256  # pixels of the image that shows which layers autocast narrows
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """ "float32" or "bf16"; "auto" is bf16 where the device multiplies such numbers by itself.
+
+    ValueError for what is not in PRECISIONS.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    has_products = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if has_products else "float32"
+
+
+def in_bf16(model: BaseDetector) -> BaseDetector:
+    """A copy for detecting, whose products and convolutions are in bfloat16; what comes out, boxes
+    and places of samples are in float32. Autocast would narrow the weights at each call: here it
+    is done once."""
+    narrow = copy.deepcopy(model)
+    for layer in _narrowed(narrow):
+        layer.to(torch.bfloat16)
+    forward = narrow.forward
+
+    def autocast_forward(batch: Batch) -> Output:
+        with torch.autocast(batch.images.device.type, torch.bfloat16):
+            return forward(batch).float()
+
+    narrow.forward = autocast_forward
+    return narrow
+
+
+def _narrowed(model: BaseDetector) -> list[nn.Module]:
+    """The layers whose products autocast takes in bfloat16, and in nothing else."""
+    dtypes: dict[nn.Module, set[torch.dtype]] = {}
+
+    def note(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        dtypes.setdefault(layer, set()).add(output.dtype)
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    device = next(model.parameters()).device
+    batch = Batch.from_images([torch.zeros(3, SIDE, SIDE, device=device)])
+    with evaluating(model), torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    return [layer for layer, found in dtypes.items() if found == {torch.bfloat16}]

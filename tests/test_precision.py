@@ -1,0 +1,98 @@
+"""Detecting in bfloat16 finds what float32 finds."""
+
+import copy
+
+import pytest
+import torch
+
+from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig
+from deformable_detr.cli import main
+from deformable_detr.inference.detector import Detector, load_detector
+from deformable_detr.inference.precision import choose_precision, in_bf16
+from deformable_detr.inference.predict import predict
+
+CPU = torch.device("cpu")
+DIGITS = "data/checkpoints/digits.safetensors"
+SAMPLES = [f"data/samples/{number:06}.png" for number in (1, 10, 12)]
+
+
+def small(**changes: object) -> DeformableDETR:
+    """A detector of every part, with random weights."""
+    torch.manual_seed(0)
+    options = {
+        "num_classes": 3,
+        "num_queries": 5,
+        "backbone": "small",
+        "num_levels": 2,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "ffn_dim": 32,
+        "dropout": 0.0,
+    }
+    return DeformableDETR(DeformableDETRConfig(**options | changes)).eval()
+
+
+@pytest.mark.parametrize("stages", [{}, {"refine": True}, {"refine": True, "two_stage": True}])
+def test_outputs_are_near_and_in_float32(stages):
+    model = small(**stages)
+    narrow = in_bf16(model)
+    batch = Batch.from_images([torch.rand(3, 96, 128), torch.rand(3, 80, 64)])
+    with torch.no_grad():
+        wide, short = model(batch), narrow(batch)
+    assert short.boxes.dtype == short.logits.dtype == torch.float32
+    assert not torch.equal(short.logits, wide.logits)  # it did run in another precision
+    for found, expected in (
+        (short.boxes, wide.boxes),
+        (short.logits.sigmoid(), wide.logits.sigmoid()),
+    ):
+        # queries of two stages may come in another order: compare what there is, sorted
+        torch.testing.assert_close(found.sort(1)[0], expected.sort(1)[0], atol=0.03, rtol=0.0)
+
+
+def test_the_model_itself_stays_as_it_is():
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    narrow = in_bf16(model)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    dtypes = {p.dtype for p in narrow.parameters()}
+    assert dtypes == {torch.float32, torch.bfloat16}
+    assert narrow.decoder.layers[0].cross_attention.value_proj.weight.dtype == torch.bfloat16
+    heads = (p for head in narrow.box_heads for p in head.parameters())
+    assert {p.dtype for p in heads} == {torch.float32}  # boxes need more than 8 bits
+
+
+def test_auto_asks_the_processor(monkeypatch):
+    for has, expected in ((True, "bf16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        assert choose_precision("auto", CPU) == expected
+    assert choose_precision("bf16", CPU) == "bf16"
+    with pytest.raises(ValueError, match="one of float32, bf16, auto, got 'half'"):
+        choose_precision("half", CPU)
+
+
+def test_the_shipped_detector_finds_the_same_objects():
+    wide = predict(DIGITS, SAMPLES, threshold=0.5)
+    short = predict(DIGITS, SAMPLES, threshold=0.4, precision="bf16")
+    for sure, found in zip(wide, short, strict=True):
+        for name, box in zip(sure.names, sure.boxes, strict=True):
+            same = [b for n, b in zip(found.names, found.boxes, strict=True) if n == name]
+            assert min((b - box).abs().max().item() for b in same) < 2  # pixels
+
+
+def test_a_detector_in_float32_is_itself():
+    detector = load_detector(DIGITS)
+    assert detector.in_precision("float32") is detector
+    assert isinstance(detector.in_precision("bf16"), Detector)
+
+
+def test_the_command_has_it(tmp_path, capsys):
+    found = tmp_path / "found.json"
+    assert (
+        main(
+            ["predict", SAMPLES[1], "--model", DIGITS, "--precision", "bf16", "--json", str(found)]
+        )
+        == 0
+    )
+    assert "1 found: 1 seven" in capsys.readouterr().out
