@@ -475,7 +475,7 @@ assert groups[1]["lr"] == groups[2]["lr"] == 0.1 * groups[0]["lr"]
 
 # %% [markdown]
 # The optimiser is AdamW {cite}`loshchilov2019adamw`. The paper's rates are made for 50 epochs of 118,287 images. We have
-# minutes, so the digits' recipe is bolder: one rate of 0.001 for all, five times the paper's, a short warm-up, and a
+# an hour or two, so the digits' recipe is bolder: one rate of 0.001 for all, five times the paper's, a short warm-up, and a
 # cosine instead of a single drop. These numbers were chosen on *val* and not on *test*. {{chapter recipe}} explains what
 # each of them does.
 

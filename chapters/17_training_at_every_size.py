@@ -390,12 +390,11 @@ assert pixels < 2 and points < 0.2
 
 # %% [markdown]
 # They stay where they were, to a small part of a pixel. The setting `mixed_precision = "bf16"` needs nothing more.
-# **float16** does, because of its small range:
-# small gradients fall below the smallest number and become 0. The remedy is a **scale**: multiply the loss by a
-# large number before the backward pass, and divide the gradient by it afterwards
-# {cite}`micikevicius2018mixed`. Here is a gradient of 3e-9, first without and then with a scale. (The smallest number
-# of float16 above zero is 6e-8. It lies below the smallest *normal* number printed above, and such numbers
-# have fewer digits.)
+#
+# **float16** needs more, because of its small range: gradients below 6e-8, its smallest number above zero, become 0.
+# (Numbers between this and the smallest *normal* one have fewer digits.) The remedy is a **scale**: multiply the loss by a
+# large number before the backward pass, and divide the gradient by it afterwards {cite}`micikevicius2018mixed`. Here is
+# a gradient of 3e-9, first without and then with a scale.
 
 # %%
 weight = nn.Parameter(torch.tensor([2.0]))
@@ -873,7 +872,7 @@ for r in others:
     assert abs(peak("keep", *size) / measured_peak - 1) < 0.03
 
 # %% [markdown]
-# That is near enough to plan with. *Computed* for the largest training images, 800 x 1333:
+# That is near enough to plan with. *Computed* for the largest images, 800 x 1333:
 
 # %%
 print("images on a GPU      1     2     4     8")
