@@ -15,7 +15,7 @@
 # - **follow** one image through Deformable DETR and say the shape of every tensor on the way,
 # - **explain** what a query is, and where its reference point comes from,
 # - **build** a decoder layer from attention, norms and a feed-forward network,
-# - **explain** why boxes are predicted through an inverse sigmoid, and what that does not prevent,
+# - **explain** why boxes are predicted through an inverse sigmoid, and why an edge can still leave the image,
 # - **assemble** the detector from its parts and prove that it equals the library's.
 #
 # You should know: multi-scale deformable attention, valid ratios and padding
@@ -40,7 +40,8 @@ draw.whole_detector()
 
 # %% [markdown]
 # *Figure {{n}}.1. What to see: the whole detector. The upper row looks at the image: its result, the
-# memory (green), has one vector per place. The lower row answers: each query (blue) samples the
+# memory (green), has one vector per place. (The fourth, palest shade is a coarser level that section {{n}}.2
+# adds to the three maps.) The lower row answers: each query (blue) samples the
 # memory and becomes one class and one box.*
 #
 # | step | what comes out | shape |
@@ -53,7 +54,7 @@ draw.whole_detector()
 # | heads | one logit per class, and one box | $(B, Q, \text{classes})$ and $(B, Q, 4)$ |
 #
 # We take these steps one at a time, with real images and random weights. How the answers are judged
-# is the subject of {{chapter matching_and_loss}}, and {{chapter training}} trains.
+# is the subject of {{chapter matching_and_loss}}, and the model is trained in {{chapter training}}.
 
 # %% tags=["hide-input"]
 import copy
@@ -91,8 +92,8 @@ print("ids", list(class_of), "-> classes", list(class_of.values()))
 # %% [markdown]
 # We cut two pictures to two different sizes, neither of them square. If height and width were ever
 # mixed up, the shapes would not fit, and we would notice. Pixels are normalised by ImageNet's mean
-# and standard deviation. Boxes become `cxcywh`: centre and size, as parts of the image. Objects that the
-# cut goes through are left out.
+# and standard deviation. Boxes become `cxcywh`: centre and size, as fractions of the
+# image's width and height. Objects that the cut goes through are left out.
 
 # %%
 from deformable_detr.structures import Batch, Target
@@ -159,8 +160,9 @@ draw.batch_with_boxes(batch)
 # %% [markdown]
 # ## {{n}}.2 From maps to levels of one width
 #
-# We use a small model, so that everything runs at once. Its sizes are $(B, Q, M, L, K, C) = (2, 25,
-# 6, 4, 3, 96)$, all different, so that a mix-up would show. The paper's model is the same with
+# We use a small model, so that everything runs at once. It has $Q = 25$ queries, $M = 6$ heads, $L = 4$
+# levels, $K = 3$ points per head and level, and $C = 96$ channels; the batch has $B = 2$ images. All these
+# sizes differ, so that a mix-up would show. The paper's model is the same with
 # larger numbers.
 
 # %%
@@ -175,8 +177,8 @@ model = DeformableDETR(config).eval()
 B, Q, L, C = len(batch), config.num_queries, config.num_levels, config.embed_dim
 
 # %% [markdown]
-# This model lends us its parts. We call each part ourselves, compare, and put them together again
-# at the end.
+# This model lends us its parts. We compute each step with them ourselves, compare our result with the
+# model's, and at the end put the parts together into a detector of our own.
 #
 # **Before you run**: a convolution of stride 2 halves a map and rounds up. Strides of 4, 8 and 16
 # make maps of which sizes from 88 × 120?
@@ -190,7 +192,8 @@ for stride, feature_map in zip(model.backbone.strides, maps, strict=True):
 # The three maps have three widths: 32, 64 and 96 channels. (In a ResNet-50 {cite}`he2016resnet` the
 # strides are 8, 16 and 32, and the widths 512, 1024 and 2048. Our digits are small, so our backbone
 # ends one halving earlier.) But multi-scale attention adds up samples of all levels in one sum, so all
-# levels need **one** width. Each map is projected, and one coarser level is added:
+# levels need **one** width. The *neck* of the detector sees to this: it projects each map, and adds one
+# coarser level:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three grids of falling size on the left, at stride 4, 8 and 16 with 32, 64 and 96 channels. Arrows labelled 1 by 1, group norm, lead to levels 0, 1 and 2; an arrow labelled 3 by 3, stride 2, leads from the last grid to level 3. All four levels run into one column of tokens."}}
 draw.maps_to_tokens()
@@ -279,7 +282,7 @@ draw.masks_of_levels([mask[0] for mask in masks])
 # %% [markdown]
 # *Figure {{n}}.4. What to see: the mask of image 0 on the four levels, padding dark. The same 16
 # pixels of padding are 4 columns of 30, 2 of 15, 1 of 8, and none of the coarse cells. On level 3 the
-# model takes the whole map for image, and the last part of it is not.*
+# model takes the whole map for image, although its right edge covers padding.*
 
 # %% [markdown]
 # ## {{n}}.4 From levels to tokens
@@ -306,7 +309,7 @@ print(tuple(features.shape), f"; row {row}, column {column} of level {level} is 
 # *difficulty ●○○ · 8 minutes · 6 lines*
 #
 # Above we went from a place to a token. Go the other way: from a token's index to its level and to the centre of its cell, x first, as
-# parts of the padded map.
+# fractions of the padded map's width and height.
 
 
 # %% tags=["exercise"]
@@ -349,8 +352,8 @@ check("pixels_to_boxes.1", token_place)
 
 # %% [markdown]
 # Attention does not see order. So each token carries its place, as a vector that is added: a sine
-# code of (y, x), which counts only what is not padding, plus a learned vector of its level. Why the
-# second? Because two cells at the same place on different levels have the **same** sine code:
+# code of (y, x), measured on the part of the level that is not padding, plus a learned vector of its
+# level. Why the second? Because two cells at the same place on different levels have the **same** sine code:
 
 # %%
 from deformable_detr.layers.position import SinePositionEncoding
@@ -400,7 +403,7 @@ draw.encoder_and_decoder()
 # around that. (Only the two finest levels are drawn.)*
 #
 # A token's reference point is the centre of its cell. It is found in two steps: first relative to the
-# image without padding, then on each level that is asked. For the token in row 2, column 5 of level
+# image without padding, then on each level that it samples. For the token in row 2, column 5 of level
 # 2, image 0:
 
 # %%
@@ -424,7 +427,7 @@ assert torch.allclose(references[0, example], by_hand)
 print("references", tuple(references.shape))
 
 # %% [markdown]
-# Where does a token look? The attention module tells on request: $M L K = 72$ points per token.
+# Where does a token look? The attention module returns its sampling points when asked: $M L K = 72$ per token.
 
 # %%
 attention = model.encoder.layers[0].attention
@@ -482,8 +485,8 @@ print("unchanged: tokens of the image", same[~padding].all().item())
 print("unchanged: tokens on padding  ", same[padding].all().item())
 
 # %% [markdown]
-# Padded tokens ask as well, and their answers are worthless. But nobody reads these answers, because
-# the values of padded tokens are set to zero before sampling.
+# Padded tokens are queries too, and what comes out for them is worthless. It does no harm, because the
+# values of padded tokens are set to zero before any other token samples them.
 #
 # ## {{n}}.6 Queries: places for answers
 #
@@ -502,7 +505,7 @@ queries, query_position, reference = (
 
 # %% [markdown]
 # Like a token's, this reference point is relative to the image without padding, and is multiplied by
-# the valid ratio of each level that is asked:
+# the valid ratio of each level that is sampled:
 
 # %%
 on_levels = reference[:, :, None] * ratios[:, None]  # (B, Q, L, 2)
@@ -520,8 +523,8 @@ draw.reference_points(batch, reference)
 
 # %% [markdown]
 # *Figure {{n}}.7. What to see: a query has the same relative place on every image. Before training the
-# places are random, and training moves them. In DETR, whose queries have no reference points, each query
-# comes to answer for a region and for boxes of certain sizes {cite}`carion2020detr`.*
+# places are random; they come from weights, so training can move them. In DETR, whose queries have no reference
+# points, each query comes to answer for a region and for boxes of certain sizes {cite}`carion2020detr`.*
 
 # %% [markdown]
 # ## {{n}}.7 The decoder: queries talk, then look, then think
@@ -535,10 +538,11 @@ draw.decoder_layer()
 
 # %% [markdown]
 # *Figure {{n}}.8. What to see: three parts, each with a way around it (grey) and a norm behind it. The
-# position (dashed) says who asks; it is never part of what is handed over.*
+# position (dashed) goes into queries and keys, so it helps to decide who attends to whom and where to look. It
+# never goes into the values, so it is not part of what is added up.*
 #
-# The library's layer is given two objects: who asks, as `Queries`, and what is asked, as `Tokens`. It
-# multiplies the references by the valid ratios itself.
+# The library's layer takes two objects: `Queries` (content, position and reference points) and `Tokens` (here
+# the memory, which the queries sample). It multiplies the references by the valid ratios itself.
 
 # %%
 layer = model.decoder.layers[0]
@@ -568,8 +572,8 @@ print("query 20 noticed the change of query 3:", bool(moved[20] > 1e-4))
 # %% [markdown]
 # So queries form a *set*, in which order means nothing, and they know of each other. This happens
 # through self-attention and nothing else. To see it, we repeat the change with cross-attention alone.
-# (In a fresh one the layers that make offsets and weights of the query start at zero, so nothing would
-# depend on the query. We give it random weights.)
+# (In a fresh module the two layers that compute offsets and attention weights have zero weights, so their
+# result would not depend on the query. We give our copy random weights.)
 
 # %%
 loose = copy.deepcopy(layer.cross_attention)
@@ -672,7 +676,8 @@ slider(draw.box_on_example, reference=(0.05, 0.95, 0.3), delta=(-4.0, 4.0, 1.0))
 # %% [markdown]
 # *Figure {{n}}.9. What to see: the reference (orange) and the box (blue), on the image and on the sigmoid.
 # Delta is a step along the lower axis. In the middle of the image it moves the box far; near the border
-# the same step moves it little, and no step moves its centre out of the image. Try it.*
+# the same step moves it little, and no step moves its centre out of the image. (The size of the box stays at
+# 0.119, where training starts.) Try it.*
 #
 # By hand, with reference 0.3 and delta 1:
 
@@ -700,7 +705,8 @@ one = decode_boxes(torch.tensor([1.0, 0.0, -2.0, -2.0]), torch.tensor([0.3, 0.6]
 print("cx, cy, w, h:", [round(v, 3) for v in one.tolist()])
 
 # %% [markdown]
-# The alternative would be to add outside: the reference plus a bounded step. Compare the two:
+# The alternative would be to add outside the sigmoid: $p + \sigma(\delta) - \tfrac12$, which is the
+# reference plus a step of at most one half. Compare the two:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels over delta from minus 6 to 6. Left, with the inverse sigmoid: three S-shaped curves that pass through their references 0.05, 0.3 and 0.8 at delta 0 and stay between 0 and 1. Right: sigmoid of delta plus reference, three curves that leave the range between 0 and 1."}}
 draw.inside_or_outside(inverse_sigmoid)
@@ -864,8 +870,8 @@ class Detector(Parts):
 
 # %% [markdown]
 # Is it the library's? With fresh weights the question would be too easy: offsets and boxes start from zero
-# weights, and a bug behind a zero cannot be seen. So both get the same **random** weights, strictly: every
-# name must fit. Then we compare all layers.
+# weights, and a bug that is multiplied by zero cannot be seen. So both get the same **random** weights. Names are
+# translated, and `strict=True` makes sure that every name fits. Then we compare all layers.
 
 # %%
 torch.manual_seed(80)
@@ -903,8 +909,9 @@ print("the same to five digits:", difference < 1e-5)
 print(f"largest change of a coordinate: {difference:.3f}")
 
 # %% [markdown]
-# Not quite. Attention does not read padding, but three other things do: convolutions near the border, group
-# norm, which takes its mean over all places, and coarse cells that lie half on padding. So the boxes of an
+# Not quite. Attention does not read padding, but padding still leaks in through three other places: convolutions near
+# the border, group norm, which takes its mean over all places, and coarse cells that lie half on padding. (How much
+# is due to each, this run does not tell.) So the boxes of an
 # image change a little with the other images in its batch. The official model has the same property.
 #
 # ## {{n}}.10 Where the parameters are
@@ -933,8 +940,9 @@ assert sum(base_parts.values()) == 40_069_665  # the official model's
 print(f"{'all':17s}{sum(small_parts.values()):12,}{sum(base_parts.values()):14,}")
 
 # %% [markdown]
-# More than half is the backbone. The neck, which makes the levels, is larger than the encoder, because the
-# 3 × 3 convolution of the extra level alone has $9 \cdot 2048 \cdot 256 = 4.7$ million.
+# In the paper's model more than half is the backbone, and in ours, with its small backbone, the decoder is the
+# largest part. The paper's neck is larger than its encoder, because the 3 × 3 convolution
+# of the extra level alone has $9 \cdot 2048 \cdot 256 = 4.7$ million.
 
 # %% [markdown]
 # ## Summary
@@ -943,12 +951,12 @@ print(f"{'all':17s}{sum(small_parts.values()):12,}{sum(base_parts.values()):14,}
 #   width $C$, with place and level added.
 # - In the encoder each token samples around itself. In the decoder $Q$ learned queries see each other, then
 #   sample around their reference points.
-# - Position decides where to look and who asks; it is never part of the value.
+# - Positions are added to queries and keys, which decide where to look; never to the values, which are summed.
 # - A box is $\sigma(\delta + \sigma^{-1}(\text{reference}))$: its centre stays inside the image, its edges
 #   need not.
 #
-# > **Differs from the paper.** A first size of 0.1, which the paper names for refinement (A.4), is not in the
-# > code: there the first sizes are $\sigma(-2) = 0.119$.
+# > **Differs from the paper.** Appendix A.4, on refinement, lets boxes start with sides of 0.1 of the image. In the
+# > code they start with $\sigma(-2) = 0.119$.
 # >
 # > **Differs from the official code.** There, norms are numbered `norm2`, `norm1`, `norm3` in order of use;
 # > here they have names. The official model trains with dropout 0.1; this chapter's model has none, so that

@@ -41,7 +41,7 @@ draw.matching()
 # cost, which is low where the box fits and the class is likely. The pairs of least total cost
 # are chosen (filled). A chosen query is taught its object; all others are taught "no".*
 #
-# To get there we need a price for classes, a price for boxes, and the matching itself.
+# To get there we need a loss for classes, a loss for boxes, and the matching, whose costs are made of both.
 
 # %% tags=["hide-input"]
 import itertools
@@ -65,7 +65,7 @@ _ = torch.set_grad_enabled(False)  # we look; training comes at the end
 #
 # DETR {cite}`carion2020detr` has a softmax over the classes and one more for "no object". Deformable
 # DETR has one **sigmoid per class**: every logit answers its own question, "is it a seven?", with yes
-# or no. "No object" then means no to all of them, and there is no logit for background.
+# or no. "No object" then means that all of them say no, so no logit for background is needed.
 
 # %%
 logits = torch.tensor([2.0, -3.0, 1.5])
@@ -134,7 +134,7 @@ check("matching_and_loss.1", class_targets)
 # %% [markdown]
 # ## {{n}}.2 The focal loss
 #
-# Of $Q \times$ classes answers almost all should be no. If each counted the same, the many easy
+# Of the $Q \times$ classes answers almost all should be "no". If each counted the same, the many easy
 # negatives would drown the few positives. The focal loss {cite}`lin2017focal` makes an answer count
 # less, the nearer it is to being right:
 #
@@ -144,8 +144,9 @@ check("matching_and_loss.1", class_targets)
 # \alpha_t = \tfrac14 \text{ for positives}, \ \tfrac34 \text{ for negatives},
 # $$
 #
-# where $p_t$ is the probability of the right answer: $p$ for a positive, $1 - p$ for a negative. By
-# hand:
+# where $p_t$ is the probability of the right answer: $p$ for a positive, $1 - p$ for a negative. (It may
+# surprise that a negative has the larger $\alpha_t$. But the factor $(1 - p_t)^2$ already makes the easy
+# negatives very small, so together they would count too little otherwise.) By hand:
 
 
 # %%
@@ -159,7 +160,7 @@ for p, wanted in [(0.9, 1), (0.1, 1), (0.5, 0), (0.01, 0)]:
     print(f"p = {p:<4}  wanted {wanted}  focal {focal(p, wanted):.7f}")
 
 # %% [markdown]
-# The next rungs are the same in PyTorch, in torchvision and in the library. Two queries, three
+# The same sum, in PyTorch, in torchvision and in the library. Two queries, three
 # classes; query 1 has an object of class 2.
 
 # %%
@@ -194,14 +195,16 @@ print(f"one missed positive:     {missed_positive:.3f}")
 assert easy_negative / -math.log(0.99) < 1e-4  # against cross entropy
 
 # %% [markdown]
-# All the easy negatives of the paper's model together weigh less than a thirtieth of one missed
+# All the easy negatives of the paper's model together weigh less than a fiftieth of one missed
 # positive.
 #
 # ### Why scores start at 0.01
 #
-# All class biases start at $-\ln 99 = -4.595$, because $\sigma(-\ln 99) = 0.01$. **Before you run**:
+# All class biases start at $-\ln 99 = -4.595$, because $\sigma(-\ln 99) = 0.01$: this is the *prior* of every
+# class, before the model has seen anything. **Before you run**:
 # without it, every $p$ would start near 0.5. How large is the class loss of the paper's model
-# ($Q = 300$, 91 columns, weight 2) for an image with 7 objects, with and without?
+# ($Q = 300$, 91 columns) for an image with 7 objects, with and without? (The class loss has a weight of 2,
+# and is divided by the number of objects.)
 
 # %%
 for start in (0.5, 0.01):
@@ -210,10 +213,11 @@ for start in (0.5, 0.01):
 
 # %% [markdown]
 # A thousand against two. Without the prior, training first has to learn "no". Not every port of the
-# model has kept this line, so know what a healthy start looks like: a class loss near 2.3 per decoder
-# layer. If yours starts in the hundreds, look here first.
+# model has kept this line (in version 5.23 of Hugging Face's Transformers the biases start at 0), so know
+# what a healthy start looks like: a class loss near 2.3 per decoder layer. If yours starts ten or hundreds of
+# times higher, look here first.
 #
-# Does a fresh model then see background everywhere? Each class says no with 0.99. **Before you run**:
+# Does a fresh model then see background everywhere? Each class says no with probability 0.99. **Before you run**:
 # how likely are *all* classes of a query to say no, if each decided for itself: with 10 classes, and
 # with 91?
 
@@ -222,8 +226,8 @@ for classes in (10, 91):
     print(f"{classes} classes: {0.99**classes:.2f}")
 
 # %% [markdown]
-# So "starts at 0.99" is true of each class, and not of the whole query. The loss does not mind, because it asks
-# each class by itself.
+# So background starts at 0.99 for each class, but not for a whole query. The loss does not mind, because it
+# looks at each class by itself.
 #
 # ## Exercise {{n}}.2  The class loss, from logits
 #
@@ -323,8 +327,8 @@ cases = [(0.5, 0.5, 2.5, 1.5), (1.0, 0.5, 4.0, 2.5), (4.0, 0.0, 7.0, 2.0), (9.0,
 draw.overlap_and_distance(cases, iou, giou)
 
 # %% [markdown]
-# *Figure {{n}}.3. What to see: boxes that do not meet all have IoU 0; GIoU still says how far apart they
-# are (hull dashed). Below: beyond a shift of 3 the IoU is flat, and the GIoU keeps falling.*
+# *Figure {{n}}.3. What to see: boxes (one purple, one blue) that do not meet all have IoU 0; GIoU still says how far
+# apart they are (hull dashed). Below: beyond a shift of 3 the IoU is flat, and the GIoU keeps falling.*
 #
 # Flat means that there is no gradient. A prediction beside its object would never learn which way to go.
 # **Before you run**: which edges does GIoU move, and which way?
@@ -342,7 +346,7 @@ with torch.enable_grad():
 # descent moves it left, towards the object. The right edge moves right, away from it, a little. So here
 # GIoU makes the box *grow*, most of all towards its object.
 #
-# The two measures complete each other. GIoU does not see *where* in a large box a small one lies, because
+# The two measures complement each other. GIoU does not see *where* in a large box a small one lies, because
 # the hull is then the large box and only the areas count; L1 sees it. L1 does not weigh an error by the
 # size of the box; GIoU does:
 
@@ -406,7 +410,8 @@ check("matching_and_loss.3", pairwise_giou)
 # ## {{n}}.4 Matching: which query answers for which object?
 #
 # Each object gets **exactly one** query: the assignment with the smallest total cost
-# {cite}`carion2020detr`. The cost of a pair is what its loss would be, but for a constant:
+# {cite}`carion2020detr`. The cost of a pair says how much more loss there would be if this query
+# were given this object, up to a constant that is the same for all queries:
 #
 # $$\text{cost} = 2 \cdot \text{class} + 5 \cdot \mathrm{L1} - 2 \cdot \mathrm{GIoU}$$
 #
@@ -427,9 +432,9 @@ cost = matcher.cost(query_logits, query_boxes, target)
 print([[round(c, 2) for c in row] for row in cost.tolist()])
 
 # %% [markdown]
-# Query 0 and object 0 by hand. The boxes overlap in 0.08 of their 0.2 in width, so IoU and GIoU are both
-# 0.08 / 0.32. The class cost says how much more the focal loss would be if the answer had to be yes rather
-# than no:
+# Query 0 and object 0 by hand. The boxes overlap in 0.08 of their 0.2 in width, so the IoU is 0.08 / 0.32.
+# They lie in one row, so their hull has no empty part, and the GIoU is the same. The class cost
+# says how much more the focal loss would be if the answer had to be yes rather than no:
 
 # %%
 class_cost = focal(0.1, 1) - focal(0.1, 0)
@@ -567,7 +572,8 @@ print(["up" if g < 0 else "down" for g in twins.grad.flatten().tolist()])
 # that says which anchors answer for which object, usually all that overlap it enough; and non-maximum
 # suppression (NMS), which removes the duplicates that this rule asks for. Here learned queries take the
 # place of anchors and the matching takes the place of the rule. A duplicate is now an *error in training*,
-# and self-attention is where queries can settle who answers. So NMS is not needed. How many duplicates are left after
+# and in self-attention each query can notice the others ({{chapter pixels_to_boxes}}), so that one of them can give way.
+# So NMS is not needed. How many duplicates are left after
 # training is counted in {{chapter training}}.
 #
 # ## {{n}}.5 The total loss
@@ -578,8 +584,9 @@ print(["up" if g < 0 else "down" for g in twins.grad.flatten().tolist()])
 draw.every_layer()
 
 # %% [markdown]
-# *Figure {{n}}.5. What to see: each layer is matched by itself, so an object may belong to another query in
-# the next layer. All losses are added; at test time only the last layer is used.*
+# *Figure {{n}}.5. What to see: each layer is matched by itself, with the same objects (dashed: they are passed
+# along, the matches are not). So an object may belong to another query in the next layer.
+# All losses are added; at test time only the last layer is used.*
 #
 # We take the small model of {{chapter pixels_to_boxes}} and two pictures: the seven that we have followed,
 # and the four digits of figure {{n}}.1.
@@ -640,8 +647,8 @@ for name, value in (("without", 0.0), ("with prior", -math.log(99))):
 
 # %% [markdown]
 # Ours has about a hundredth of the answers of the paper's model (25 · 10 against 300 · 91), so without the prior
-# its loss is far from a thousand. (With every $p$ at 0.5 it would be 13. The head's random weights spread the
-# scores, and confident mistakes cost more.) With the prior it is near 2.3 here as well.
+# its loss is far from a thousand. (With every $p$ at exactly 0.5 it would be 25.8, for 5 objects and 495
+# negatives in the two images.) With the prior it is near 2.3 here as well.
 #
 # ## {{n}}.6 From output to detections
 #
@@ -667,8 +674,8 @@ print("best score", round(found[0].scores[0].item(), 2))
 print("above 0.3 ", [len(d) for d in postprocess(output, sizes, threshold=0.3)])
 
 # %% [markdown]
-# "It always returns 100 boxes" is a question that users really ask. Yes, because COCO's metric wants the best
-# 100, however unsure they are. To *look* at results, set a threshold. Before training nothing passes it.
+# Users often ask why they always get 100 boxes. The reason is COCO's metric, which wants the best 100 of each
+# image, however unsure they are. To *look* at results, set a threshold. Before training nothing passes it.
 #
 # ## Exercise {{n}}.5  Detections
 #
@@ -721,7 +728,7 @@ check("matching_and_loss.5", detections)
 # ## {{n}}.7 Does it learn?
 #
 # The first test of any detector: can it learn **one batch by heart**? If not, the fault is in the code, not
-# in the data. We train a fresh model, first for a single step.
+# in the data. We train a fresh model, first for a single step, because even one step should lower the loss.
 
 # %%
 torch.set_grad_enabled(True)
@@ -782,7 +789,8 @@ for target, found in zip(batch.targets, trained, strict=True):
 #
 # ## Summary
 #
-# - A class is a sigmoid of its own. Background is no to all classes; each class starts at 0.99 for no.
+# - Each class has a sigmoid of its own. Background means "no" from all of them; each starts at "no" with
+#   probability 0.99.
 # - The matching gives each object exactly one query, at least total cost. All other queries learn "no", and so
 #   no NMS is needed.
 # - The loss is focal + L1 + GIoU (2, 5, 2), summed over all decoder layers, each matched by itself, and divided

@@ -26,8 +26,8 @@
 
 # %% [markdown]
 # The plain detector has learned one reference point per query, before it has seen the image. Each of its
-# decoder layers predicts a box, but always from that same point, and no layer samples around what the last
-# one has found. Two additions change this {cite}`zhu2021deformable`. With **iterative refinement**
+# decoder layers predicts a box, but always from that same point, and no layer samples around the box that the
+# layer before has found. Two additions change this {cite}`zhu2021deformable`. With **iterative refinement**
 # each layer corrects the box of the layer before. In the **two-stage** model the encoder proposes boxes,
 # and the queries start from these.
 
@@ -103,7 +103,8 @@ print([round(x, 2) for x in (moved / small).tolist()])
 # two pixels matters more for a small digit. (In general $\ln 2$ multiplies a size $b$ by $2/(1+b)$. For a
 # centre in the middle of the image, the same formula means a step of about $\Delta/4$.)
 #
-# The border is a trap, because $\sigma^{-1}(0) = -\infty$. The library clamps:
+# The border is a trap, because $\sigma^{-1}(0) = -\infty$. So the library first clamps $b$ to at least
+# $10^{-5}$, and $1 - b$ likewise:
 
 # %%
 print([round(x, 2) for x in inverse_sigmoid(torch.tensor([0.0, 0.5, 1.0])).tolist()])
@@ -170,8 +171,9 @@ print("the same:", torch.allclose(move(references, delta), expected))
 # The next layer samples around the new centre, and its offsets are in units of the new size, $\Delta p \cdot w / 2K$ ({{chapter many_scales}}).
 #
 # To see it at work we need a trained detector. The repository ships one, which {{chapter training}} trains. It
-# has three decoder layers and two stages, so its queries start from proposals. We let it look at the 24
-# sample pictures.
+# has three decoder layers and two stages, so its queries start from proposals, which section {{n}}.4 explains. We
+# let it look at the 24 sample pictures. An output holds the last layer's logits and boxes, those of the earlier
+# layers (`auxiliary`), and the first stage's (`others["first"]`).
 
 # %%
 model, categories = load_model("../data/checkpoints/digits.safetensors")
@@ -204,7 +206,8 @@ def follow(index, chosen_at=0):
 
 
 # %% [markdown]
-# Does each layer improve on the one before? For each of the 97 digits we follow the query whose **proposal**
+# `follow` picks one query for each digit of a picture, and measures how well its box fits after every step. Does
+# each layer improve on the one before? For each of the 97 digits we follow the query whose **proposal**
 # fits best, and take the mean intersection over union (IoU) with the true box.
 #
 # **Before you run**: which step will gain most? And what if we chose each query by its *last* box instead?
@@ -225,12 +228,12 @@ assert flattered.mean(1).diff().sum() > 1.5 * gains.sum()
 print(f"gained in all: {gains.sum():.3f}, and {flattered.mean(1).diff().sum():.3f} if chosen last")
 
 # %% [markdown]
-# The first two layers gain about as much as each other, the third hardly anything: this detector's proposals
-# are good already. Chosen by the last box, the gain looks much larger, by the choice alone: whoever picks
-# winners at the end finds that they have improved.
+# The first two layers gain about as much as each other, the third hardly anything. In all it is little, because
+# this detector's proposals are good already. Chosen by the last box, the gain looks much larger, but only because
+# of the choice: if one picks the winners at the end, they will have improved on the way.
 #
-# Here are two digits: the one that we follow through the book, whose proposal is nearly right, and the larger
-# digit that gains most.
+# Here are two digits: the one that we follow through the book, whose proposal is nearly right, and the one that
+# gains most among those wider than a tenth of the picture.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The green seven in close-up, four times: with the first stage's proposal of it, and with the box after each of three decoder layers, in blue over the true box, dashed in white. The proposal already fits, and the overlap in the titles stays at 0.95 or above."}}
 chosen, seven = follow(9)
@@ -255,7 +258,8 @@ draw.steps_of_one(
 )
 
 # %% [markdown]
-# *Figure {{n}}.3. What to see: another digit, whose proposal is near; the layers make it fit.*
+# *Figure {{n}}.3. What to see: another digit, whose proposal is near but not right. The first two layers make it
+# fit.*
 #
 # And how often do boxes stick out of the image? We count those that end more than half a pixel outside.
 
@@ -303,7 +307,8 @@ for cut in (True, False):
 # %% [markdown]
 # (0.25 is the slope of the sigmoid in its middle. The sign says: a larger Δ would lower the loss.)
 #
-# Now in a whole detector, a fresh one. We send back the last layer's loss alone, and ask which parts it reaches:
+# Now in a whole detector, a fresh one. (Its box heads end in zero weights, through which no gradient passes, so we
+# give them random ones.) We send back the last layer's loss alone, and ask which parts it reaches:
 
 # %%
 config = dataclasses.replace(model.config, two_stage=False)  # learned queries, and refinement
@@ -343,9 +348,10 @@ for variant in ("cut", "open"):
 draw.cut_and_open(study)
 
 # %% [markdown]
-# *Figure {{n}}.5. What to see: one line per seed. Left: without the cut the gradient is about four times as large,
-# because every loss also pulls at all the heads before it. Middle and right: without the cut the first layer, which
-# is now trained by the later losses as well, ends a little higher; the last layer ends clearly lower.*
+# *Figure {{n}}.5. What to see: one line per seed. Left: without the cut the gradient is about four times as large;
+# every loss now also pulls at all the heads before it. Middle: the loss of the first layer, which is now trained
+# by the later losses as well, ends a little higher. Right: that of the last layer ends clearly lower. (The curves are
+# of the training pictures. On new pictures, above, one of the three seeds shows hardly any difference in the first layer.)*
 
 # %% tags=["hide-input"]
 by_variant = {v: [r for r in study["runs"] if r["variant"] == v] for v in ("cut", "open")}
@@ -365,8 +371,8 @@ print("in all seeds: larger gradients, and a lower last loss, without the cut")
 #
 # *difficulty ●●○ · 15 minutes · 6 lines*
 #
-# Write the decoder's loop: each head looks at its reference and moves it. Every layer's box is returned with its
-# gradient; what is handed on has none. The first check compares boxes, the second gradients.
+# Write the decoder's loop: each head looks at its reference and moves it. The boxes that you return keep their
+# gradient; the reference for the next layer is detached. The first check compares boxes, the second gradients.
 
 
 # %% tags=["exercise"]
@@ -399,8 +405,8 @@ check("refinement.2", refine)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# The numbers are right; the second check looks at gradients. Detached boxes in the result train nobody, boxes
-# handed on with gradient train every head before.
+# The numbers are right; the second check looks at gradients. If the boxes in the result are detached, no loss
+# can train a head. If the next reference is not, a loss also trains all heads before its own.
 #
 # </details>
 #
@@ -449,13 +455,14 @@ draw.anchors_of_three(shapes, model.config.anchor_size)
 
 # %% [markdown]
 # *Figure {{n}}.7. What to see: the tokens of each level (dots) and one of their anchors (white). The seven, 34 × 53
-# pixels, is nearest to an anchor of level 2.*
+# pixels, is nearest in size to an anchor of level 2.*
 #
 # The official size on the finest level is 0.05, which is 40 pixels of an image of 800. On our 128 it would be 6, less
 # than the longer side of any digit, so this detector starts at twice that.
 #
 # **Invalid anchors.** An anchor may propose only if all its four numbers lie between 0.01 and 0.99, and if its token
-# is not padding. On our small maps all may. For an image of 800 × 1066, as in COCO:
+# is not padding. On our small maps all may, because even the outermost centres of the finest level lie at
+# 0.5 / 32 = 0.016. For an image of 800 × 1066, as in COCO:
 
 # %%
 large = [(100, 134), (50, 67), (25, 34), (13, 17)]
@@ -466,7 +473,8 @@ refused = [int((~part).sum()) for part in allowed[0].split([h * w for h, w in la
 print("ours, not allowed:", int((~usable).sum()), "   COCO, not allowed, by level:", refused)
 
 # %% [markdown]
-# The outermost ring of cells of the two finest levels is refused. A refused token is *blanked*, not removed: its
+# The outermost ring of cells of the two finest levels is refused, because its centres lie 0.01 or less from the
+# border. A refused token is *blanked*, not removed: its
 # features become 0, its anchor $+\infty$ before the sigmoid, so that its box is (1, 1, 1, 1). It keeps a score, that of
 # a token without features, so it can still be chosen.
 #
@@ -500,8 +508,9 @@ for name, index in (("the seven", 9), ("eight digits", 8)):
     print("the best thirty by level:", counts)
 
 # %% [markdown]
-# In the picture of the seven, two more tokens score above 0.5, on plain wood. This does little harm, because a proposal
-# is only a start. The decoder can still say no, and does: their queries end with scores below 0.3.
+# In the picture of the seven, two more tokens score above 0.5, although there is only one digit. This does little
+# harm, because a proposal is only a start. The decoder can still say no, and does: the queries of these two end with
+# scores below 0.3.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left, a picture of eight digits of many sizes with thirty proposal boxes in three colours for the three levels, several on each digit. Right, the scores of all tokens of each level as three heat maps: the finest is bright at small digits, the coarser ones at larger digits."}}
 first = outputs[8].others["first"]
@@ -519,8 +528,8 @@ assert outputs[9].logits[0, 1:3].sigmoid().max() < 0.3  # of the seven's picture
 # digit has one bright token, or a few: the matching, one token per object, has taught the others to say no.*
 #
 # **Its own matching and loss.** All $S$ proposals are matched with the objects, as the queries of a layer are, with
-# every label set to 0. By hand, with the criterion of {{chapter matching_and_loss}}, as if the proposals were a
-# last layer:
+# every label set to 0. By hand: we give the proposals to the criterion of {{chapter matching_and_loss}} in the
+# place of a last layer's boxes and logits:
 
 # %%
 target = dataset[8][1]
@@ -653,6 +662,10 @@ check("refinement.4", recall)
 #
 # {{solution}}
 
+# %% [markdown]
+# And how many does our detector's first stage propose? We count only the 30 proposals that were chosen for the
+# decoder:
+
 # %%
 covered = torch.cat(
     [
@@ -698,9 +711,8 @@ print("the plain detector's best seed:", max(aps["plain"]))
 #
 # For that there are published figures. On COCO, after 50 epochs each, the README of the official repository of
 # {cite}`zhu2021deformable` reports, in hundredths, 44.5 AP for the plain detector, 46.2 with refinement and 46.9 with two
-# stages. (A news article about the paper lists the last figure as "3x, 150 epochs". It is the two-stage model, after 50.)
-# The gains are real there too, and much smaller than here. That fits: after 50 epochs all three have long learned to
-# place boxes roughly.
+# stages. The gains are real there too, and much smaller than here. One reason may be that after 50 epochs all three have
+# long learned to place boxes roughly.
 #
 # ## Summary
 #
@@ -723,4 +735,4 @@ print("the plain detector's best seed:", max(aps["plain"]))
 #
 # - {cite}`zhu2021deformable`: section 4.2 and Appendix A.4.
 # - {cite}`teed2020raft`: iterative refinement of optical flow, with the same cut.
-# - {cite}`zhang2023dino`: what became of both.
+# - {cite}`zhang2023dino`: a later detector that changes both.
