@@ -13,7 +13,8 @@
 #
 # You will be able to
 # - **compute** by hand the value of an image between its pixels,
-# - **derive** how that value changes when the point moves, and so why a place to look at can be learned,
+# - **derive** how that value changes when the point moves, which is why a network can learn where to
+#   look,
 # - **convert** between the four coordinate conventions that are in use, without losing half a pixel,
 # - **recognise** the bugs that mixed conventions cause, from a picture or from a number,
 # - **cut out** any box of a picture, at any angle and any size.
@@ -28,8 +29,9 @@
 # A detector such as Deformable DETR {cite}`zhu2021deformable` does not look at every pixel of an
 # image. It *chooses* a few places and reads the image there. A neural network makes that choice, and
 # the output of a neural network is a real number: "look at x = 51.25, y = 61.5". But an image has
-# pixels at 51 and at 52, and none in between. So before anything else, we must say what stands
-# between the pixels. This chapter does, and everything later in the book rests on it.
+# pixels at 51 and at 52, and none in between. So before anything else, we must say what value an
+# image has between its pixels. That is the subject of this chapter, and everything later in the book
+# rests on it.
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
@@ -64,13 +66,13 @@ between_pixels()
 
 # %%
 corners = torch.tensor([[10.0, 20.0], [50.0, 80.0]])  # rows are y, columns are x
-print("at x=1, y=0 stands", corners[0, 1].item())
+print("the value at x=1, y=0 is", corners[0, 1].item())
 
 # %% [markdown]
-# What stands at x = 0.25, y = 0.5? Here is a picture of the answer, before any formula. Put a frame
-# of the size of one pixel around the point. The frame covers a part of each of the four pixels.
-# **The area that it covers is the pixel's weight**, and the value at the point is the sum of the four
-# pixels, each times its weight.
+# What is the value at x = 0.25, y = 0.5? Here is a picture of the answer, before any formula. Put a
+# frame of the size of one pixel around the point. The frame covers a part of each of the four
+# pixels. **The area that it covers is the pixel's weight**, and the value at the point is the sum of
+# the four pixels, each times its weight.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: four pixels with the values 10, 20, 50 and 80. An orange frame of one pixel around the point x = 0.25, y = 0.5 covers 0.375 of each of the two left pixels and 0.125 of each of the two right ones. Right: the four areas times the four values, 3.75, 2.50, 18.75 and 10.00, add up to 35."}}
 from schematics.sampling import four_pixels
@@ -99,8 +101,9 @@ print("top", top, "bottom", bottom, "value", value)
 assert (top, bottom, value) == (12.5, 57.5, 35.0)
 
 # %% [markdown]
-# If we multiply this out, each pixel gets one factor: the product of a distance along x and a
-# distance along y. Those are the sides of its rectangle in the picture, so the product is the area.
+# If we multiply this out, each pixel gets one factor. For the upper left pixel it is (1 - y)(1 - x):
+# the nearer the point, the larger. And 1 - x = 0.75 and 1 - y = 0.5 are the sides of the rectangle
+# that the frame covers of this pixel in the picture, so their product is its area.
 
 # %%
 weights = torch.tensor([[(1 - y) * (1 - x), (1 - y) * x], [y * (1 - x), y * x]])
@@ -113,13 +116,15 @@ assert (weights * corners).sum() == value
 # the largest of the four pixels, and never smaller than the smallest.
 #
 # The paper on deformable convolution {cite}`dai2017deformable` writes the same as a sum over *all*
-# pixels $q$ of the map, for a point $p$:
+# pixels $q$ of the map, for a point $p$. In its formula $x$ is the map, not a coordinate: $x(q)$ is
+# the value of pixel $q$, and $q_x$ and $q_y$ are its column and row.
 #
 # $$x(p) = \sum_q G(q, p)\, x(q), \qquad
 # G(q, p) = \max(0, 1 - |q_x - p_x|) \cdot \max(0, 1 - |q_y - p_y|).$$
 #
-# $G$ is the area of the overlap. It is 1 when the point lies on the pixel's centre, and 0 as soon as
-# the point is one pixel away or more, along x or along y. That is why only four pixels count.
+# $G(q, p)$ is the area of pixel $q$ that the frame around $p$ covers. It is 1 when the point lies on
+# the pixel's centre, and 0 as soon as the point is one pixel away or more, along x or along y. That
+# is why only four pixels count.
 
 # %% [markdown]
 # ## Exercise {{n}}.1  Four corners
@@ -190,9 +195,9 @@ def sample_by_loop(feature_map, px, py):
 
 
 # %% [markdown]
-# Now the question of Figure {{n}}.1 can be answered. Before you run: the four pixels around the point are
-# 127 and 133 (above), 195 and 229 (below). The point is a quarter of the way to the right, and half
-# way down.
+# Now the question of Figure {{n}}.1 can be answered. Before you run: the four pixels around the
+# point are 127 and 133 (above), 195 and 229 (below). The point is a quarter of the way to the right,
+# and half way down. Which value do you expect?
 
 # %%
 picture = torch.tensor(plt.imread("../data/samples/000010.png")[..., :3]).permute(2, 0, 1)
@@ -201,9 +206,9 @@ print("green at (51.25, 61.5):", sample_by_loop(green, 51.25, 61.5))
 assert sample_by_loop(green, 51.25, 61.5) == 166.0
 
 # %% [markdown]
-# A second look at the borders, on a map whose values are simply its pixels' numbers: 0 to 4 in the
-# top row, 5 to 9 in the middle, 10 to 14 at the bottom. It is 3 high and 5 wide. (Never test on a
-# square: height and width could be swapped, and you would not notice.)
+# And what happens at the borders? We try it on a map whose values are simply its pixels' numbers: 0
+# to 4 in the top row, 5 to 9 in the middle, 10 to 14 at the bottom. It is 3 high and 5 wide. (Never
+# test on a square map: height and width could be swapped, and you would not notice.)
 
 # %%
 small = torch.arange(15.0).reshape(3, 5)  # H=3, W=5
@@ -213,10 +218,11 @@ assert sample_by_loop(small, 1.5, 0.5) == (1 + 2 + 6 + 7) / 4
 assert sample_by_loop(small, 4.75, 1.0) == 0.25 * 9
 
 # %% [markdown]
-# The third point lies half over the left border and gets half of the pixel there, 2.5 of 5. The last
-# two lie over the right border. At x = 4.75 three quarters of the frame are outside, so a quarter of
-# the 9 is left. At x = 9 nothing is left. Going outwards, the value *fades out* over one pixel: it
-# never jumps.
+# The third point, x = -0.5, lies exactly on the left edge of the map. So half of its frame is
+# outside, and it gets half of the pixel there, 2.5 of 5. The last two points lie beyond the right
+# edge, which is at x = 4.5. At x = 4.75 three quarters of the frame are outside, so a quarter of the
+# 9 is left. At x = 9 nothing is left. So the value never jumps at a border: it *fades out* over one
+# pixel.
 
 # %% [markdown]
 # ## {{n}}.3 Vectorised
@@ -246,8 +252,8 @@ def sample(feature_map, pixels):
 
 
 # %% [markdown]
-# Does it agree with the loop? We ask at 50 random points of a map with 4 channels. Some of the points
-# lie outside.
+# Does it agree with the loop? We compare the two at 50 random points of a map with 4 channels. Some
+# of the points lie outside.
 
 # %%
 feature_map = torch.randn(4, 3, 5)
@@ -261,19 +267,21 @@ print(tuple(sampled.shape), "as by the loop")
 # ## {{n}}.4 How the value changes when the point moves
 #
 # If a network is to *learn* where to look, it must know what would happen if it looked a little
-# further to the right. In other words, we need the derivative of the value by the place.
+# further to the right. In other words, we need the derivative of the value with respect to the
+# point's coordinates.
 #
-# Take the cell between four pixels: $a$ and $b$ above, $c$ and $d$ below. The point lies $u$ to the
-# right and $v$ down from $a$. Then
+# Take the square between four pixel centres, with the values $a$ and $b$ above, $c$ and $d$ below.
+# The point lies $u$ to the right of $a$ and $v$ below it. Then
 #
 # $$x(u, v) = (1-v)\big[(1-u)a + u b\big] + v\big[(1-u)c + u d\big]$$
 #
 # $$\frac{\partial x}{\partial u} = (1-v)(b-a) + v(d-c), \qquad
 # \frac{\partial x}{\partial v} = (1-u)(c-a) + u(d-b).$$
 #
-# In words: the derivative along x is the right pixel minus the left pixel, blended over the two rows.
-# The derivative along y is the lower minus the upper, blended over the two columns. So if we want a
-# larger value, we move the point towards the brighter pixels. Learning an offset needs nothing else.
+# In words: the derivative along x is the right pixel minus the left pixel, blended over the two
+# rows. The derivative along y is the lower minus the upper, blended over the two columns. So if we
+# want a larger value, we move the point towards the brighter pixels. A network that learns where to
+# look needs nothing else.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: the frame around the point x = 0.25, y = 0.5 over four pixels with the values 10, 20, 50 and 80. Right: the value everywhere between the four pixel centres as a colour, dark at the upper left and bright at the lower right, with the point and an arrow that points down and a little to the right. The title gives the value 35.0 and the slopes 20 along x and 45 along y."}}
 # NBVAL_IGNORE_OUTPUT
@@ -299,10 +307,11 @@ print("by autograd", point.grad.tolist(), "by hand", by_hand)
 assert point.grad.tolist() == [by_hand] == [[20.0, 45.0]]
 
 # %% [markdown]
-# Training needs one more gradient, that by the pixels' values, because a feature map is computed by a
-# network which learns too. This gradient is simpler. The value is a weighted sum, so its derivative by a pixel is that pixel's
-# weight. In a backward pass the gradient of one sample therefore lands on four pixels, in the shares
-# in which they were read.
+# Training needs one more gradient, with respect to the values of the pixels, because the feature map
+# is computed by a network which learns too. This gradient is simpler. The sampled value is a
+# weighted sum, so its derivative with respect to a pixel is the weight of that pixel. In a backward
+# pass the gradient of one sample is therefore split among the four pixels, and each of them gets the
+# share that its weight says.
 #
 # `gradcheck` compares both derivatives with finite differences:
 
@@ -343,13 +352,15 @@ assert torch.allclose(slopes[between], torch.tensor(3.0), atol=1e-4)  # from 2 t
 print("slope between pixels 0 and 1: 3 (from 2 to 5); outside: 0")
 
 # %% [markdown]
-# Exactly *on* a pixel's centre there are two slopes, one to the left and one to the right. Code has to
-# take one of them, and ours takes the one to the right (and below), as PyTorch's own sampling does.
+# Exactly *on* a pixel's centre there are two slopes, one to the left and one to the right. Code has
+# to take one of them. Ours takes the one to the right (and below), because of the `floor`; PyTorch's
+# own `F.grid_sample`, which we meet below, does the same.
 #
-# This needs some care. Had we written the weight as in the formula for $G$, `1 - (x - column).abs()`,
-# the values would be the same, but not the gradients: at 0 autograd takes the derivative of `abs` to
-# be 0, so one of the two terms is lost. For a point that starts on a pixel's centre, and many do, the
-# gradient would be wrong. Pixel 1 of the row above is 5 and pixel 2 is 1, so the slope should be -4:
+# This needs some care. Had we written the weight as in the formula for $G$,
+# `1 - (x - column).abs()`, the values would be the same, but not the gradients: at 0 autograd takes the
+# derivative of `abs` to be 0, so one of the two terms is lost. The gradient would be wrong for every
+# point that is exactly on a pixel's centre, and before training the points of deformable attention
+# often are. Pixel 1 of the row above is 5 and pixel 2 is 1, so the slope should be -4:
 
 # %%
 centre = torch.tensor([[1.0, 0.0]], requires_grad=True)
@@ -436,7 +447,7 @@ def walk(start, steps=150):
 
 # %% [markdown]
 # Before you run: three points start at distances of about 5, 8 and 18 pixels from the centre of the
-# spot at (21, 7). Which of them arrive?
+# spot at (21, 7). Which of them will arrive there?
 
 # %%
 starts = [(24.0, 11.0), (14.0, 4.0), (5.0, 15.0)]
@@ -468,23 +479,26 @@ for path in paths[:2]:
 print("the first five steps of both walks go uphill")
 
 # %% [markdown]
-# A gradient knows about the four pixels around the point and about nothing else. How far away a target
-# may be and still be found is called the *capture range*; here it is the reach of the spot's slope. It
-# explains three choices that deformable attention makes, and that we shall meet:
+# A gradient knows about the four pixels around the point and about nothing else. How far away a
+# target may be and still be found is called the *capture range*. Here it is about 9 pixels, because
+# further out the map is flat. The capture range explains three choices of deformable attention that
+# we shall meet:
 # - it takes **several** points per query, since one alone may stand where the map is flat;
 # - it starts them **spread out**, as a star ({{chapter many_scales}});
-# - it also looks at **coarse maps**, where one pixel covers a large part of the image, so that one
-#   pixel's sight reaches far.
+# - it also looks at **coarse maps**, where one pixel covers a large part of the image, so that even
+#   the four pixels around a point cover a lot.
 #
-# The idea of learning where to sample is older than all of this {cite}`jaderberg2015stn`.
+# The idea of learning where to sample is older than deformable attention: it comes from spatial
+# transformers {cite}`jaderberg2015stn`.
 
 # %% [markdown]
 # ## Exercise {{n}}.3  How far does it see?
 #
 # *difficulty ●●○ · 10 minutes · 4 lines*
 #
-# Shrink the spot's map by averaging cells of `factor x factor` pixels, and return whether a point has
-# a gradient on the shrunk map. The point is given as `pixel`, in pixels of the **full** map. On the
+# Shrink a map by averaging blocks of `factor x factor` pixels. Then return whether a point on the
+# shrunk map feels a slope, that is, whether the gradient of the sampled value with respect to the
+# point is different from zero. The point is given as `pixel`, in pixels of the **full** map. On the
 # shrunk map, the same place in the scene has the coordinate $(p + 0.5)/\text{factor} - 0.5$.
 # (Section {{n}}.6 says why; you need no more than the formula here.)
 
@@ -511,8 +525,8 @@ check("sampling.3", has_gradient)
 #
 # <details><summary>Hint 2</summary>
 #
-# Convert the place first, then call `.requires_grad_()`, then `torch.autograd.grad` of the sampled
-# value by the place.
+# Convert the place first, then call `.requires_grad_()`, then take `torch.autograd.grad` of the
+# sampled value with respect to the place.
 #
 # </details>
 #
@@ -539,7 +553,7 @@ from schematics.sampling import rulers
 rulers()
 
 # %% [markdown]
-# *Figure {{n}}.6. What to see: where each convention has its beginning and its end. This book and
+# *Figure {{n}}.6. What to see: where each convention begins and ends. This book and
 # `align_corners=False` measure from the outer **edge** of the first pixel to the outer edge of the
 # last. Pixels and `align_corners=True` measure from **centre** to centre.*
 
@@ -589,19 +603,30 @@ torch.testing.assert_close(ours, torchs)
 print(tuple(torchs.shape), "ours, the library's and PyTorch's agree")
 
 # %% [markdown]
+# And on a pixel's centre, does `F.grid_sample` take the slope to the right as well? We ask at the
+# middle of the three pixels 2, 5 and 1. (They span $g$ from -1 to 1, which is 1.5 pixels per unit.)
+
+# %%
+middle = torch.zeros(1, 1, 1, 2, requires_grad=True)
+F.grid_sample(row[None, :, :, :3], middle, align_corners=False).sum().backward()
+print("slope per pixel:", middle.grad[0, 0, 0, 0].item() / 1.5)
+assert middle.grad[0, 0, 0, 0] / 1.5 == -4
+
+# %% [markdown]
 # ## {{n}}.7 Four bugs
 #
-# None of the following bugs raises an error. A network trains with them, only a little worse, so they
-# can live for a long time before somebody notices. It pays to know what they look like.
+# None of the following bugs raises an error. Gradients flow as before, so a network can be
+# trained with any of them. That is why they can live for a long time before somebody
+# notices, and it pays to know what they look like.
 #
 # **1. The half is forgotten.** Somebody writes $p = nW$. Every point, wherever it is, is read half a
 # pixel too far to the right and half a pixel too far down. The maps of a detector are coarse: on one of
 # **stride** 32, a cell of the map covers 32 x 32 pixels of the image. There, half a cell is 16 pixels of
 # the image.
 #
-# **2. `align_corners=True`.** Somebody sets the wrong flag. This is another bug: the points are drawn
-# towards the middle of the map. Before you run: which of five pixels in a row is read at the right
-# place with the first bug? Which with the second?
+# **2. `align_corners=True`.** Somebody sets the wrong flag. The effect is different: the points are
+# drawn towards the middle of the map. Before you run: take five pixels in a row, and read each at
+# its centre. Which of them does the first bug read at the right place? Which does the second?
 
 # %%
 centres = pixel_to_normalised(torch.stack([torch.arange(5.0), torch.ones(5)], -1), (3, 5))[:, 0]
@@ -614,14 +639,15 @@ assert torch.allclose(half_forgotten, torch.full((5,), 0.5))
 assert torch.allclose(wrong_flag, torch.tensor([0.4, 0.2, 0.0, -0.2, -0.4]), atol=1e-6)
 
 # %% [markdown]
-# With the first bug all five are off by half a pixel, the middle one too. With the second, the middle
-# is right, and the error grows towards the borders to nearly half a pixel. There all points are read
-# too near to the middle, so the picture comes out a little enlarged.
+# With the first bug all five are off by half a pixel, the middle one too. With the second, the
+# middle is right, and the error grows towards the borders to nearly half a pixel. All points but the
+# middle one are read too near to the middle, so the picture comes out a little enlarged.
 
 # %% [markdown]
 # **3. Swapped axes.** Points are (x, y), shapes are (H, W), and indices are [y, x]. Sooner or later
-# someone multiplies x by H. On a square map this changes nothing, so no test on square maps finds it.
-# The first release of Deformable DETR had such a swap.
+# someone multiplies x by H. On a square map this changes nothing, so no test on square maps finds
+# it. The first release of Deformable DETR had such a swap ([its issue
+# 6](https://github.com/fundamentalvision/Deformable-DETR/issues/6)).
 
 
 # %%
@@ -667,11 +693,12 @@ for axis, (title, look) in zip(axes, looks.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.7. What to see: the white line is where the seven really is. With the half forgotten, all
-# of it moves up and to the left by half a cell (each cell shows what lies half a cell further down
-# and to the right). With `align_corners=True` it is right in the middle and off at the borders. With
-# H and W swapped it is out of shape, and the grey strip was read outside the map. On a square map this
-# last bug would not show at all.*
+# *Figure {{n}}.7. What to see: the white line is where the seven really is. With the half forgotten,
+# all of it moves up and to the left by half a cell (each cell shows what lies half a cell further
+# down and to the right). With `align_corners=True` it is right in the middle and off at the borders.
+# With H and W swapped it is out of shape. The grey strips at the edges were read outside the map. On
+# a square map this last bug would not show at all. The numbers below are the largest error of each
+# panel; the colours run from -0.3 to 0.5.*
 
 # %% tags=["hide-input"]
 errors = {title: (look - scene).abs().max().item() for title, look in looks.items()}
@@ -680,9 +707,9 @@ assert errors["correct"] < 1e-5 and all(error > 0.05 for error in list(errors.va
 
 # %% [markdown]
 # **4. Drift over scales.** A point is carried from a fine map to coarser maps by halving its *pixel*
-# coordinate again and again, without the halves. On each map it lands a little further from the right
-# place. Before you run: the point is pixel 10 of the finest map. By how many pixels of that finest map
-# is it off on the coarsest of five?
+# coordinate again and again, and the half pixels are forgotten. On each map it lands a little
+# further from the right place. Before you run: the point is pixel 10 of the finest map. By how many
+# pixels of that finest map is it off on the coarsest of five?
 
 # %%
 fine = torch.tensor(10.0)  # a pixel centre on the finest of five maps
@@ -832,8 +859,8 @@ check("sampling.5", cut_out)
 #
 # - A value between pixels is an average of four. Each weight is an area, a product of two distances.
 # - Pixels outside the map count as zero, and the value fades out over one pixel.
-# - The derivative by the place is a difference of neighbours. So places can be learned, but a point
-#   feels only the four pixels around it.
+# - The derivative with respect to the place is a difference of neighbours. So places can be learned,
+#   but a point feels only the four pixels around it.
 # - This book: (x, y) in [0, 1], pixel centres at $(i + 0.5)/W$, so $p = nW - 0.5$; that is
 #   `align_corners=False`.
 # - Test on maps with H != W, at borders, outside, and on pixel centres.

@@ -25,9 +25,9 @@
 # {{map}}
 
 # %% [markdown]
-# {{chapter sampling}} read a picture at one place, and somebody had to say which. Attention
-# {cite}`vaswani2017attention` works the other way round: it looks at **every** place, compares each of
-# them with what it is looking for, and then decides how much each one counts.
+# {{chapter sampling}} read a picture at one place, and we had to say which. Attention
+# {cite}`vaswani2017attention` works the other way round: it looks at **every** place, compares each
+# of them with what it is looking for, and then decides how much each one counts.
 #
 # DETR {cite}`carion2020detr` made a whole detector out of it. DETR was elegant, but it needed 500 epochs
 # of training and was weak on small objects. Deformable DETR {cite}`zhu2021deformable` was
@@ -52,10 +52,10 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## {{n}}.1 One query, three keys, by hand
 #
-# Attention has three kinds of vectors, named as in a library:
+# Attention has three kinds of vectors. Their names come from searching a database:
 # - A **query** is a vector that asks for something.
 # - A **key** is a vector by which something can be found. The query is compared with every key.
-# - A **value** belongs to each key. It is what the query takes home from there.
+# - A **value** belongs to each key. It is what the query receives from there.
 #
 # Here is one query with three keys and their values, and everything that happens, in numbers.
 
@@ -78,9 +78,9 @@ keys = torch.tensor([[2.0, 1.0, 3.0, 0.0], [0.0, 1.0, 1.0, 0.0], [1.0, -1.0, 0.0
 values = torch.tensor([[10.0, 0.0], [0.0, 10.0], [-10.0, -10.0]])
 
 # %% [markdown]
-# First, a **score** for each key: its dot product with the query, divided by the square root of their
-# length, $\sqrt{4} = 2$. (Why we divide comes below.) The first key gives
-# $1 \cdot 2 + 2 \cdot 1 + 0 \cdot 3 + 1 \cdot 0 = 4$, and half of that is 2.
+# First, a **score** for each key: its dot product with the query, divided by the square root of how
+# many numbers each of them has, $\sqrt{4} = 2$. (Why we divide comes below.) The first key gives $1
+# \cdot 2 + 2 \cdot 1 + 0 \cdot 3 + 1 \cdot 0 = 4$, and half of that is 2.
 
 # %%
 scores = [(query @ key).item() / math.sqrt(4) for key in keys]
@@ -100,8 +100,9 @@ assert math.isclose(sum(weights), 1)
 # %% [markdown]
 # Third, the **output**: the average of the values under these weights.
 #
-# **Before you run**: the first value is (10, 0) and has the weight 0.665, so it contributes 6.65 to the
-# first number of the output. Is that number above or below 6.65 in the end?
+# **Before you run**: the first value is (10, 0) and has the weight 0.665, so it contributes 6.65 to
+# the first number of the output. The other two values contribute as well. Is the first number of the
+# output above or below 6.65?
 
 # %%
 output = sum(weight * value for weight, value in zip(weights, values, strict=True))
@@ -109,14 +110,14 @@ print([round(number, 2) for number in output.tolist()])
 assert output[0] < 6.65  # the third value pulls it down by 0.9
 
 # %% [markdown]
-# It is below, because the third value, (-10, -10), has a part in it too. Attention never picks one key.
+# It is below, because the third value, (-10, -10), contributes -0.9. Attention never picks one key.
 # It *mixes* all of them, and even the worst key has a share, however small. This will matter in
 # section {{n}}.6.
 #
 # ## {{n}}.2 Many queries: a loop, then matrices
 #
-# Now 2 queries, 5 keys of length 3, and values of length 4. No two of these sizes are the same, so that
-# a mistake in the axes cannot hide.
+# Now we take 2 queries and 5 keys of 3 numbers each, and 5 values of 4 numbers. No two of these
+# sizes are the same, so that a mistake in the axes cannot hide.
 
 
 # %%
@@ -157,9 +158,10 @@ print(tuple(by_matrix.shape), "loop, matrices and PyTorch agree")
 # %% [markdown]
 # ### Why divide by $\sqrt{D}$?
 #
-# A dot product of two random vectors of length $D$ is a sum of $D$ random terms. Such a sum spreads like
-# $\sqrt{D}$: the longer the vectors, the larger the scores. Dividing by $\sqrt{D}$ brings the spread
-# back to 1, whatever the length.
+# A dot product of two random vectors of $D$ numbers is a sum of $D$ random terms. The spread of such
+# a sum, its standard deviation, is $\sqrt{D}$ times that of one term. So the more numbers the
+# vectors have, the larger the scores are. Dividing by $\sqrt{D}$ brings the spread back to 1 for
+# every $D$.
 
 # %%
 for D in (4, 64, 256):
@@ -168,10 +170,11 @@ for D in (4, 64, 256):
     assert math.isclose(products.std().item(), math.sqrt(D), rel_tol=0.03)
 
 # %% [markdown]
-# And why should the spread be 1? Because the softmax takes exponentials. If scores differ by 8, their
-# weights differ by a factor of $e^8$, which is about 3,000. Then one key gets everything before the
-# network has learned anything, and the others are as good as lost. Here are ten random keys of length
-# 64, with and without the division.
+# And why should the spread be 1? Because the softmax takes exponentials. If scores differ by 8,
+# their weights differ by a factor of $e^8$, which is about 3,000. Then one key gets nearly
+# everything before the network has learned anything. The others have weights near zero, and since
+# gradients are multiplied by the weights (section {{n}}.6), they learn almost nothing. Here are ten
+# random keys of 64 numbers, with and without the division.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two bar charts of the attention weights of ten keys. Without the division two keys share five sixths of the weight. With it, eight of the ten keys have a visible part, the largest a fifth."}}
 D = 64
@@ -185,9 +188,9 @@ axes[0].set(ylabel="weight", ylim=(0, 1))
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.2. What to see: the same query and the same ten keys of length 64. From undivided scores
-# two random keys take five sixths of the weight (left). Divided by $\sqrt{64} = 8$, the choice is still
-# open (right).*
+# *Figure {{n}}.2. What to see: the same query and the same ten keys of 64 numbers. From undivided
+# scores two random keys take five sixths of the weight (left). Divided by $\sqrt{64} = 8$, the
+# choice is still open (right).*
 
 # %% tags=["hide-input"]
 top_two = [(raw / scale).softmax(0).topk(2).values.sum() for scale in (1, math.sqrt(D))]
@@ -207,7 +210,8 @@ assert largest_undivided > 0.85 and largest_divided < 0.45
 # The images of a batch have different sizes. They are padded to one size, and no query may look at the
 # padding. Write attention that gives padded keys **no** weight. In this book a mask is True on padding.
 #
-# The checker asks that the output is as if the padded keys did not exist, whatever numbers stand there.
+# The checker asks that the output is as if the padded keys did not exist, however large the numbers
+# in the padding are.
 
 
 # %% tags=["exercise"]
@@ -228,8 +232,8 @@ check("attention.1", masked_attention)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# The weights that are left must still add up to 1, and what stands in the padding must not matter,
-# however large. The safe place for the mask is before the softmax.
+# The weights that are left must still add up to 1, and the numbers in the padding must not matter,
+# however large they are. The safe place for the mask is before the softmax.
 #
 # </details>
 #
@@ -272,9 +276,11 @@ print("both agree with leaving the padded keys out")
 # ## {{n}}.3 Several heads, and the paper's Eq. 1
 #
 # So far somebody gave us queries, keys and values. In a network there are only features: a vector
-# $z_q$ for the query, and a vector $x_k$ for each place that it may look at. Query, key and value are
-# *learned projections* of them. One matrix, $U$, says what to ask for. A second, $V$, says what each
-# place is found by. A third, $W'$, says what it hands over.
+# $z_q$ for the query, and a vector $x_k$ for each place that it may look at. Query, key and value
+# are *learned projections* of them. One matrix, $U$, makes the query: what to ask for. A second,
+# $V$, makes the keys: what each place is found by. A third, $W'$, makes the values: what each place
+# hands over. (These are the paper's letters, and $V$ is easily misread: in other texts it often
+# stands for the values.)
 #
 # A query may have several questions at once: is there an edge on the left? is there one on the right?
 # So there are $M$ such sets of matrices, the **heads**. Each head works with $D = C / M$ channels, and
@@ -286,8 +292,8 @@ from schematics.attention import heads
 heads()
 
 # %% [markdown]
-# *Figure {{n}}.3. What to see: $Q$ queries look at $N$ places with $M$ heads. Filled blocks are learned
-# matrices. The heads stay apart from $U$, $V$ and $W'$ on, and meet again in $W$.*
+# *Figure {{n}}.3. What to see: $Q$ queries look at $N$ places with $M$ heads. Filled blocks are
+# learned matrices. From $U$, $V$ and $W'$ on, each head works by itself, until $W$ combines them.*
 #
 # The paper writes the same in one line, for one query $q$:
 #
@@ -307,8 +313,8 @@ heads()
 # | $W'_m x_k$ | the value: what place $k$ hands over | $W'_m$ is $D \times C$ |
 # | $W_m$ | back to the full width | $W_m$ is $C \times D$ |
 #
-# $\Omega_k$ is the set of all places, and $N_k$ is how many there are. $C_v$ is the width of one head;
-# this book calls it $D$.
+# $\Omega_k$ is the set of all places, and $N_k$ is how many there are (the $N$ of the figure). $C_v$
+# is the width of one head; this book calls it $D$.
 
 
 # %%
@@ -429,9 +435,9 @@ assert torch.allclose(ours[0], by_hand, atol=1e-6)
 print("weights", tuple(A.shape), "= (B, M, Q, N_k)")
 
 # %% [markdown]
-# By hand, as a loop, with matrices, as a module: four ways, one result. Two names for its use: when $z$
-# and $x$ are the same vectors, it is **self-attention**; when the queries come from somewhere else, it is
-# **cross-attention**.
+# So Eq. 1 as a loop, PyTorch's module and our own give one result. Two names for the use of
+# attention: when $z$ and $x$ are the same vectors, it is **self-attention**; when the queries come
+# from somewhere else, it is **cross-attention**.
 #
 # ## {{n}}.4 A feature map is a list of cells
 #
@@ -483,12 +489,13 @@ assert torch.allclose(shuffled[0], straight[0, order], atol=1e-6)
 print("the output is shuffled in the same way, and otherwise unchanged")
 
 # %% [markdown]
-# So to attention a map is a *bag* of cells. Left and right, near and far do not exist. A convolution
-# would have given something else altogether, because it reads neighbours.
+# So to attention a map is a *bag* of cells. Left and right, near and far do not exist. (With a
+# convolution the outputs would change, because it reads neighbours, and the cells have new ones.)
 #
-# If places are to matter, each cell must carry its place among its numbers. DETR adds a code made of
-# sines and cosines, half of its channels for $y$ and half for $x$. Some of the waves go once around over
-# the whole map, others are much longer. Here is the code of one cell, by hand, in Deformable DETR's form:
+# If places are to matter, the numbers of each cell must say where it is. DETR adds a code made of
+# sines and cosines, half of its channels for $y$ and half for $x$. The fastest wave has one period
+# from one edge of the map to the other, and the other waves are slower and slower. Here is the code
+# of one cell, by hand, in Deformable DETR's form:
 
 
 # %%
@@ -532,8 +539,9 @@ plt.show()
 
 # %% [markdown]
 # *Figure {{n}}.5. What to see: three of the 256 channels of the code, on a map of 14 x 22 cells (red
-# positive, blue negative). On the right, the dot product of one cell's code with that of every other
-# cell: it is largest at the cell itself and falls with distance. So with codes, near and far exist.*
+# positive, blue negative). On the right, the dot product of one cell's code with that of every cell,
+# divided by 128, so that it is 1 for the cell itself. It is largest there and falls with distance.
+# So with codes, near and far exist.*
 
 # %% tags=["hide-input"]
 assert similarity.argmax() == 4 * 22 + 15 and math.isclose(similarity[4, 15], 1, rel_tol=1e-4)
@@ -542,9 +550,9 @@ print(f"similarity with the left neighbour: {similarity[4, 14]:.3f}")
 assert 0.99 < similarity[4, 14] < 0.999
 
 # %% [markdown]
-# A cell's similarity with itself is 1, and the neighbour's code is nearly the same. So the code makes it
-# *possible* to look at one exact cell, but $U$ and $V$ must grow large before attention becomes that
-# sharp.
+# A cell's similarity with itself is 1, and with its left neighbour it is nearly as large. So the
+# code makes it *possible* to look at one exact cell, but $U$ and $V$ must grow large before
+# attention becomes that sharp.
 #
 # With places, shuffling the contents is no longer harmless:
 
@@ -642,9 +650,11 @@ for name, numbers in {"U z": asked, "V x": found_by, "scores": scores}.items():
 # $N_k$ keys have the same weight, it is $\ln N_k$. If one key has all of it, it is 0. So its exponential
 # can be read as the number of keys that a query *effectively* looks at.
 #
-# For scores of variance $\sigma^2$ and many keys, theory gives $\ln N_k - \sigma^2/2$. (In short: the
-# sum of $e^s$ over the keys is about $N_k e^{\sigma^2/2}$, and the average of $s$ under the weights is
-# $\sigma^2$.)
+# For scores of variance $\sigma^2$ and many keys, theory gives $\ln N_k - \sigma^2/2$. Here is why.
+# Since $\ln A_k = s_k - \ln \sum_j e^{s_j}$, the entropy is $\ln \sum_j e^{s_j}$ minus the average
+# of $s$ under the weights. For many normally distributed scores the sum is about $N_k
+# e^{\sigma^2/2}$, and the average is about $\sigma^2$. So the entropy is $\ln N_k + \sigma^2/2 -
+# \sigma^2$.
 #
 # **Before you run**: at 4,096 keys, how many does a query effectively look at? Ten? A hundred? We measure
 # it for our module and for PyTorch's, with $C = 256$ and 8 heads.
@@ -661,7 +671,7 @@ with torch.no_grad():
         for found, weights in zip(measured.values(), (A, A_packed), strict=True):
             found.append(-(weights * weights.log()).sum(-1).mean().item())
 for name, found in measured.items():
-    print(f"{name}: {math.exp(found[-1]) / 4096:.1f} times the 4,096 keys in effect")
+    print(f"{name}: in effect {math.exp(found[-1]) / 4096:.1f} of the 4,096 keys")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Entropy of the attention weights against the number of keys. Both measured curves run parallel to the line of equal weights, half a unit and an eighth of a unit below it."}}
 figure, axis = plt.subplots()
@@ -687,21 +697,21 @@ print("variance of PyTorch's entries, times C:", round(third, 2))
 assert math.isclose(third, 0.5, rel_tol=0.02)
 
 # %% [markdown]
-# With Eq. 1 as the paper assumes it, a query effectively looks at six tenths of all keys: about 2,500 of
-# 4,096. What people really train starts even flatter. PyTorch keeps $U$, $V$ and $W'$ in *one* matrix of
-# $3C \times C$, and Xavier's formula looks at that shape, so each entry has the variance $1/(2C)$ instead
-# of $1/C$. Therefore queries and keys come out smaller, the scores have variance $\tfrac14$, and nine
-# tenths of all keys take part.
+# If queries and keys have variance 1, as the paper assumes, a query effectively looks at six tenths
+# of all keys: about 2,500 of 4,096. PyTorch's module starts even flatter, at nine tenths. PyTorch
+# keeps $U$, $V$ and $W'$ in *one* matrix of $3C \times C$, and Xavier's formula looks at that shape,
+# so each entry has the variance $1/(2C)$ instead of $1/C$. Therefore queries and keys have variance
+# $\tfrac12$, and the scores have variance $\tfrac14$.
 
 # %% [markdown]
-# ## Exercise {{n}}.4  What a score is told
+# ## Exercise {{n}}.4  The gradient of a score
 #
 # *difficulty ●●○ · 12 minutes · 3 lines*
 #
-# Let us follow the gradient back by hand. One query has the scores $s_k$, the weights
-# $A = \text{softmax}(s)$ and the output $o = \sum_k A_k v_k$. The gradient of the loss by the output is
-# given: $g = \partial \mathcal{L} / \partial o$. Write the gradient of the loss by the scores,
-# $\partial \mathcal{L} / \partial s_k$, without autograd.
+# Let us follow the gradient back by hand. One query has the scores $s_k$, the weights $A =
+# \text{softmax}(s)$ and the output $o = \sum_k A_k v_k$. The gradient of the loss with respect to
+# the output is given: $g = \partial \mathcal{L} / \partial o$. Write the gradient of the loss with
+# respect to the scores, $\partial \mathcal{L} / \partial s_k$, without autograd.
 
 
 # %% tags=["exercise"]
@@ -719,8 +729,8 @@ check("attention.4", score_gradient)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# If the weights were free, the gradient by $A_k$ would be $g \cdot v_k$. But raising one weight
-# lowers all the others.
+# If the weights were free, the gradient with respect to $A_k$ would be $g \cdot v_k$. But raising
+# one weight lowers all the others.
 #
 # </details>
 #
@@ -744,7 +754,7 @@ check("attention.4", score_gradient)
 # ## {{n}}.6 What that does to gradients
 #
 # The chain rule gives two lines, one for the values and one for the scores (the second is exercise
-# {{n}}.4), and both begin with $A_k$:
+# {{n}}.4). Both contain $A_k$ as a factor:
 #
 # $$
 # \frac{\partial \mathcal{L}}{\partial v_k} = A_k \, g, \qquad
@@ -775,7 +785,8 @@ who_hears()
 # \frac{1}{\sqrt D} \sum_k \frac{\partial \mathcal{L}}{\partial s_k} \, k_k,
 # $$
 #
-# and we compare its term of the right key with the sum of all other terms.
+# where $k_k$ is key number $k$. We compare the right key's term of this sum with the sum of
+# all other terms.
 
 
 # %%
@@ -793,9 +804,9 @@ def gradients(num_keys, draws=50, D=32):
 
 
 # %% [markdown]
-# **Before you run**: on a double logarithmic scale a line of slope $-1$ means that four times the keys
-# leave a quarter. The gradients of value and score should have that slope. And the ratio of the right
-# key's term to that of all others, in the query?
+# **Before you run**: on a double logarithmic scale a line of slope $-1$ means that four times the
+# keys leave a quarter. The gradients of value and score should have that slope. Which slope do you
+# expect for the query, that is, for the ratio of the right key's term to the sum of all others?
 
 # %%
 torch.manual_seed(1)
@@ -830,10 +841,11 @@ print("at 4,096 keys the right key's part is", round(told[-1, 2], 2), "of the ot
 assert told[-1, 2] < 0.07 < 0.7 < told[0, 2]
 
 # %% [markdown]
-# The left panel is what the paper means by "ambiguous gradients for input features": the gradient that
-# reaches the features $x_k$ through their values is nearly the same for every cell, so it does not say
-# which cell mattered. By itself, a *small* gradient does no great harm. Optimisers such as AdamW
-# {cite}`loshchilov2019adamw` divide every gradient by its usual size.
+# The paper speaks of "ambiguous gradients for input features", and the first formula above shows
+# what it means: the gradient $A_k \, g$ of a value is nearly the same for every cell as long as all
+# $A_k$ are, so it does not say which cell mattered. The left panel shows how small it is. By itself,
+# a *small* gradient does no great harm. Optimisers such as AdamW {cite}`loshchilov2019adamw` divide
+# every gradient by its usual size.
 #
 # The right panel matters more, because dividing does not change a ratio. Why is its slope $-\frac12$?
 # The right key's part has the size $1/N_k$. Each of the other keys contributes about $1/N_k$ too, but
@@ -872,10 +884,10 @@ for batch, (right, others) in parts.items():
 
 # %% [markdown]
 # Averaging leaves the right key's part as it is, and with four times the images the others' part is
-# halved: averaging over $b$ images gains $\sqrt b$. To make up for four times the *keys*, which halve the
-# ratio, one therefore needs four times the images. This is the price of looking everywhere: the more
-# cells, the more images it takes until the right one is heard. Whether training really slows
-# down like that is the next chapter's first question.
+# halved: averaging over $b$ images gains $\sqrt b$. To make up for four times the *keys*, which
+# halve the ratio, one therefore needs four times the images. This is the price of looking
+# everywhere: the more cells, the more images it takes until the right one stands out. Whether
+# training really slows down like that is the next chapter's first question.
 
 # %% [markdown]
 # ## {{n}}.7 The module as detectors use it
@@ -885,7 +897,9 @@ for batch, (right, others) in parts.items():
 # becomes queries and keys, so that places are compared. It does **not** add them to what becomes values,
 # so that the output is a mixture of contents alone.
 #
-# The library does this in `DenseAttention`, which is PyTorch's module with the places added:
+# The library does this in `DenseAttention`, a small subclass of PyTorch's module. For the attention
+# among a detector's queries it adds their places to what becomes queries and keys, and then calls
+# PyTorch's module:
 
 # %%
 from deformable_detr.layers.dense_attention import DenseAttention
@@ -905,8 +919,9 @@ assert issubclass(DenseAttention, nn.MultiheadAttention)
 # - `load` copies the weights and biases of an `nn.MultiheadAttention(C, M, batch_first=True)`. Its
 #   biases are packed as its weights are: `in_proj_bias` has those of $U$, $V$ and $W'$ one after another.
 #
-# The checker asks for agreement with PyTorch's module: without places and padding; with places; with
-# padding that differs between the images.
+# The checker asks for agreement with PyTorch's module: with places of zero and no padding (a mask of
+# False); with places; with padding that differs between the images. Then it asks that gradients
+# reach everything that was loaded.
 
 
 # %% tags=["exercise"]
@@ -987,7 +1002,8 @@ check("attention.5", PlacedAttention)
 #   has neighbours.
 # - Before training each key has a weight of about $1/N_k$. So the right key's gradient falls like
 #   $1/N_k$, and its part in what the query learns from one image like $1/\sqrt{N_k}$.
-# - Only averaging over more images, in steps or in a batch, makes up for that.
+# - Averaging over more images, in steps or in a batch, makes up for that: four times the keys need
+#   four times the images.
 #
 # > **Differs from the paper.** Eq. 1 has no biases, the code has. In Eq. 1 key and value are made from
 # > the same $x_k$; DETR and the official code add the place code to what becomes queries and keys, not to

@@ -24,11 +24,12 @@
 # {{map}}
 
 # %% [markdown]
-# The paper on Deformable DETR {cite}`zhu2021deformable` names two faults of dense attention on images:
-# it learns slowly, and it is too expensive for maps that are fine enough to show small objects. Both come
-# from one fact. On an image the keys are the cells of a feature map, and there are *many* cells. Halving
-# the stride gives four times as many. If every cell asks every cell, as in DETR's encoder
-# {cite}`carion2020detr`, it gives sixteen times as many pairs.
+# The paper on Deformable DETR {cite}`zhu2021deformable` names two faults of dense attention on
+# images: it learns slowly, and it is too expensive for maps that are fine enough to show small
+# objects. Both come from one fact. On an image the keys are the cells of a feature map, and there
+# are *many* cells. Halving the stride gives four times as many cells. In DETR's encoder
+# {cite}`carion2020detr` every cell is compared with every cell, so it even gives sixteen times as
+# many pairs.
 
 # %% tags=["hide-input"]
 import itertools
@@ -64,13 +65,16 @@ what_grows()
 #
 # ## {{n}}.1 A task whose answer we know
 #
-# {{chapter attention}} ended with a prediction: with more cells, it takes longer until the right one is
-# heard. If that is so, one should *see* learning slow down when a map has more cells, although the task
-# stays the same. For this we need a task of which we know where attention must look.
+# {{chapter attention}} ended with a prediction: the more cells there are, the longer it takes until
+# the gradient of the right cell stands out. If that is so, one should *see* learning slow down when
+# a map has more cells, although the task stays the same. To test this, we need a task for which we
+# know where attention must look.
 #
-# Every cell of a map holds a **shape** (one of 8) in a **colour** (one of 5). Three of the shapes are
-# special. We call them the marks: each stands in exactly one cell of a map. All other cells are clutter.
-# Query $i$ must name the colour of mark $i$. Nobody tells it where the mark is, nor what it looks like.
+# Every cell of a map holds a **shape** (one of 8) in a **colour** (one of 5). Three of the shapes
+# are special. We call them the marks: each is in exactly one cell of a map. All other cells are
+# clutter. Query $i$ must name the colour of mark $i$. Nobody tells it where the mark is, nor what it
+# looks like. In the code, shapes 0, 1 and 2 are the marks: every cell first gets one of the other
+# shapes, and then three different random cells get the marks.
 
 # %%
 SHAPES, MARKS, COLOURS, WIDTH = 8, 3, 5, 32
@@ -117,9 +121,11 @@ finder()
 # learned vectors, as in DETR's decoder.*
 #
 # A cell's feature is a fixed random vector for its shape plus one for its colour. So there are only
-# 8 x 5 = 40 kinds of cell, and cells of one kind have the same key and the same value. We compute scores
-# once per kind and look them up for all cells. After the softmax over the cells, we add up the weights of
-# each kind and multiply by the 40 values. The result is the same as from all cells, with less work.
+# 8 x 5 = 40 kinds of cell, and cells of one kind have the same key and the same value. There are no
+# place codes here, because a query must find its mark by what it is, not by where it is. We compute
+# scores once per kind and look them up for all cells. After the softmax over the cells, we add up
+# the weights of each kind and multiply by the 40 values. The result is the same as from all cells,
+# with less work.
 
 
 # %%
@@ -195,7 +201,7 @@ for num_cells, step in half_way.items():
         f"{num_cells:5} cells: half of the weight is right after {step} steps (median of 5 seeds)"
     )
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two charts against the training step, with five thin lines, one per seed, for each of four map sizes. With 16 cells the right weight and the right colours reach one within a few dozen steps, with 64 and 256 cells later each time; with 1024 cells they stay at zero and at chance for more than a hundred steps, and some lines never leave it."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two charts against the training step, with five thin lines, one per seed, for each of four map sizes. With 16 cells the right weight and the right colours reach one within a few dozen steps, with 64 and 256 cells later each time; with 1024 cells they stay near zero and at chance for longest, and two lines leave it only after step 350."}}
 figure, axes = plt.subplots(1, 2, sharex=True)
 for i, (num_cells, history) in enumerate(histories.items()):
     curves = history.mean(-1).transpose(1, 2)  # (5 seeds, 2, steps)
@@ -212,9 +218,10 @@ figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", 
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.4. What to see: each line is one seed. The more cells, the later the queries find their
-# marks. With 1,024 cells they guess for a long time (dotted: chance, one in five), and in 400 steps most
-# seeds do not find all three marks.*
+# *Figure {{n}}.4. What to see: each line is one seed. The more cells, the later the queries find
+# their marks. With 1,024 cells they guess for a long time (dotted: chance, one in five), and in 400
+# steps most seeds do not find all three marks. (On the left some lines stay below 1 although all
+# their colours are right. The end of this section says why.)*
 
 # %% tags=["hide-input"]
 assert histories[16][:, -20:, 1].mean() > 0.98  # all right in the end
@@ -244,8 +251,9 @@ plt.show()
 # and suddenly. Most of the time is spent waiting for it, without any visible progress. On the right, one
 # query is still waiting at the end.*
 #
-# Is this so in every run? For each of the 15 queries of the five runs with 256 cells, we count the steps
-# until its weight on the right cell passes 0.1 (the wait), and from there to 0.5 (the climb).
+# Is this so in every run? We look at the five runs with 256 cells, in which every query gets there.
+# For each of the 15 queries we count the steps until its weight on the right cell passes 0.1 (the
+# wait), and from there to 0.5 (the climb).
 
 # %%
 waits, climbs = [], []
@@ -259,8 +267,10 @@ assert sum(np.less(climbs, waits)) >= 12
 print("the climb is shorter than the wait for nearly all of the 15, and on average much shorter")
 
 # %% [markdown]
-# Finally, look at *where* the queries look. We take a run with 256 cells, before and after training, and
-# test on 200 maps that it was never trained on.
+# Half of the queries wait more than 40 steps, and half need less than 15 for the climb. Finally, let
+# us see *where* the queries look. We take the last of the five runs with 256 cells, before and after
+# training, and test it on 200 maps that it was never trained on. (It is the best of the five. The
+# others follow below.)
 
 # %%
 test_contents, test_places = draw_maps(256, torch.Generator().manual_seed(5), count=200)
@@ -290,10 +300,10 @@ plt.show()
 # number is the weight in the right cell, which is circled. Noise has become a point, and the point is
 # where it should be.*
 #
-# **A right answer is not a right look.** After training, all runs with 256 cells name nearly all colours
-# correctly. So do all their queries look at the right cell? We sort the 200 maps by the colour that a
-# mark has, and take the mean weight on its cell for each mark and colour. For every run, here is the
-# smallest of these 15 means:
+# **A right answer does not prove that the model looked at the right place.** After training, all
+# runs with 256 cells name nearly all colours correctly. Does this mean that all their queries look
+# at the right cell? We sort the 200 maps by the colour that a mark has, and take the mean weight on
+# its cell for each mark and colour. For every run, here is the smallest of these 15 means:
 
 # %%
 wanted = test_contents.gather(1, test_places) % COLOURS  # (200, 3)
@@ -313,10 +323,11 @@ assert min(smallest) < 0.2
 print("smallest mean weight, run by run:", [round(weight, 2) for weight in smallest])
 
 # %% [markdown]
-# In most runs there is a mark and a colour for which the query looks *elsewhere*, and yet its answer is
-# right. How? By elimination. The query finds its mark in four colours. If it finds nothing, the mark must
-# have the fifth. Keep this in mind when somebody shows an attention map as an explanation: it tells where
-# a model looked, not on what its answer depends. ({{chapter looking}} comes back to this.)
+# In most runs there is a mark and a colour for which the query looks *elsewhere*, and yet its answer
+# is right. How can that be? By elimination: if the query finds its mark in four of the colours, then
+# the mark must have the fifth colour whenever it finds nothing. So take care when somebody shows an
+# attention map as an explanation: it shows where a model looked, but not what its answer depends on.
+# ({{chapter looking}} comes back to this.)
 #
 # So much for the time to learn. What would help? If someone told each query *roughly* where to look, so
 # that it saw 16 of the 1,024 cells and the right one among them, its task would be that of the fastest
@@ -344,7 +355,7 @@ assert count_flops(torch.matmul, left, right) == 2 * 3 * 5 * 7
 
 # %% [markdown]
 # Attention has six matrix products. Four are the projections, which work on each query or each cell
-# alone. The other two, scores and weighted sum, work on each *pair* of a query and a cell.
+# by itself. The other two, scores and weighted sum, work on each *pair* of a query and a cell.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Blocks with arrows. From N_q queries: U, which costs 2 N_q C squared. From N_k cells: V and W', 2 N_k C squared each. Filled blocks: the scores and the weighted sum, 2 N_q N_k C each, with the softmax between them. At the end W, 2 N_q C squared."}}
 from schematics.attention_on_images import bill
@@ -383,7 +394,8 @@ assert whole == sum(pieces.values())
 # *difficulty ●●○ · 10 minutes · 3 lines*
 #
 # Write the number of FLOPs of all matrix products in Eq. 1, for any sizes, after Figure {{n}}.7. The
-# checker compares with PyTorch's counter, at last for DETR's decoder: 100 queries on a map of 25 x 34.
+# checker compares your result with PyTorch's counter. Its last case is DETR's decoder: 100 queries
+# on a map of 25 x 34.
 
 
 # %% tags=["exercise"]
@@ -434,8 +446,9 @@ check("attention_on_images.1", attention_flops)
 # $8NC^2 + 4N^2C$. For few cells the first part is larger, for many the second. They are equal at
 # $N = 2C$, which is **512 tokens** for the usual $C = 256$.
 #
-# Is that many? Detectors are usually tested on images of about 800 x 1066 pixels. How many cells is that
-# at each stride? A chain of convolutions with stride 2 tells.
+# Is that many? Detectors are usually tested on images of about 800 x 1066 pixels. How many cells is
+# that at each stride? We let PyTorch tell us, with a chain of convolutions of stride 2. (On the
+# device `meta` it computes only the shapes, and no numbers.)
 
 # %%
 halve = nn.Conv2d(1, 1, kernel_size=3, stride=2, padding=1, device="meta")
@@ -447,10 +460,10 @@ print("stride 32:", shapes[32], "=", shapes[32][0] * shapes[32][1], "cells")
 assert shapes[32] == (25, 34)  # 1066 / 32 = 33.3, rounded up
 
 # %% [markdown]
-# Stride 32 is the coarsest map of a ResNet {cite}`he2016resnet`, and even there 850 cells are more than
-# 512: the quadratic part is already the larger one. Now the whole bill for one self-attention layer with
-# $C = 256$ and 8 heads. The last column is the memory of the weights $A$ in 32-bit floats, $M$ matrices
-# of $N \times N$ numbers.
+# Stride 32 is the coarsest map of a ResNet {cite}`he2016resnet`, and even there 850 cells are more
+# than 512: the quadratic part is already the larger one. Now the whole bill for one self-attention
+# layer with $C = 256$ and 8 heads. "GF" means $10^9$ FLOPs. The last column is the memory of the
+# weights $A$ in 32-bit floats, $M$ matrices of $N \times N$ numbers.
 #
 # **Before you run**: how much memory do the weights of *one* layer take at stride 8? Megabytes or
 # gigabytes?
@@ -498,19 +511,20 @@ print("counts and formulas agree; half the stride takes 16 times the memory of A
 
 # %% [markdown]
 # Two remarks, to be fair.
-# - PyTorch's counter sees matrix products only. The softmax adds a handful of operations for each of the
-#   $M N^2$ weights, but the products spend $4D = 128$ on each. So nothing important is missing.
+# - PyTorch's counter sees matrix products only. The softmax adds a handful of operations for each of
+#   the $M N^2$ weights. The two products need $4D = 128$ per weight: $2D$ for its score, and $2D$ to
+#   multiply a value by it and add. So nothing important is missing.
 # - An encoder layer also has a feed-forward network, which is linear in the number of cells: $4NCF$ FLOPs
 #   for a hidden width $F$. DETR's is 2,048 wide. Counting it in, the quadratic part wins from
 #   $N = 2C + F = 2560$ tokens on, which lies between stride 32 and stride 16.
 #
 # ## {{n}}.3 The memory
 #
-# The table above says that the weights of one layer take gigabytes at stride 8. But does anyone have to
-# *store* them? In 2020, when the paper was written, one did: autograd keeps $A$ for the backward pass.
-# Newer kernels, which PyTorch uses in `F.scaled_dot_product_attention`, compute $A$ block by block, use
-# each block at once and forget it. In the backward pass they compute it again. We can ask autograd what
-# it keeps.
+# The table above says that the weights of one layer take gigabytes at stride 8. But does anyone have
+# to *store* them? In 2020, when the paper was written, one did: autograd keeps $A$ for the backward
+# pass. Newer kernels, which PyTorch uses in `F.scaled_dot_product_attention`, compute $A$ block by
+# block, use each block at once and forget it. In the backward pass they compute it again. We can
+# measure how much autograd keeps.
 
 
 # %%
@@ -544,9 +558,10 @@ assert dense > 4 * M * num_tokens**2 / 1e6  # A itself is in there
 assert fused < 6 * 4 * num_tokens * C / 1e6  # inputs, output and little more
 
 # %% [markdown]
-# With twice the tokens, dense attention keeps nearly four times as much, and the fused form only twice as
-# much. So today memory need not be quadratic any more, and this argument of the paper has aged. The
-# computation still is quadratic, and so is the time:
+# With twice the tokens, dense attention keeps nearly four times as much, and the fused form only
+# twice as much. So today memory need not be quadratic any more, and this argument of the paper has
+# aged. The computation still is quadratic, so the time still grows much faster than the number of
+# tokens:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -569,8 +584,9 @@ for name in ("dense", "fused"):  # 16 times the pairs: 16 times the time, give o
 print("from 512 to 2,048 tokens both take more than five times as long")
 
 # %% [markdown]
-# (These are times of one processor, on a day when it may have had other work. The counts above are the
-# same everywhere.)
+# (From 512 to 2,048 tokens there are 16 times as many pairs. The factor in the times may be larger
+# or smaller, because larger matrices fit less well into a processor's fast memory, and because this
+# processor may have had other work. The counts above are the same everywhere.)
 
 # %% [markdown]
 # ## Exercise {{n}}.2  Attention without its matrix
@@ -629,8 +645,9 @@ check("attention_on_images.2", attend_in_blocks)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# With one block there is nothing to scale down. With several, you either take a softmax within each block
-# and average the results, which gives each block the same say, or scale down only one of the two sums.
+# With one block there is nothing to scale down. With several, you either take a softmax within each
+# block and average the results, which gives each block the same total weight, or scale down only one
+# of the two sums.
 #
 # </details>
 #
@@ -639,9 +656,10 @@ check("attention_on_images.2", attend_in_blocks)
 # %% [markdown]
 # ## {{n}}.4 Why small objects suffer
 #
-# Because of that bill, DETR works at stride 32. How much of an object is left there? COCO
-# {cite}`lin2014coco`, the data set on which detectors are compared, calls an object small if it has less
-# than $32^2$ pixels, and large if it has more than $96^2$.
+# Because finer maps are so expensive, DETR works at stride 32. How much of an object is left there?
+# COCO {cite}`lin2014coco`, the data set on which detectors are compared, calls an object small if it
+# has less than $32^2$ pixels, and large if it has more than $96^2$. We take squares of these two
+# sizes, and a really small one of $9^2$, about the size of the small digit below.
 
 # %%
 print("cells covered by an object of")
@@ -702,9 +720,9 @@ for side in (9, 32, 96):
     assert np.allclose(shares, side**2 / (800 * 1066))
 
 # %% [markdown]
-# On a finer map an object has more cells, but each has less weight, and the sum stays the same. Since
-# gradients go with the weights ({{chapter attention}}), an object of 96 pixels receives more than a hundred
-# times as much gradient as one of 9 pixels.
+# On a finer map an object has more cells, but each has less weight, and the sum stays the same.
+# Since gradients go with the weights ({{chapter attention}}), before training an object of 96 x 96
+# pixels receives more than a hundred times as much gradient as one of 9 x 9.
 #
 # What people measured on COCO fits this. The following lines are quoted from the README of the official
 # repository; only the column of strides is ours. AP, average precision, is COCO's grade: the higher the
@@ -826,7 +844,8 @@ slider(draw_looks, row=(0, height - 1, 10), column=(0, width - 1, 20))
 # the cell and move the query. The first three patterns are the same for every image; the points of the
 # last one move with what the query has learned to look for.*
 #
-# What is left of the quadratic part when the map gets finer?
+# How does the number of keys grow when the map gets finer? (The 32 cells above were those of 8 heads
+# together. Per head there are 4.)
 
 # %%
 print("keys per query and head, strides 32, 16, 8, 4")
@@ -841,18 +860,19 @@ for name, counts in table.items():
     print(f"{name:13}", *(f"{count:7,}" for count in counts))
 
 # %% [markdown]
-# A window is cheap, but it is blind beyond its border, and an object may be larger than the window. A row
-# and a column reach far, but they see only a thin cross. Deformable attention stays at $K$ keys whatever
-# the size of the map. Its weights start at exactly $1/K$ instead of about $1/N_k$. And it can reach any
-# place, if it learns to. *How* places can be learned is the subject of {{chapter deformable_convolution}};
-# the module itself is that of {{chapter deformable_attention}}.
+# A window is cheap, but it is blind beyond its border, and an object may be larger than the window.
+# A row and a column reach far, but they see only a thin cross. Deformable attention stays at $K$
+# keys per head, whatever the size of the map. Its weights start at exactly $1/K$ instead of about
+# $1/N_k$, as we shall see. And it can reach any place, if it learns to. *How* places can be learned
+# is the subject of {{chapter deformable_convolution}}; the module itself is that of
+# {{chapter deformable_attention}}.
 
 # %% [markdown]
 # ## Summary
 #
 # - With more cells, attention learns later: on a task with a known answer, 64 times the cells took about
 #   twenty times the steps. Each query finds its mark suddenly, after a long wait.
-# - A right answer does not prove a right look.
+# - A right answer does not prove that the model looked at the right place.
 # - Cost: $4(N_q C^2 + N_k C^2 + N_q N_k C)$ FLOPs. In an encoder, the last term rules from $2C$ tokens on.
 # - Memory need not be quadratic any more; the computation still is.
 # - Small objects need fine maps, which dense attention cannot pay for, and they get the least gradient.

@@ -133,7 +133,7 @@ def who_hears() -> None:
             )
         block(axes, 1.8, 2.05, "output", QUERY, 0.9, 0.42)
         axes.text(2.4, 2.05, "gradient $g$", fontsize=9, color=LOSS, va="center")
-        axes.text(1.8, 0.15, f"{count} keys, each hears $g$ / {count}", ha="center", fontsize=9)
+        axes.text(1.8, 0.15, f"{count} keys, each receives $g$ / {count}", ha="center", fontsize=9)
     plt.show()
 
 
