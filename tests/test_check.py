@@ -99,8 +99,7 @@ def test_classes_with_boxes_in_one_split_only(coco):
     faults = dict(check_data({s: find_split(coco, s) for s in ("train", "val")}))["between splits"]
     said = [fault.message for fault in faults if fault.kind == "class in one split"]
     assert said == [
-        "1 class with boxes in train and none in val, so that their AP is not measured there: "
-        "blue",
+        "1 class with boxes in train and none in val, so that their AP is not measured there: blue",
         "2 classes with boxes in val and none in train, so that their AP cannot be learned: "
         "green, red",
     ]

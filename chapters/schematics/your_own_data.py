@@ -1,6 +1,7 @@
 """Schematics of the chapter on one's own data."""
 
 from matplotlib.patches import Rectangle
+
 from schematics import CUT, LOSS, POINT, QUERY, QUIET, VALUE, arrow, block, canvas
 
 STATIONS = (
