@@ -84,8 +84,8 @@ def every_layer() -> None:
         block(axes, x, 0.75, "match", LOSS, 0.9, 0.4)
         arrow(axes, (x, 0.53), (x, 0.28), colour=LOSS)
         axes.text(x, 0.14, f"loss {number + 1}", ha="center", va="center", fontsize=9, color=LOSS)
-        start = 1.07 if number == 0 else x - 1.03
-        arrow(axes, (start, 0.75), (x - 0.47, 0.75), colour=LOSS, dashed=True)
+        arrow(axes, (x - 0.3, 1.13), (x - 0.3, 0.96), colour=LOSS)
+    axes.plot((0.6, 0.6, 4.6), (0.96, 1.13, 1.13), "--", color=LOSS, lw=1.5, zorder=0)
     for x in (2.65, 4.15):
         axes.text(x, 0.14, "+", ha="center", va="center", fontsize=11, color=LOSS)
     arrow(axes, (5.25, 0.14), (5.6, 0.14), colour=LOSS)
@@ -125,6 +125,8 @@ def overlap_and_distance(
         axes.add_patch(Rectangle((0, 0), *hull, fill=False, ec="black", ls="--", lw=1))
         axes.set_title(f"IoU {iou(fixed, moved):.2f}\nGIoU {giou(fixed, moved):.2f}")
         axes.set(xlim=(-0.3, 12.3), ylim=(3, -0.3), aspect="equal", xticks=[], yticks=[])
+    for x, name in ((1.5, "object"), (10, "prediction")):
+        places["d"].text(x, 2.55, name, ha="center", va="center", size=7)
     shifts = np.linspace(0, 10, 101)
     for measure, style, name in ((iou, "-", "IoU"), (giou, "--", "GIoU")):
         values = [measure(fixed, (shift, 0.0, shift + 3, 2.0)) for shift in shifts]

@@ -107,7 +107,7 @@ def first_stage() -> None:
     arrow(axes, (4.66, 2.95), (5.35, 2.8), colour=LOSS)
     arrow(axes, (4.62, 2.15), (5.35, 2.6), colour=LOSS)
     block(axes, 6.1, 2.7, "its own matching\nand loss", LOSS, 1.45, 0.52, strong=True)
-    arrow(axes, (4.3, 1.98), (4.3, 1.5), colour=QUERY)
+    arrow(axes, (4.3, 1.98), (4.3, 1.58), colour=QUERY, style="-")
     axes.text(4.4, 1.72, "the Q of best score", fontsize=8, color=QUERY, va="center")
     axes.plot([4.1, 4.5], [1.52, 1.6], color=CUT, lw=3)
     axes.plot([4.1, 4.5], [1.42, 1.5], color=CUT, lw=3)
