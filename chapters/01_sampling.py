@@ -102,8 +102,8 @@ assert (top, bottom, value) == (12.5, 57.5, 35.0)
 
 # %% [markdown]
 # If we multiply this out, each pixel gets one factor. For the upper left pixel it is (1 - y)(1 - x):
-# the nearer the point, the larger. And 1 - x = 0.75 and 1 - y = 0.5 are the sides of the rectangle
-# that the frame covers of this pixel in the picture, so their product is its area.
+# the nearer the point, the larger. In the picture, 1 - x = 0.75 and 1 - y = 0.5 are the sides of the
+# part of this pixel that the frame covers. So their product is the area of that part.
 
 # %%
 weights = torch.tensor([[(1 - y) * (1 - x), (1 - y) * x], [y * (1 - x), y * x]])
@@ -323,7 +323,7 @@ print("both gradients agree with finite differences")
 
 # %% [markdown]
 # How do value and slope look along a whole row? Here is a row of five pixels, sampled at 900 places
-# from two pixels before it to two pixels behind it.
+# from two pixels before it to two pixels after it.
 
 # %% mystnb={"image": {"alt": "Left: the sampled value along one row of five pixels, a line with corners at the pixel centres that falls to zero one pixel outside. Right: its slope, a staircase that jumps at every pixel centre and is zero more than one pixel outside."}}
 row = torch.tensor([[[2.0, 5.0, 1.0, 1.0, 4.0]]])
@@ -463,13 +463,13 @@ axis.imshow(spot)
 for path, colour in zip(paths, ("C1", "C4", "C3"), strict=True):
     axis.plot(*path.T, color=colour)
     axis.plot(*path[0], "o", color=colour)
-    axis.plot(*path[-1], "*", color=colour, markersize=12)
+    axis.plot(*path[-1], "*", color=colour, markersize=12, mec="black")
 axis.set(xlabel="x in pixels", ylabel="y in pixels")
 plt.show()
 
 # %% [markdown]
 # *Figure {{n}}.5. What to see: circles are starts and stars are ends. Two points feel the slope of the
-# spot and climb to its centre. The third (its star covers its circle) stands where the map is flat.
+# spot and climb to its centre. The third (its star covers its circle) lies where the map is flat.
 # Its gradient is exactly zero, so it never moves.*
 
 # %% tags=["hide-input"]
@@ -483,7 +483,7 @@ print("the first five steps of both walks go uphill")
 # target may be and still be found is called the *capture range*. Here it is about 9 pixels, because
 # further out the map is flat. The capture range explains three choices of deformable attention that
 # we shall meet:
-# - it takes **several** points per query, since one alone may stand where the map is flat;
+# - it takes **several** points per query, since one alone may lie where the map is flat;
 # - it starts them **spread out**, as a star ({{chapter many_scales}});
 # - it also looks at **coarse maps**, where one pixel covers a large part of the image, so that even
 #   the four pixels around a point cover a lot.
@@ -547,7 +547,7 @@ check("sampling.3", has_gradient)
 # coordinates that do not change, so it speaks in *normalised* ones. Unfortunately there are three
 # ways to normalise, and all three are in use.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "A row of five pixels and four rulers below it. Pixel coordinates: 0 and W minus 1 at the centres of the first and last pixel. This book: 0 and 1 at the outer edges, with the centres at 0.5 / W and 1 - 0.5 / W. align_corners=False: -1 and 1 at the outer edges. align_corners=True: -1 and 1 at the centres of the first and last pixel."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A row of five pixels and four rulers below it. Pixel coordinates: 0 and W minus 1 at the centres of the first and last pixel. This book: 0 and 1 at the outer edges, with the centres at 0.5 / W and 1 - 0.5 / W. align_corners=False: -1 and 1 at the outer edges, with the centres at -1 + 1 / W and 1 - 1 / W. align_corners=True: -1 and 1 at the centres of the first and last pixel."}}
 from schematics.sampling import rulers
 
 rulers()

@@ -852,8 +852,8 @@ assert told[-1, 2] < 0.07 < 0.7 < told[0, 2]
 # with random signs, and a sum of $N_k$ random terms of size $1/N_k$ has the size $1/\sqrt{N_k}$. So in
 # what the query learns from one image, the right answer is drowned by the wrong ones.
 #
-# What does help is averaging. Over many images the right key says the same every time, while the other
-# keys say something different each time and cancel. It does not matter whether the images come one after
+# What does help is averaging. Over many images the right key contributes the same every time, while the
+# other keys contribute something different each time and cancel. It does not matter whether the images come one after
 # another, as steps of training, or together, as a larger batch. Here we keep the query and the right
 # key, draw the 1,023 others anew for each image, and average the query's gradient over the batch.
 
@@ -878,7 +878,7 @@ cases = torch.randn(150, 3, 32)  # a query, its right key and that key's value
 parts = {batch: averaged(batch, cases) for batch in (1, 4, 16)}
 for batch, (right, others) in parts.items():
     right, others = right / parts[1][0], parts[1][1] / others
-    print(f"batch {batch:2}: right key x {right:.1f}, all others / {others:.0f}")
+    print(f"batch {batch:2}: right key's part times {right:.1f}, others' divided by {others:.0f}")
     assert math.isclose(right, 1, abs_tol=0.1)
     assert math.isclose(others, math.sqrt(batch), rel_tol=0.12)
 

@@ -71,7 +71,7 @@ def heads() -> None:
     axes.text(3.05, 1.33, "(M, N, D)", ha="center", fontsize=8, color=VALUE)
     block(axes, 5.5, 1.2, "weighted\nsum", QUERY, 0.95, 0.75)
     arrow(axes, (4.55, 1.75), (5.03, 1.42), "", QUERY)
-    axes.text(5.15, 1.72, "$A$ (M, Q, N)", ha="left", fontsize=8, color=QUERY)
+    axes.text(4.84, 1.66, "$A$ (M, Q, N)", ha="left", fontsize=8, color=QUERY)
     arrow(axes, (2.38, 0.45), (5.03, 0.95), "", VALUE)
     axes.text(3.7, 0.5, "(M, N, D)", ha="center", fontsize=8, color=VALUE)
     block(axes, 6.75, 1.2, "$W$", QUERY, 0.6, 0.55, strong=True)

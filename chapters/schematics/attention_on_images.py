@@ -20,9 +20,8 @@ def what_grows() -> None:
         pairs.add_patch(Rectangle((0, 0), count, count, facecolor=QUERY, alpha=0.25))
         pairs.add_patch(Rectangle((0, 0), count, count, fill=False, edgecolor=QUERY, lw=1.5))
         pairs.set(xlim=(-4, 260), ylim=(260, -4), aspect="equal", xticks=[], yticks=[])
-        pairs.set(title=f"{count**2:,} pairs", xlabel="keys")
+        pairs.set(title=f"{count**2:,} pairs", xlabel="keys", ylabel="queries")
         pairs.spines[:].set_visible(False)
-    axes[1, 0].set(ylabel="queries")
     plt.show()
 
 

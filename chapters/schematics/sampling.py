@@ -79,7 +79,7 @@ def rulers() -> None:
     lines = (
         ("pixels", QUIET, centres, ("0", "W - 1"), edges, ("-0.5", "W - 0.5")),
         ("this book", POINT, edges, ("0", "1"), centres, ("0.5 / W", "1 - 0.5 / W")),
-        ("align_corners=False", QUERY, edges, ("-1", "1"), (), ()),
+        ("align_corners=False", QUERY, edges, ("-1", "1"), centres, ("-1 + 1 / W", "1 - 1 / W")),
         ("align_corners=True", QUERY, centres, ("-1", "1"), (), ()),
     )
     for number, (name, colour, ends, labels, others, notes) in enumerate(lines):
