@@ -34,7 +34,7 @@
 # This chapter writes it in CUDA, the language of NVIDIA's GPUs. You need no GPU, because **CUDA C++ is C++** with a
 # handful of words added. Once these are supplied, your laptop's compiler builds the same text.
 
-# %%
+# %% tags=["hide-input"]
 import ctypes
 import re
 from importlib import resources
@@ -96,8 +96,8 @@ static Place threadIdx, blockIdx, blockDim, gridDim;
 """
 
 # %% [markdown]
-# What remains is the grid, and two loops do for it. A GPU runs threads side by side, in no order that one can
-# rely on. A correct kernel must not care about the order, so running one after another is allowed, too.
+# What remains is the grid. Two loops stand in for it. A GPU runs threads side by side, in no order that one can rely
+# on. So a correct kernel gives the same result in any order, also when the threads run one after another.
 
 # %%
 LOOPS = r"""
@@ -109,9 +109,10 @@ extern "C" void launch(int blocks, int threads, PARAMETERS) {
 """
 
 # %% [markdown]
-# `build` puts the words, the kernel and the loops into one file (with the kernel's own parameters for `PARAMETERS`, and
-# a call of it for `CALL`), compiles it, and returns a function. This takes the number of blocks, that of threads
-# per block, and the kernel's arguments.
+# `build` puts the words, the kernel and the loops into one file (with the kernel's own parameters for `PARAMETERS`,
+# and a call of it for `CALL`), compiles it, and returns a function. The function takes the number of blocks, the
+# number of threads per block, and the kernel's arguments. (Later sections call `build` with the kernel alone: words
+# and loops like these are its defaults.)
 #
 # Before you run: we have ten numbers and blocks of four threads. How many blocks does that take, and
 # what do the last two threads of the last block do?
@@ -179,8 +180,8 @@ check("cuda_kernel.1", weighted_rows)
 # %% [markdown]
 # ## {{n}}.2 One output by hand
 #
-# First we need one result that we can trust. Take one query, one head, one point, and one level of 2 by 3 pixels
-# with two channels: channel 0 is 10 times a pixel's row plus its column, channel 1 the negative of that.
+# First we need one result that we can trust. Take one query, one head, one point, and one level of 2 by 3 pixels with
+# two channels: channel 0 of a pixel is 10 · row + column, channel 1 the negative of that.
 
 # %%
 height, width = 2, 3
@@ -190,9 +191,8 @@ location = torch.tensor([0.6, 0.4]).reshape(1, 1, 1, 1, 1, 2)  # (B, Q, M, L, K,
 weight = torch.tensor(0.5).reshape(1, 1, 1, 1, 1)  # (B, Q, M, L, K)
 
 # %% [markdown]
-# Before you run, with a pencil: in pixels the point is at x = 0.6 · 3 − 0.5 = 1.3 and
-# y = 0.4 · 2 − 0.5 = 0.3. The map is linear, so the sample is 10 · 0.3 + 1.3 = 4.3. What is the output,
-# with a weight of 0.5?
+# Before you run, with a pencil: in pixels the point is at x = 0.6 · 3 − 0.5 = 1.3 and y = 0.4 · 2 − 0.5 = 0.3.
+# Channel 0 is linear, so its sample is 10 · 0.3 + 1.3 = 4.3. What is the output, with a weight of 0.5?
 
 # %%
 output = ms_deform_attn(value, [(height, width)], location, weight)
@@ -247,8 +247,9 @@ __global__ void naive(const float* value, const int* shapes, const float* locati
 """
 
 # %% [markdown]
-# One line looks clumsy: `!(x > -1 && ...)`. Every comparison with a coordinate that is not a number is false, so
-# in this form such a point is skipped, as a point outside is.
+# The line with `continue` skips points outside. It compares with −1, not 0, because a point less than one pixel
+# outside still has neighbours inside. And it says "not inside" in place of "outside" because every comparison with
+# NaN (not a number) is false: `x <= -1` would let a NaN through, `!(x > -1)` does not.
 
 
 # %%
@@ -285,11 +286,10 @@ for number in (1, 32, 50):
 print(B * Q * M * D, "numbers, equal for blocks of 1, 32 and 50 threads")
 
 # %% [markdown]
-# What samples a map at any place can also turn a picture. The book's seven is a map with three channels. Each
-# pixel of a new picture becomes a query with one point, on a grid that is turned and magnified, and each
-# of the 23,040 numbers gets a thread:
+# A kernel that samples a map anywhere can also turn a picture. The book's seven is a map with three channels. Each
+# pixel of a turned and magnified grid becomes a query with one point (code folded):
 
-# %%
+# %% tags=["hide-input"]
 picture = torch.from_numpy(running_example() / 255).float()  # (128, 128, 3)
 rows, columns = torch.meshgrid(torch.arange(96) - 48, torch.arange(80) - 40, indexing="ij")
 turned = torch.stack([0.9 * columns - 0.4 * rows, 0.4 * columns + 0.9 * rows], -1) / 1.5
@@ -309,8 +309,9 @@ schematics.turned_picture(
 # %% [markdown]
 # ## {{n}}.4 Stop inside a thread
 #
-# NVIDIA's debugger, `cuda-gdb`, stops one thread of thousands and shows its variables. We get the same with one
-# more word: `WATCH(x)` notes name and value of `x`, but only in the thread that is being watched.
+# NVIDIA's debugger, `cuda-gdb`, stops one thread of thousands and shows its variables. We get the same with one more
+# word: `WATCH(x)` notes name and value of `x`, but only in the thread that is being watched. (`ctypes` then reads the
+# notes from the compiled library.)
 
 # %%
 NOTEBOOK = r"""
@@ -327,10 +328,8 @@ def watch(kernel):
 
 
 # %% [markdown]
-# Our last comparison had 420 threads.
-#
-# Before you run: which image, query, head and channel belong to
-# thread 303? Count from the back, with D = 6, M = 7 and Q = 5.
+# Before you run: which image, query, head and channel belong to thread 303 of the 420 in our last comparison? Divide
+# as the kernel does, with D = 6, M = 7 and Q = 5.
 
 # %%
 watched = build(watch(NAIVE), words=WORDS + NOTEBOOK)
@@ -354,9 +353,9 @@ assert abs(sum(n for name, n in steps if name == "attention") - 1) < 1e-5  # all
 # ## {{n}}.5 Who reads which address
 #
 # The naive kernel is right. What does it cost? A GPU runs the 32 lanes of a warp together. When they reach a line
-# that reads memory, their 32 addresses go out as one **request**. Memory answers not with single numbers but with
-# **sectors** of 32 bytes, eight floats. So lanes that read neighbouring numbers share a sector, while
-# lanes that read far apart need one each.
+# that reads memory, their 32 addresses go out as one **request**. Memory sends no single numbers, only **sectors** of
+# 32 bytes, eight floats. So lanes that read neighbouring numbers share a sector, while lanes that read far apart need
+# one each.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Strips of memory in frames of eight cells. Above, channels last: four neighbouring frames are filled completely. Below, channels first: of each frame that is fetched, only a single cell is filled; six of 32 such frames are drawn."}}
 schematics.two_layouts()
@@ -409,10 +408,10 @@ slider(schematics.stride_and_sectors, stride=(1, 16, 3))
 # *Figure {{n}}.4. One request of 32 lanes, lane t reading number t · stride. Orange: the numbers read.
 # Green frames: the sectors that memory fetches for them.*
 #
-# Does the kernel do what the simulator predicts? We let it write down every address that it reads: `READ(x)`
-# gives `x` and notes who wanted it, and a search for square brackets puts it around every read.
+# Does the kernel do what the simulator predicts? We let it write down every address that it reads: `READ(x)`, folded
+# here, gives `x` and notes who wanted it. A search for square brackets puts it around every read.
 
-# %%
+# %% tags=["hide-input"]
 TRACE = r"""
 extern "C" { int reads = 0; long long trace[1 << 16][2]; }
 static int me() { return blockIdx.x * blockDim.x + threadIdx.x; }
@@ -430,12 +429,13 @@ def noted(kernel):
 
 
 # %% [markdown]
-# Our loops run the threads one by one. But the n-th read of each comes from the same line of code, which a
-# warp would run together. So the n-th reads of 32 threads make one request, as long as all take the same path;
-# here they do, because all points lie inside.
+# Our loops run the threads one by one. But the n-th read of each comes from the same line of code, which a warp would
+# run together. So the n-th reads of 32 threads make one request, as long as all take the same path; here they do,
+# because all points lie inside. The folded cell has `requests`, which sorts a trace in this way, and random inputs.
+# The two `values` have the same shape and the same numbers; only the order in memory differs.
 
 
-# %%
+# %% tags=["hide-input"]
 def requests(library):
     """The reads of warp 0 as (requests, 32) addresses; all its threads must read in one order."""
     count = ctypes.c_int.in_dll(library, "reads").value
@@ -466,8 +466,8 @@ for name, index in LAYOUTS.items():
 
 # %% [markdown]
 # The simulator was right: the second layout fetches eight times as many sectors, 1024 bytes for every 128 that are
-# used. This is why the library keeps `value` channels last. {{chapter making_it_fast}} predicts and times the
-# two layouts on your own processor. And the other reads, those of shapes, locations and weights?
+# used. This is why the library keeps `value` channels last. And the other reads, those of shapes, locations and
+# weights?
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, lane of the warp across, address up, six requests in each. Left, requests to value: six rising lines, each of 32 neighbouring addresses. Right, requests to all other arrays: six flat lines, because all lanes read one address."}}
 schematics.six_requests(to_value=reads["channels last"], to_all_else=others)
@@ -475,18 +475,19 @@ assert all(len(set(row)) == 1 for row in others)
 
 # %% [markdown]
 # *Figure {{n}}.5. Six requests of each kind, from the trace; within a request, height is the address.
-# Left: 32 lanes read 32 neighbouring numbers. Right: they all read the same number.*
+# Left: 32 lanes read 32 neighbouring numbers. Right: they all read the same number. (Colours only tell
+# the requests apart.)*
 #
-# The right panel costs few sectors, but it shows another waste. All 32 lanes read the same location and
+# The right panel costs one sector per request, but it shows another waste. All 32 lanes read the same location and
 # compute the same x, y, corners and weights: 31 times too often.
 
 # %% [markdown]
 # ## {{n}}.6 Two phases
 #
-# The waste ends if lanes share their results. From here on, the threads that work on one head together are its
-# lanes; we take eight. They work in two phases. First each lane takes some of the **points**, finds their corners
-# and weights, and puts them where the others can read them. Then each lane takes some of the **channels**, and
-# runs over all points.
+# The waste ends if lanes share their results. From here on, eight lanes of a warp work together on one head (the
+# green ones in Figure {{n}}.1, for example). Within the head we number them 0 to 7. They work in two phases. First
+# each lane takes some of the **points**, finds their corners and weights, and puts them where the others can read
+# them. Then each lane takes some of the **channels**, and runs over all points.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left, phase 1: sixteen points in two rows of eight under lanes 0 to 7. Middle: a box, shared memory, which holds 16 times 4 offsets and weights, on a vertical red line, the barrier. Right, phase 2: rows of 32 channels under the same lanes 0 to 7, four channels for each."}}
 schematics.two_phases()
@@ -495,10 +496,11 @@ schematics.two_phases()
 # *Figure {{n}}.6. Eight lanes of one head. What a lane is responsible for changes between the phases:
 # first points, then channels.*
 #
-# Two new words are needed. `__shared__` declares an array that all threads of a block see; on a GPU it
-# lies in a small, fast memory. `__syncwarp()` is a **barrier**: a thread that comes to it waits until all threads of
-# its warp are there. Without it a lane could read a corner that another lane has not written yet.
-# (`__device__` only marks functions that kernels call.)
+# Two new words are needed. `__shared__` declares an array that all threads of a block see; on a GPU it lies in a
+# small, fast memory. `__syncwarp()` is a **barrier**: a thread that comes to it waits until all threads of its warp
+# are there. Without it a lane could read a corner that another lane has not written yet. (`__device__` marks
+# functions that kernels call. Three notations of C++ are new as well: `a ? b : c` is Python's `b if a else c`;
+# `Corners&` passes an object without copying it; `float sum[VECTOR] = {}` is an array of zeros.)
 #
 # Threads that wait for each other cannot run one after another. `build_team` therefore makes every CUDA thread a
 # thread of the operating system, and `__syncwarp()` a C++ `std::barrier`.
@@ -513,9 +515,10 @@ constexpr int D = {D}, POINTS = {L * K}, LANES = 8, VECTOR = 4;
 """
 
 # %% [markdown]
-# **Phase 1.** A `Corners` holds, for corner c of point p, where its first channel lies and its weight: bilinear
-# times attention. A corner outside the map gets weight zero and the offset 0, which exists, so phase 2 need not test
-# for it. For brevity the caller passes each point's level: `levels` has the rows H, W and start.
+# **Phase 1.** A `Corners` holds, for corner c of point p, where its first channel lies and its weight: bilinear times
+# attention. A corner outside the map gets weight zero and the offset 0, which exists, so phase 2 need not test for
+# it. To keep the code short, the caller tells each point its level: `levels`, (3, points), has the rows H, W and
+# start, the number of tokens in the levels before. `stride` is how far apart two tokens lie, M · D numbers.
 
 # %%
 PHASE_1 = r"""
@@ -596,8 +599,8 @@ torch.testing.assert_close(run_forward(two_phases), expected)
 print(B * Q * M, "heads with 8 lanes each: equal to the library")
 
 # %% [markdown]
-# Is the barrier needed? Take it away, and run the lanes in order, 0 to 7. Lane 0 then sums before lanes 1 to 7 have
-# found their points.
+# Is the barrier needed? `WITHOUT` defines it as nothing, and the lanes run in order, 0 to 7. Lane 0 then sums before
+# lanes 1 to 7 have found their points.
 #
 # Before you run: is there a lane whose channels still come out right?
 
@@ -610,8 +613,8 @@ for lane, bad in enumerate(wrong.tolist()):
 assert wrong.tolist() == [True] * 7 + [False]
 
 # %% [markdown]
-# Only the last lane is right, because all others had finished before it started. On a GPU such a mistake is
-# nastier: lanes usually run together, so the kernel may be right on every day but one.
+# Only the last lane is right, because all others had finished before it started. On a GPU such a mistake is nastier:
+# lanes often happen to run together, so the kernel can pass its tests and still fail later.
 #
 # How does it read memory? A block of eight threads fills only a quarter of a warp, so the library puts several heads into
 # one block (a head's number then is `threadIdx.y`). A warp works on four heads at once, and each lane reads 16 bytes.
@@ -728,7 +731,8 @@ check("cuda_kernel.3", lanes_of_a_head)
 # same loss with respect to the three inputs.
 #
 # A head's output is $\sum_p a_p \sum_c b_{pc} v_{pc}$, over points p and corners c: attention weight $a$, bilinear
-# weight $b$, the corner's channels $v$. Differentiating it gives, for each point,
+# weight $b$, the corner's channels $v$. Differentiating it gives, for one point (its index p is left out;
+# $\langle g, v\rangle$ is the sum of products over the D channels),
 #
 # $$\frac{\partial \mathcal L}{\partial a} = \sum_c b_c \langle g, v_c\rangle, \qquad
 # \frac{\partial \mathcal L}{\partial x} = a\, W \sum_c \frac{\partial b_c}{\partial x_\text{px}}
@@ -740,13 +744,14 @@ check("cuda_kernel.3", lanes_of_a_head)
 # times as far. And $\partial b_c / \partial x_\text{px}$ is easy: $b_c$ is a nearness in x times one in y, so the
 # slope is the nearness in y, with a plus for right corners and a minus for left ones. (For y it is the same with H.)
 #
-# So the first two follow from four inner products $\langle g, v_c\rangle$ per point, and the third adds multiples of
-# $g$ to `value`'s gradient. Each of the two poses a problem of its own.
+# So a point needs four inner products $\langle g, v_c\rangle$, from which the first two gradients follow, and four
+# additions to `value`'s gradient. The products pose one problem, the additions another.
 #
 # **An inner product runs over channels, and these lie in different lanes.** In a **shuffle** each lane reads what
-# another one holds in a register: `__shfl_xor_sync(mask, x, step)` returns the `x` of the lane whose number
-# differs in the bit `step`. (The mask says which lanes take part: here all 32.) Three shuffles sum eight lanes. In the figure these hold 0 to 7. Each adds what
-# lane `i ^ 4` holds, then `i ^ 2`, then `i ^ 1`. (`^` flips bits; for example, 5 ^ 4 = 1.)
+# another one holds in a register: `__shfl_xor_sync(mask, x, step)` returns the `x` of the lane whose number differs
+# in the bit `step`. (The mask says which lanes take part. Ours has all 32 bits set: every lane there is.) Three
+# shuffles sum eight lanes. In the figure these hold 0 to 7. Each adds what lane `i ^ 4` holds, then `i ^ 2`, then
+# `i ^ 1`. (`^` flips bits; for example, 5 ^ 4 = 1.)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Four rows of eight boxes. The first holds 0 to 7. Arrows lead from each box to the one below and to a partner four, then two, then one place away. The second row holds 4, 6, 8, 10 twice, the third 12 and 16 in turn, the last 28 in all boxes."}}
 schematics.shuffle()
@@ -823,7 +828,7 @@ torch.testing.assert_close(grad_weights, leaves[2].grad, atol=1e-5, rtol=1e-5)
 print("gradient of weights", tuple(grad_weights.shape), "equal to autograd's")
 
 # %% [markdown]
-# A kernel does this in a third phase, again with one thread per point. It is yours to write.
+# A kernel does this in a third phase, which you will write.
 
 # %% [markdown]
 # ## Exercise {{n}}.4  The third phase
@@ -904,9 +909,8 @@ check("cuda_kernel.4", point_gradients)
 # %% [markdown]
 # ## {{n}}.8 The library's kernel
 #
-# The library's kernel is one file of some 350 lines, `kernels/ms_deform_attn.cu`. The GPU, the fast CPU
-# build and this chapter all compile that text. Most of its names you have typed yourself (`D`, `POINTS`, `LANES`,
-# `VECTOR`, `Corners`, `find_corners`, `sum_over_lanes`). The others are:
+# The library's kernel is one file of some 350 lines, `kernels/ms_deform_attn.cu`. The GPU, the fast CPU build and
+# this chapter all compile that text. Most of its names you have typed yourself. The others are:
 #
 # | Name | What it is |
 # |---|---|
@@ -915,13 +919,15 @@ check("cuda_kernel.4", point_gradients)
 # | `GROUPS` | heads per block |
 # | `VALUE`, `REAL`, `OFFSET` | the number type of value, of weights and sums, of indices |
 # | `Vector`; `load`, `store`, `add` | `VECTOR` channels as one thing; 16 bytes per instruction |
-# | `VECTORS`, `STEP`, `PASS`, `EXISTS` | for heads larger than one vector per lane: vectors per lane; channels in one vector of all lanes, and in all; a tail guard |
+# | `VECTORS` | vectors that a lane sums at once: more than one in large heads |
+# | `STEP`, `PASS` | channels of all lanes together: in one vector each, in `VECTORS` each |
+# | `EXISTS` | a tail guard for channels |
 # | `UNROLL`, `KEEP_LOOP` | have the compiler write a loop out, or not |
 # | `LOOK_AHEAD` | nothing on a GPU; a CPU fetches a later point's rows early |
 #
 # With this table the two phases are easy to recognise:
 
-# %%
+# %% tags=["hide-input"]
 SOURCE = resources.files("deformable_detr.kernels").joinpath("ms_deform_attn.cu").read_text()
 
 
@@ -935,10 +941,11 @@ def show(name):
 show("forward_head")
 
 # %% [markdown]
-# The differences to yours: `Vector` in place of an inner loop, and an outer loop over `first`, which goes around once
-# for a head of 32 channels. Backward and `neighbours` stand in the appendix below.
+# It differs from yours in two places: `Vector` replaces an inner loop, and there is an outer loop over `first`, which
+# for a head of 32 channels runs once. Backward and `neighbours` stand in the appendix below.
 #
-# The library, too, has a slow CPU build in which each CUDA thread is a thread of the operating system:
+# The library, too, has a slow CPU build in which each CUDA thread is a thread of the operating system. (`specialise`
+# returns the constants that it would compile in for these sizes; `capability` is the GPU's generation.)
 
 # %%
 macros = cuda.specialise(torch.float32, D, L * K, huge=False, deterministic=False, capability=80)
@@ -951,7 +958,7 @@ print("forward and all three gradients: equal to autograd's")
 assert (macros["VECTOR"], macros["LANES"]) == (4, 8)
 
 # %% [markdown]
-# It can write a trace, too.
+# This build can write a trace, too.
 #
 # Before you run: does the real kernel keep to the 16 requests per head, of 16 sectors each,
 # that section {{n}}.6 predicted?
@@ -966,7 +973,7 @@ print(len(wide) // 4, "requests per head,", *fetched, "sectors each")
 assert set(loads["bytes"]) == {16} and wide.shape == (L * K * 4, 32) and fetched == {16}
 
 # %% [markdown]
-# It does: one warp works on four heads at once, lanes 0 to 7 on the first.
+# It does.
 
 # %% [markdown]
 # ## {{n}}.9 On a real GPU
@@ -977,23 +984,21 @@ assert set(loads["bytes"]) == {16} and wide.shape == (L * K * 4, 32) and fetched
 #
 # - A launch returns at once, and the GPU works through its **stream** of launches in order. The kernel must join
 #   the stream on which PyTorch computes. Otherwise it may read values that are not there yet.
-# - It must go to the GPU **on which the tensors lie**. The official operator does not make sure of that, which
-#   fits the crashes that users report when they use a second GPU.
-# - A GPU hides waiting behind other work: while one warp waits for memory, another computes. How many warps fit
-#   is limited by registers and shared memory. {{chapter making_it_fast}} works it out.
+# - It must go to the GPU **on which the tensors lie**. The official operator does not make sure of that.
+# - **Enough warps** must fit, because a GPU hides waiting behind other work: while one warp waits for memory, another
+#   computes. Registers and shared memory set the limit; {{chapter making_it_fast}} works it out.
 #
 # ## Appendix: the rest of the kernel
 #
-# `neighbours` has no branch: `inside & (low >= 0)` becomes a number. (A pixel outside has weight zero, but some pixel
-# inside is read in its place; if that is infinite, zero times infinity is not a number.)
+# `neighbours` has no branch: `inside & (low >= 0)` becomes a number.
 
 # %% tags=["hide-output"]
 show("neighbours")
 
 # %% [markdown]
 # `put_sums` sums a point's inner products after the loop over corners, so that no corner's load waits for another
-# one's sum, and writes them to where the corners' weights were. The third phase follows. (`SUMS` and `PRODUCTS`
-# are both true on a GPU. A CPU may run the loop twice, with one buffer.)
+# one's sum, and writes them to where the corners' weights were. The third phase follows. (On a GPU `SUMS` and
+# `PRODUCTS` are both true; a CPU may do the two parts in two loops.)
 
 # %% tags=["hide-output"]
 show("put_sums")

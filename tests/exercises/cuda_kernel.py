@@ -37,7 +37,7 @@ def check_thread_offsets(thread_offsets):
         np.concatenate([1024 + np.arange(4) * 16, np.arange(4) * 16]),
         "each row starts at its own offset",
     )
-    yield "one lane a row"
+    yield "one lane per row"
     rows = np.array([96, 32, 64])
     expect(thread_offsets(3, 16, 16, rows), rows, "thread // per_row")
     yield "the last row not full"
@@ -48,7 +48,7 @@ def check_thread_offsets(thread_offsets):
 @checks("cuda_kernel.3")
 def check_lanes_of_a_head(lanes_of_a_head):
     dtypes = {2: torch.float16, 4: torch.float32, 8: torch.float64}
-    yield "16 bytes a lane"
+    yield "16 bytes per lane"
     for D, size in ((32, 4), (32, 2), (64, 4), (128, 2)):
         macros = cuda.specialise(dtypes[size], D, 16, False, False, 80)
         expect(lanes_of_a_head(D, size)[0], macros["LANES"], "D * size / 16")
@@ -203,7 +203,7 @@ WRONG = {
         ("rows share the threads evenly", _even_offsets),
     ],
     "cuda_kernel.3": [
-        ("a lane a channel", lambda D, size: (min(32, D), 0)),
+        ("one lane per channel", lambda D, size: (min(32, D), 0)),
         ("no power of two", lambda D, size: (D * size // 16, 0)),
     ],
     "cuda_kernel.4": [
