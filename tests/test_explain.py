@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from playwright.sync_api import Error, sync_playwright
 
@@ -26,7 +27,7 @@ from deformable_detr.look import explain
 from deformable_detr.look.asking import Look
 from deformable_detr.look.gradients import ITEMS
 from deformable_detr.look.measures import energy_shares, regions, weight_shares
-from deformable_detr.look.overlays import holding
+from deformable_detr.look.overlays import draw_gradient, draw_whole, holding, show
 from deformable_detr.look.page import page as write_page
 from deformable_detr.models import DETR, MODELS
 from deformable_detr.models.tokens import level_mask, valid_ratio
@@ -434,6 +435,29 @@ def test_points_are_drawn_where_they_are_and_as_large_as_their_weight():
     assert {line.get_marker() for line in all_marks} == {"o", "s", "D", "+"}
     whole = seen.draw_points(whole=True)
     assert sorted(whole.get_xlim()) == [0, 128] and whole.get_ylim() == (128, 0)
+
+
+def test_points_outside_the_picture_do_not_widen_the_view():
+    """A token's points lie outside, and the view of the whole picture is the picture all the same;
+    so it is where something was drawn over the gradients and over the picture alone."""
+    seen = explain(load_detector(SHIPPED), SAMPLE, token=(4, 60), gradients=False)
+    assert seen.points[0].min() < -1
+    assert_whole(seen.draw_points(layer=0, whole=True), 128, 128)
+    image = Image.new("RGB", (40, 30))
+    for draw in (
+        lambda axes: draw_gradient(axes, image, np.eye(30, 40)),
+        lambda axes: draw_whole(axes, image, np.array([-5.0, -5, 50, 40])),
+    ):
+        axes = Figure().subplots()
+        draw(axes)
+        axes.plot([-9, 60], [-9, 60], "o")
+        show(axes, None)
+        assert_whole(axes, 40, 30)
+
+
+def assert_whole(axes, width, height):
+    """The view is the picture of that size, upright."""
+    assert axes.get_xlim() == (0, width) and axes.get_ylim() == (height, 0)
 
 
 def test_the_picture_beneath_stays_visible():

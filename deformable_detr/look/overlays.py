@@ -102,9 +102,11 @@ def draw_whole(
 
 
 def show(axes: Axes, window: Window | None) -> None:
-    """A part of the picture, xyxy in its pixels, or all of it; without ticks."""
-    if window is not None:
-        axes.set(xlim=window[::2], ylim=window[3::-2])
+    """A part of the picture, xyxy in its pixels, or all of it, whatever else is drawn; no ticks."""
+    if window is None:  # points outside the picture have widened the view
+        left, right, bottom, top = axes.images[0].get_extent()
+        window = (left, top, right, bottom)
+    axes.set(xlim=window[::2], ylim=window[3::-2])
     axes.set(xticks=[], yticks=[])
 
 
