@@ -173,7 +173,7 @@ def attempt(place: Place) -> None:
     torch.set_num_threads(1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock"):
+        with locked(folder / ".trial"):  # a training in it has a lock of its own
             if (folder / "done.json").exists():
                 return
             rows = place.study.trial(place.study.configurations[place.name], place.seed, folder)

@@ -158,7 +158,7 @@ def test_a_trial_in_use_is_left_to_its_process(study, make, here, tmp_path, caps
     quick = make("a", seeds=(0,))
     place = study.Place(quick, "a", 0)
     place.folder.mkdir(parents=True)
-    with locked(place.folder / ".lock"):
+    with locked(place.folder / ".trial"):
         assert not study.run_studies([quick], jobs=1)
         assert "quick: a, seed 0: in use" in capsys.readouterr().err
         assert not (place.folder / "begun.json").exists()
@@ -227,7 +227,7 @@ if __name__ == "__main__":
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command continues" in said
     (folder,) = tmp_path.glob("runs/*")
-    with locked(folder / ".lock"):  # nobody has it any more
+    with locked(folder / ".trial"):  # nobody has it any more
         assert "unfinished" in (tmp_path / "quick.csv").read_text()
 
 
@@ -312,16 +312,29 @@ def test_a_training_goes_on_where_it_was_killed(small, monkeypatch, tmp_path):
     assert len(calls) == 4  # val twice, of which one was cut off and came again, and test
 
 
-def test_what_a_training_measures(small, tmp_path):
+def test_what_a_training_measures(study, small, tmp_path, here):
+    """In a study of it, whose lock is not the trainer's."""
     detectors, detector = small
-    rows = detectors.train_detector(detector, 0, tmp_path / "run")
+    one = study.Study(
+        name="one",
+        question="what is measured?",
+        configurations={"small": detector},
+        seeds=(0,),
+        trial=detectors.train_detector,
+        usual=1,
+        describe=detectors.describe,
+        runs=tmp_path,
+    )
+    assert study.run_studies([one], jobs=1)
+    (place,) = one.trials()
+    rows = place.result()["rows"]
     found = {(row["split"], row["at"], row["metric"]): row["value"] for row in rows}
     for key in (("val", 2, "ap"), ("val", 4, "object_ap50"), ("test", 4, "ap_small")):
         assert key in found
     assert found["val", 4, "decoder_effective_keys"] <= 4  # four points
     assert 0 <= found["val", 4, "instability"] <= 1
     assert found["model", 4, "cpu_seconds_in_all"] >= found["train", 4, "cpu_seconds"] > 0
-    assert not list((tmp_path / "run").glob("checkpoint.pt"))
+    assert not (place.folder / "checkpoint.pt").exists()
 
 
 def test_seeds_draw_other_images_and_epochs_too(small):
