@@ -56,6 +56,7 @@ else
 	$(BIN)/python experiments/gradient_cut.py
 	$(BIN)/python experiments/memory.py
 	$(BIN)/python experiments/looking.py
+	$(BIN)/python experiments/backbones.py
 	$(BIN)/python experiments/study.py
 	$(BIN)/python book/readme.py
 	$(BIN)/python book/journey.py

@@ -263,7 +263,10 @@ def test_memory_does_not_grow_with_pairs(monkeypatch, training):
             "images must be at least 28 x 28 pixels, which is one window of the first stage, got 2",
         ),
         (lambda: DATConfig(blocks=("WS",)), "must be of 4 stages"),
-        (lambda: DATConfig(blocks=("WS", "WS", "WX", "WD")), "blocks must be W, S or D, got 'X'"),
+        (
+            lambda: DATConfig(blocks=("WS", "WS", "WX", "WD")),
+            "blocks must be W, S, D or P, got 'X'",
+        ),
         (lambda: DATConfig(drop_path=1.0), "drop_path must be in"),
         (lambda: dat_fpn("dat_huge"), "dat must be one of dat_tiny, dat_small"),
         (
@@ -460,8 +463,8 @@ def test_bfloat16(autocast):
 
 
 def test_compiled():
-    """In float64: in float32 rounding, which differs between processors, decides near a pixel's edge
-    whose neighbours a point reads, and with that its gradient."""
+    """In float64: in float32 rounding, which differs between processors, decides near a pixel's
+    edge whose neighbours a point reads, and with that its gradient."""
     model = randomised(DAT(SHALLOW, 3)).double()
     images = torch.randn(2, 3, 72, 64, dtype=torch.float64)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from deformable_detr.layers.dat_attention import DAttention
+from deformable_detr.layers.spatial_reduction import SpatialReductionAttention
 from deformable_detr.layers.stack import Stack
 from deformable_detr.layers.window_attention import WindowAttention, pad_to_multiple
 
 KERNELS = (9, 7, 5, 3)  # of the offset network in each stage
+REDUCTIONS = (8, 4, 2, 1)  # of spatial reduction in each stage
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,12 @@ class DATConfig:
     """What decides the shape of a DAT; the defaults are those of DAT-T.
 
     embed_dim: C of the first stage; each next one has twice as many. blocks: of each stage, a
-    letter for each block: W attends in windows, S in shifted ones, D to keys that move. heads, and
-    groups of moved keys: of each stage. window: pixels of a side. image_size: that the tables of
-    position bias are made for. stride, offset_range: r and s of the moved keys; see `DAttention`.
-    drop_path: probability with which the last block is left out in training; it falls in equal
-    steps to 0 for the first (stochastic depth). The authors have 0.2 for T, 0.3 for S, 0.5 for B.
+    letter for each block: W attends in windows, S in shifted ones, D to keys that move, P to a
+    smaller map, which is PVT's way (Table 6). heads, and groups of moved keys: of each stage.
+    window: pixels of a side. image_size: that the tables of position bias are made for. stride,
+    offset_range: r and s of the moved keys; see `DAttention`. drop_path: probability with which the
+    last block is left out in training; it falls in equal steps to 0 for the first (stochastic
+    depth). The authors have 0.2 for T, 0.3 for S, 0.5 for B.
     """
 
     embed_dim: int = 96
@@ -44,8 +47,8 @@ class DATConfig:
         each = self.blocks, self.heads, self.groups
         if {len(x) for x in each} != {len(KERNELS)}:
             raise ValueError(f"blocks, heads and groups must be of 4 stages, got {each}")
-        if wrong := set("".join(self.blocks)) - set("WSD"):
-            raise ValueError(f"blocks must be W, S or D, got {min(wrong)!r}")
+        if wrong := set("".join(self.blocks)) - set("WSDP"):
+            raise ValueError(f"blocks must be W, S, D or P, got {min(wrong)!r}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
 
@@ -163,6 +166,8 @@ def make_attention(config: DATConfig, number: int, kind: str) -> nn.Module:
         groups, kernel = config.groups[number], KERNELS[number]
         rest = kernel, config.stride, config.offset_range
         return DAttention(width, heads, groups, (side, side), *rest)
+    if kind == "P":
+        return SpatialReductionAttention(width, heads, REDUCTIONS[number])
     shift = -(-config.window // 2) if kind == "S" else 0  # 4 of 7, where Swin has 3
     return WindowAttention(width, heads, config.window, shift)
 

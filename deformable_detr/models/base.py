@@ -29,7 +29,9 @@ class DetectorConfig:
     num_queries: int = option(
         300, "object queries: boxes that an image can have", "num_queries", "num_queries"
     )
-    backbone: str = option("resnet50", 'a key of BACKBONES: "small", or a ResNet', "backbone")
+    backbone: str = option(
+        "resnet50", 'a key of BACKBONES: "small", a ResNet, or a DAT ("dat_tiny")', "backbone"
+    )
     dilation: bool = option(
         False, "the backbone's last stage at stride 16 (DC5)", "dilation", "dilation"
     )
