@@ -30,7 +30,7 @@
 # counts do not. So we count first, predict from the counts, and only then take the time. (The times on this page are those of
 # the machine that made it.)
 
-# %%
+# %% tags=["hide-input"]
 import ctypes
 import json
 import math
@@ -84,7 +84,8 @@ print(f"{flops / 1e9:.2f} GFLOP, {flops / gathered:.1f} operations per byte gath
 assert gathered / value_bytes == 4 * L * K
 
 # %% [markdown]
-# So there is half an operation per byte read. Is that little or much?
+# (64 is 4 corners times 16 points; there are as many queries as tokens.) So there is half an operation per byte read.
+# Is that little or much?
 
 # %% [markdown]
 # ## {{n}}.2 Two limits
@@ -187,12 +188,13 @@ check("making_it_fast.1", least_bytes)
 # %% [markdown]
 # ## {{n}}.3 A cache in fifteen lines
 #
-# A cache keeps copies of what was read lately. It works in **lines** of 64 bytes. Each line of memory has only one group
-# of places where its copy may lie, its **set**, which is the line's number modulo the number of sets. A common first-level
-# cache has 64 sets of 8 places, 32 KB. When a set is full, the line that was not used for longest has to go. A read
-# whose line is not there is a **miss**, and has to wait for a slower memory.
+# A cache keeps copies of what was read lately. It works in **lines** of 64 bytes. The places for lines are grouped
+# into **sets**, and a line may only go into one of them: that whose number is the line's number modulo the number of
+# sets. A common first-level cache has 64 sets of 8 places, 32 KB. When a set is full, the line in it that was not
+# used for longest has to go. A read whose line is not there is a **miss**, and has to wait for a slower memory.
 #
-# These rules are a program. It gets the numbers of the lines in the order in which they are read, and counts misses:
+# A short program can follow these rules. It gets the numbers of the lines in the order in which they are read, and
+# counts misses:
 
 # %%
 CACHE = r"""
@@ -231,8 +233,9 @@ assert (misses(rounds, ways=4), misses(rounds, ways=2)) == (3, 15)
 # The three lines belong to one set. With four places each misses once, the first time. With two places each is thrown out
 # just before it is wanted again, and every read misses.
 #
-# Now for deformable attention, on an image half as wide and high as the paper's, to keep times short. The points lie as
-# in an encoder, around the query's own pixel:
+# Now for deformable attention, on an image half as wide and high as the paper's, to keep times short. The points lie
+# as in an encoder, around the query's own pixel. (A folded cell then finds `tokens`, (Q, M, L · K, 4): the token of
+# each corner, or −1 outside the map.)
 
 # %%
 shapes = [(50, 67), (25, 34), (13, 17), (7, 9)]
@@ -249,7 +252,7 @@ value = torch.randn(1, S, M, D)
 expected = ms_deform_attn(value, shapes, locations, weights)
 
 
-# %%
+# %% tags=["hide-input"]
 def tokens_read():
     """The token of each corner, (Q, M, L * K, 4), and -1 where a corner lies outside."""
     found, start = [], 0
@@ -266,8 +269,9 @@ def tokens_read():
 tokens = tokens_read()
 
 # %% [markdown]
-# `value` can lie in memory as (B, S, M, D), channels last, or as (B, M, D, S), channels first. The index of a
-# number is the same text in C and in Python, so the simulator and the kernel can share it:
+# `value` can lie in memory as (B, S, M, D), channels last, or as (B, M, D, S), channels first. The index of a number
+# is the same text in C and in Python, so the simulator and the kernel can share it. (`step` and `heads_first` are for
+# later.)
 
 # %%
 LAYOUTS = {
@@ -300,11 +304,13 @@ for name, index in LAYOUTS.items():
 assert predicted["channels first"] > 3 * predicted["channels last"]
 
 # %% [markdown]
-# So the prediction is: channels last wins, and the time that reading takes differs by a factor of several. It will not
-# be as much as 16, because a line that a neighbour has fetched is often still there.
+# Channels first needs 16 times as many lines, but misses only about seven times as often, because a line that a
+# neighbour has fetched is often still there. So the prediction is that channels last wins. In time it will win by
+# less than seven: a kernel does more than wait, and several misses can wait at once.
 #
-# To check it, here is a kernel for both layouts, with one thread per head. In capitals stands what differs from one
-# version to the next; the version with one thread per number is for later.
+# To check it, here is a kernel for both layouts, with one thread per head. The words `BEGIN`, `ADD`, `END` and
+# `INDEX` stand for what differs from one version to the next. (The version with one thread per number is for later.)
+# Folded: `fill` puts the meanings in, and `compile_kernel` returns a function of `value`.
 
 # %%
 ARGUMENTS = """const float* value, const int* shapes, const float* locations,
@@ -346,8 +352,9 @@ PER_HEAD = {
 }
 
 
-# %%
+# %% tags=["hide-input"]
 ARM = platform.machine() in ("arm64", "aarch64")
+# The last two: ignore errno and floating-point traps, which would forbid vector instructions.
 FLAGS = ("-O3", "-mcpu=native" if ARM else "-march=native", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -373,6 +380,7 @@ def compile_kernel(text, threads=1, sizes=SIZES):
     return run
 
 
+# %%
 values = {"channels last": value, "channels first": value[0].permute(1, 2, 0).contiguous()}
 by_layout = {}
 for name, index in LAYOUTS.items():
@@ -381,10 +389,11 @@ for name, index in LAYOUTS.items():
 print("both layouts give the library's numbers")
 
 # %% [markdown]
-# How to compare times honestly? A single measurement says little, because other programs run, too, and the processor's
-# clock changes. So we let the versions **race**: in each round every version runs once, in shuffled order, and what disturbs
-# a round disturbs all. We take processor time, which stands still while another program has the processor. We print the
-# median, the range, and how many rounds a version won, that is, was faster than the one in the line above it.
+# How to compare times honestly? A single measurement says little, because other programs run, too, and the
+# processor's clock changes. So we let the versions **race**: in each round every version runs once, in shuffled
+# order, and what disturbs a round disturbs all. We take processor time, which stands still while another program has
+# the processor. We print the median, the range, and in how many rounds a version **won**: was faster than the one in
+# the line above it.
 
 
 # %%
@@ -396,10 +405,11 @@ def race(functions, rounds):
             start = time.process_time()
             functions[name]()
             times[name][n] = 1e3 * (time.process_time() - start)
-    before = np.zeros(rounds)
+    before = None
     for name, given in times.items():
-        low, high, won = given.min(), given.max(), (given < before).sum()
-        print(f"{name:>31}: {np.median(given):6.1f} ms ({low:.1f} to {high:.1f}), won {won:2}")
+        won = "" if before is None else f", won {(given < before).sum():2}"
+        low, high = given.min(), given.max()
+        print(f"{name:>31}: {np.median(given):6.1f} ms ({low:.1f} to {high:.1f}){won}")
         before = given
     return times
 
@@ -410,8 +420,7 @@ first, last = "channels first", "channels last"
 _ = race({name: lambda n=name: by_layout[n](values[n]) for name in (first, last)}, rounds=15)
 
 # %% [markdown]
-# If the second line won (nearly) all of the 15 rounds, the prediction has held on your machine. The factor between the
-# times is smaller than that between the misses: a kernel does more than wait, and several misses can wait at once.
+# If the second line won (nearly) all of the 15 rounds, the prediction has held on your machine.
 
 # %% [markdown]
 # ## Exercise {{n}}.2  Sectors before seconds
@@ -461,20 +470,23 @@ check("making_it_fast.2", sectors_of_a_warp)
 #
 # Now we climb from {{chapter cuda_kernel}}'s first kernel to the library's. Each step has a reason that can be counted.
 #
-# **Step 0** is one thread per number: all coordinates are computed D times. **Step 1**, one thread per head, computes them
-# once. A point's position and corners take about 30 operations and its share of a channel 8, so a point takes about
-# 30 + 32 · 8 = 286 operations instead of 32 · (30 + 8) = 1216.
+# **Step 0** is one thread per number: all coordinates are computed D times. **Step 1**, one thread per head, computes
+# them once. A point's position and corners take about 30 operations. Each channel then takes 8: a multiplication and
+# an addition for each of four corners. So a point takes about 30 + 32 · 8 = 286 operations instead of 32 · (30 + 8) =
+# 1216.
 #
 # **Step 2: say what is constant.** A loop over D channels with D unknown needs a counter, a comparison, and code for
 # every remainder. If D is a number in the source, the compiler can write the loop out as a few vector instructions. This
 # is why the library compiles at run time: one build for each D, L and K.
 #
-# **Step 3: two phases.** Each corner still asks whether it is inside, a jump that the processor may guess wrong.
-# So we first find all points' corners, where one outside gets weight zero and an address that exists. Without jumps the
-# compiler can find the corners of 8 or 16 points at once, with vector instructions: a lane per point, on a CPU. The
-# second phase is nothing but loads, multiplications and additions, with the sums in registers.
+# **Step 3: two phases.** Each corner still asks whether it is inside, a jump that the processor may guess wrong. So
+# we first find all points' corners, where one outside gets weight zero and an address that exists. Without jumps the
+# compiler can find the corners of 8 or 16 points at once, with vector instructions: one lane per point, this time of
+# a CPU's vector. The second phase is nothing but loads, multiplications and additions, with the sums in registers.
 #
-# As in the last chapter, `levels` has the rows H, W and start for each point (it comes in the place of `shapes`).
+# As in the last chapter, `levels` has the rows H, W and start for each point (it takes the place of `shapes`).
+# `ORDER` will say which query q and head m a thread works on, and `row` is a small function: where a token's channel
+# 0 lies.
 
 # %%
 TWO_PHASES = """
@@ -538,8 +550,8 @@ assert all(2 * both < missed for place, missed in simulated.items() if place[1] 
 assert 2 * both < simulated["query by query", "no gaps"]
 
 # %% [markdown]
-# In the simulation only both together help, and then by more than half. Why does neither help alone? A picture of the
-# cache's sets answers one half of that.
+# In the simulation only both together help, and then by more than half. Why does neither help alone? It depends on
+# which sets of the cache the rows fall into.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two grids of 64 cells, the sets of a cache. Left, for rows 1024 bytes apart, only eight cells are filled, in two columns. Right, for rows without gaps, all 64 cells are filled."}}
 schematics.places_of_a_cache(with_gaps=4 * M * D, without=4 * D)
@@ -554,10 +566,10 @@ assert len(schematics.sets_used(4 * M * D)) == 8 and len(schematics.sets_used(4 
 
 # %% [markdown]
 # A prediction of misses is not yet one of time. Our simulator leaves out the second-level cache, which makes a miss
-# cheaper, and the **prefetcher**: a processor guesses which line comes next and fetches it ahead of time, which
-# works for reads in sequence. Query by query, locations, weights and output are passed in sequence; head by head, they are
-# not. What one gains at `value` may be lost there, unless the kernel itself asks for these lines some queries ahead. So
-# there are six versions:
+# cheaper, and the **prefetcher**: a processor guesses which line comes next and fetches it ahead of time, which works
+# for reads in sequence. Query by query, locations, weights and output are read and written in sequence; head by head,
+# they are not. What one gains at `value` may be lost there, unless the kernel itself asks for these lines some
+# queries ahead. Two layouts and three orders make six versions:
 
 # %%
 CONSTANTS = {"D": D, "L": L, "K": K, "M": M}
@@ -586,12 +598,15 @@ versions = {f"{order}, {gaps}": two_phases(order, gaps) for gaps in GAPS for ord
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-_ = race(versions, rounds=25)
+by_version = race(versions, rounds=25)
+won = by_version["head by head + ahead, no gaps"] < by_version["query by query, with gaps"]
+print("all three changes against none: faster in", won.sum(), "of 25 rounds")
 
 # %% [markdown]
-# Compare the first line, where nothing was done, with the last, where all three changes were made, and both with those
-# between, where some are missing. Such an **ablation** is the only way to say that changes help together. On your machine it
-# may say no.
+# Here "won" compares neighbours in the list, so the last line, printed apart, compares all three changes with none.
+# The versions between have some of the changes. Only such an **ablation** can show that changes help together. The
+# machine that made this page gives a faint answer: in five runs the median fell by 3 to 15 per cent, but the ranges
+# overlap.
 #
 # Now the whole ladder, with the library's kernel and PyTorch's form for comparison. (For step 4 the copy without gaps was
 # made before; the library makes it each time, and its time includes that.)
@@ -625,8 +640,11 @@ schematics.ladder(times)
 # *Figure {{n}}.3. The ladder on the machine that made this page: median (dot) and range (bar) of 11 rounds. Where two
 # bars overlap, look at the printed number of rounds before you call a step faster.*
 #
-# A step counts as shown if it won (nearly) all rounds. On some machines step 2 does not, because the compiler has
-# made vector instructions for step 1 already. Which step gains most depends on the processor and the compiler.
+# A step counts as shown if it won (nearly) all rounds. Step 4 does not: in five runs on the machine that made this
+# page, it won 5, 7, 8, 10 and 10 of 11 rounds. Step 1 gained more than the factor of 4 that we counted, because the
+# compiler makes vector instructions of its loop over channels. (Told not to, by `-fno-tree-vectorize`, it made a
+# kernel that took more than twice as long.) The library's kernel adds vectors of 64 bytes, where the processor has
+# them, and asks for rows ahead of time.
 #
 # (`data/results/operator_cpu.json` has measurements against other implementations at the paper's sizes, taken in the same
 # way by `make bench`.)
@@ -679,7 +697,7 @@ check("making_it_fast.3", thread_a_point)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Take the kernel `HEAD` and turn its two loops over levels and points into the thread's number:
+# Take the kernel `head` of `ONE_PHASE` and turn its two loops over levels and points into the thread's number:
 # `p / K % L` is the level, `p / K / L` the item.
 #
 # </details>
@@ -702,10 +720,12 @@ check("making_it_fast.3", thread_a_point)
 # ## {{n}}.5 The kernels under the roof
 #
 # All versions do the same useful work: half an operation per byte read. So under the roofline they stand above one
-# another, and their height tells how well they use the machine. For comparison there are two operations that reuse each
-# byte many times, a product of matrices and a convolution.
+# another, and their height tells how well they use the machine. For comparison there are two operations that reuse
+# each byte many times, a product of matrices and a convolution. They keep numbers in registers while they use them,
+# so we count each of their bytes once. (Counted like that, deformable attention would have 9 operations per byte. But
+# it cannot keep its rows in registers, since nobody knows which row is wanted next.)
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_IGNORE_OUTPUT
 useful = Q * M * L * K * 4 * D * 2 / 1e6  # per millisecond: GFLOP/s
 speeds = {name: useful / np.median(given) for name, given in times.items()}
@@ -727,10 +747,12 @@ schematics.roofline(machine, speeds, intensity=0.5, others=others)
 # *Figure {{n}}.4. The roofline of the machine that made this page, with the kernels on it (green), PyTorch's form (grey), and
 # two regular operations (violet), at the intensity of each byte moved once.*
 #
-# Read the figure from below. A version far below both slopes is not limited by bytes: it spends its time on coordinates,
-# jumps and loops. Above the dashed line bytes must come from a cache, since memory could not deliver them so fast. The solid
-# line is the rate of copying 1 MB, which lies in the second-level cache; what is still in the first-level cache comes faster, so
-# a version may even stand above it. The convolution stands to the right of all that, because it uses what it reads many times.
+# Read the figure from below. A kernel far below both slopes is not limited by bytes: it spends its time on
+# coordinates, jumps and loops. (PyTorch's form is another matter. It writes every sample to memory, and these bytes
+# are not counted here.) Above the dashed line bytes must come from a cache, since memory could not deliver them so
+# fast. The solid line is the rate of copying 1 MB, which lies in the second-level cache; what is still in the
+# first-level cache comes faster, so a version may even stand above it. The convolution stands to the right of all
+# that, because it uses what it reads many times.
 #
 # ### Why the published detector is slower than its FLOPs
 #
@@ -741,11 +763,11 @@ schematics.roofline(machine, speeds, intensity=0.5, others=others)
 # | Faster R-CNN with FPN, convolutions | 180 | 25.6 | 28.0 |
 # | Deformable DETR | 173 | 15.0 | 19.4 |
 #
-# The work is about equal, the time is not. (The paper's own table prints 26 and 19, which are, by the repository's table, a
-# number for one image at a time and one for four.) The reason that {cite}`zhu2021deformable` give is the order of
-# accesses to memory. A convolution's reads are known in advance, lie side by side, and serve many outputs; here each query
-# computes where it reads. FLOPs count none of that. The paper says the same of sliding-window attention.
-# (Other things may add to it, such as many small operations; the published numbers do not tell them apart.)
+# The work is about equal, the time is not. (The paper's own table prints 26 for the one and 19 for the other. By the
+# repository's table, the first is for one image at a time, the second for four.) The reason that
+# {cite}`zhu2021deformable` give is the order of accesses to memory. A convolution's reads are known in advance, lie
+# side by side, and serve many outputs; here each query computes where it reads. FLOPs count none of that. (Other
+# things may add to it, such as many small operations; the published numbers do not tell them apart.)
 
 # %% [markdown]
 # ## {{n}}.6 Backward: who may write where
@@ -767,8 +789,8 @@ for level, (h, w) in enumerate(LEVELS):
     print(f"level {level}: {total * K * 4 / (h * w):5.0f} additions to each pixel and head")
 
 # %% [markdown]
-# So a pixel of the coarsest level gets over a thousand additions, from threads that run at the same time. An addition has
-# three steps, read, add and write, and this is how one gets lost:
+# So a pixel of the coarsest level gets over a thousand additions, from threads that run at the same time. This is how
+# one of them gets lost:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of boxes along time, thread A and thread B, and between them the number in memory. A reads 5, B reads 5, both compute 5 plus 1, A writes 6, B writes 6. The number should be 7."}}
 schematics.lost_addition()
@@ -803,9 +825,11 @@ print({name: int(total) for name, total in sums.items()})
 assert sums["plain"] < sums["atomic"] == 8000
 
 # %% [markdown]
-# In practice a race shows itself rarely, and never when one looks. **ThreadSanitizer** {cite}`serebryany2009tsan` needs
-# no luck: it watches every access, and reports two that nothing orders. Here is the library's kernel under it, on inputs for
-# which each sum must be 128, and once more with a read and a write in place of the atomic addition:
+# Most plain additions are lost, because usually all four threads read the same number and write back the same sum. In
+# a real kernel a race shows itself rarely, so a test may miss it. **ThreadSanitizer** {cite}`serebryany2009tsan`
+# watches every access. It reports two threads that touch the same number, at least one of them writing, when no
+# barrier or atomic operation orders them, even if the sum came out right. Here is the library's kernel under it, on
+# inputs for which each sum must be 128, and once more with a read and a write in place of the atomic addition:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -882,12 +906,13 @@ check("making_it_fast.4", fixed_point_scale)
 # %% [markdown]
 # ## {{n}}.7 What a GPU would do
 #
-# NVRTC compiles for a GPU without having one. `python -m tests.test_cuda_build` does so for every generation, and notes what the
-# compiler says: the **registers** of a thread, the shared memory of a block, and **spills**, numbers that found no
-# register (there must be none). While one warp waits for memory, others can run, so it helps if many fit. For the H100,
-# whose multiprocessors hold up to 2048 threads, 65,536 registers and 228 KB of shared memory:
+# NVRTC compiles for a GPU without having one. `python -m tests.test_cuda_build` does so for every generation, and
+# notes what the compiler says: the **registers** of a thread, the shared memory of a block, and **spills**, numbers
+# that found no register (there must be none). While one warp waits for memory, others can run, so it helps if many
+# fit. A multiprocessor of the H100 holds up to 2048 threads, 65,536 registers and 228 KB of shared memory. From these
+# a folded cell computes how many of the 2048 fit:
 
-# %%
+# %% tags=["hide-input"]
 built = json.loads(Path("../data/results/cuda_build.json").read_text())["kernels"]
 for entry in built:
     if (entry["architecture"], entry["D"], entry["deterministic"]) == (90, 32, False):
@@ -900,15 +925,16 @@ for entry in built:
 assert not any(entry["spilled"] for entry in built)
 
 # %% [markdown]
-# More is not always better. A thread can also have several loads under way at once, which takes registers: the backward
-# kernel starts all four loads of a point before its first shuffle. Which is faster, only a GPU can say.
+# More is not always better. A thread can also have several loads under way at once, which takes registers. (The
+# backward kernel loads all four corners of a point before `put_sums` shuffles.) Which is faster, only a measurement
+# on a GPU can say.
 
 # %% [markdown]
 # ## {{n}}.8 A whole detector
 #
-# Last, the question that decides whether any of this matters: which part of a training step is the operator? Take
-# the shipped detector of {{chapter training}} and four copies of the book's seven, forward and backward. We write
-# down the operator's calls, and then time the step and the calls alone.
+# Last, the question that decides whether any of this matters: what share of a training step is the operator? Take the
+# shipped detector of {{chapter training}} and four copies of the book's seven, forward and backward. We write down
+# the operator's calls, and then time the step and the calls alone.
 
 # %%
 model, _ = load_model("../data/checkpoints/digits.safetensors")
@@ -958,9 +984,10 @@ for backend in ("reference", "cpu"):
 #
 # ## {{n}}.9 Your kernel in the library's tests
 #
-# A kernel with the name and arguments of `head` above can be put through the tests of the library's own operator: odd sizes,
-# borders, coordinates that are not numbers, no queries, several images. It gets one thread per head and some too
-# many, one image at a time, and an output of zeros. Write it into a file and run, in the repository's folder,
+# A kernel with the name and arguments of `head` above can be put through the tests of the library's own operator: odd
+# sizes, borders, coordinates that are not numbers, no queries, several images. It is launched for one image at a
+# time, with at least one thread per head, and finds an output of zeros. Write it into a file and run, in the
+# repository's folder,
 #
 # ```
 # python -m pytest tests/test_own_kernel.py --kernel my_kernel.cu

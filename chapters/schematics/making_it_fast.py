@@ -19,7 +19,7 @@ def two_limits() -> None:
         "1 operation per byte:\nbytes limit, 10 GFLOP/s", (1, 10), (1.15, 5.6), color=POINT
     )
     axes.annotate(
-        "16 operations per byte:\narithmetic limits, 40 GFLOP/s", (16, 40), (8, 19), color=POINT
+        "16 operations per byte:\narithmetic limits, 40 GFLOP/s", (16, 40), (5.5, 19), color=POINT
     )
     axes.text(0.55, 16, "slope: 10 GB/s", color=QUIET)
     axes.text(5, 46, "ceiling: 40 GFLOP/s", color=QUIET)
@@ -52,7 +52,7 @@ def who_writes() -> None:
     axes = canvas(7, 2.7)
     _queries(axes, 0.2, "forward: gather")
     for q in range(3):
-        block(axes, 0.6 + 0.75 * q, 0.9, f"output {q}", QUERY, 0.74, 0.4)
+        block(axes, 0.6 + 0.75 * q, 0.9, f"output {q}", QUERY, 0.66, 0.4)
         arrow(axes, (0.6 + 0.75 * q, 1.68), (0.6 + 0.75 * q, 1.12), colour=QUERY)
     axes.text(1.35, 0.45, "one writer per number", ha="center", fontsize=9)
     _queries(axes, 2.6, "backward: scatter")
@@ -134,4 +134,4 @@ def roofline(
 def _queries(axes: Axes, x: float, title: str) -> None:
     axes.text(x + 1.15, 2.5, title, ha="center", fontsize=10)
     for q in range(3):
-        block(axes, x + 0.4 + 0.75 * q, 1.9, f"query {q}", QUERY, 0.74, 0.4, strong=True)
+        block(axes, x + 0.4 + 0.75 * q, 1.9, f"query {q}", QUERY, 0.66, 0.4, strong=True)
