@@ -19,6 +19,8 @@ from deformable_detr.backbones.dat_fpn import dat_fpn
 from deformable_detr.evaluation.complexity import PER_SAMPLE, LiveTensors, count
 from deformable_detr.layers import dat_attention
 from deformable_detr.layers.dat_attention import DAttention, PositionBias
+from deformable_detr.layers.dense_attention import DenseAttention
+from deformable_detr.layers.key_aware_attention import KeyAwareAttention
 from deformable_detr.layers.window_attention import WindowAttention
 from deformable_detr.losses.criterion import SetCriterion
 from deformable_detr.models import DETR
@@ -31,6 +33,7 @@ from tests.test_base import make_batch
 # windows of 2 pixels, and tables for an image of 64, whose stages have 16, 8, 4 and 2
 SMALL = DATConfig(8, ("WS", "WS", "WD", "WD"), (1, 2, 4, 8), (1, 1, 2, 4), 2, 64)
 SHALLOW = dataclasses.replace(SMALL, blocks=("S", "W", "D", "D"))
+ZERO = torch.zeros(1)
 PUBLISHED = {  # parameters; entries of the state dict; millions of multiply-adds
     "dat_tiny": (28_319_138, 219, 4_563),
     "dat_small": (49_700_402, 435, 8_959),
@@ -251,6 +254,31 @@ def test_memory_does_not_grow_with_pairs(monkeypatch, training):
     ("make", "message"),
     [
         (lambda: DAttention(8, 4, 3, (4, 4)), "num_heads must be divisible by num_groups, got 4 a"),
+        (lambda: DAttention(8, 4, 0, (4, 4)), "num_heads must be divisible by num_groups, got 4 a"),
+        (lambda: DAttention(8, 4, -2, (4, 4)), "must be divisible by num_groups, got 4 and -2"),
+        (lambda: DAttention(8, 0, 1, (4, 4)), "embed_dim must be divisible by num_heads, got 8 an"),
+        (lambda: WindowAttention(8, -2), "embed_dim must be divisible by num_heads, got 8 and -2"),
+        (lambda: KeyAwareAttention(8, 1, 0), "must be divisible by num_heads, got 8 and 0"),
+        (lambda: DenseAttention(8, 0), "embed_dim must be divisible by num_heads, got 8 and 0"),
+        (lambda: DAttention(8, 4, 2, (0, 4)), "size must be at least 1 x 1, got 0 x 4"),
+        (
+            lambda: DAttention(8, 4, 2, (4, 4), stride=0),
+            "stride must be at least 1 and kernel_size odd, got stride 0 and kernel_size 5",
+        ),
+        (lambda: DAttention(8, 4, 2, (4, 4), 4), "kernel_size odd, got stride 1 and kernel_size 4"),
+        (lambda: WindowAttention(8, 4, 0), "window_size must be at least 1, got 0"),
+        (lambda: DATConfig(window=0), "window must be at least 1, and image_size 32"),
+        (lambda: DATConfig(image_size=31), "one pixel of the last stage, got 7 and 31"),
+        (lambda: DATBackbone(SMALL, 0), "stages must be from 1 to 4, got 0"),
+        (lambda: dat_fpn(SMALL, 5), "stages must be from 1 to 4, got 5"),
+        (
+            lambda: DAT(dataclasses.replace(SMALL, groups=(1, 1, 3, 4))),
+            "num_heads must be divisible by num_groups, got 4 and 3",
+        ),
+        (
+            lambda: DAT(dataclasses.replace(SMALL, stride=8))(torch.zeros(1, 3, 64, 64)),
+            r"stride must be at most the map's size \(4, 4\), got 8",
+        ),
         (lambda: DAttention(9, 4, 2, (4, 4)), "embed_dim must be divisible by num_heads, got 9 an"),
         (lambda: WindowAttention(9, 4), "embed_dim must be divisible by num_heads, got 9 and 4"),
         (lambda: WindowAttention(8, 4, 7, 7), "shift must be from 0 to 6, got 7"),
@@ -359,6 +387,20 @@ def changed(**tensors):
             lambda state: {"features.1.0.attn.relative_position_bias_table": torch.zeros(9, 1)},
             "is a checkpoint of Swin",
         ),
+        (
+            lambda state: {"encoder.layers.0.blocks.0.attention.relative_position_bias.t": ZERO},
+            "is a checkpoint of Swin;",
+        ),
+        (
+            lambda state: {
+                "swin.layers.0.blocks.0.attention.self.relative_position_bias_table": ZERO
+            },
+            "is a checkpoint of Swin;",
+        ),
+        (
+            lambda state: {"layers.0.blocks.0.attn.cpb_mlp.0.weight": ZERO},
+            "is a checkpoint of Swin V2",
+        ),
         (lambda state: {"conv1.weight": torch.zeros(1)}, "tensors are called conv1"),
     ],
 )
@@ -370,6 +412,22 @@ def test_files_of_other_models_are_refused(published, tmp_path, change, message)
         with pytest.raises(ValueError, match=message) as error:
             load()
         assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("backbone.stages.0.local_perception_units.0.weight", r"DAT\+\+"),
+        ("backbone.stages.0.blocks.0.attn.w_msa.relative_position_bias_table", "Swin"),
+    ],
+)
+def test_detectors_of_other_models_are_refused(tmp_path, name, model):
+    """OpenMMLab's files, in which DAT++ and Swin come as backbones."""
+    path = tmp_path / "detector.pth"
+    torch.save({"meta": {"epoch": 12}, "state_dict": {name: ZERO}}, path)
+    with pytest.raises(ValueError, match=f"is a checkpoint of {model}[,;]") as error:
+        load_dat(path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_of_unknown_size_is_refused(published):

@@ -49,6 +49,11 @@ class DATConfig:
             raise ValueError(f"blocks, heads and groups must be of 4 stages, got {each}")
         if wrong := set("".join(self.blocks)) - set("WSDP"):
             raise ValueError(f"blocks must be W, S, D or P, got {min(wrong)!r}")
+        if self.window < 1 or self.image_size < 32:
+            raise ValueError(
+                "window must be at least 1, and image_size 32, which is one pixel of the last "
+                f"stage, got {self.window} and {self.image_size}"
+            )
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
 
@@ -87,6 +92,8 @@ class DATBackbone(nn.Module):
 
     def __init__(self, config: DATConfig, stages: int = 3) -> None:
         super().__init__()
+        if not 1 <= stages <= 4:
+            raise ValueError(f"stages must be from 1 to 4, got {stages}")
         self.config = config
         self.body = DATBody(config)
         self.channels = self.body.channels[-stages:]

@@ -46,7 +46,7 @@ class DAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(embed_dim, num_heads)
-        if num_heads % num_groups:
+        if num_groups < 1 or num_heads % num_groups:
             raise ValueError(
                 f"num_heads must be divisible by num_groups, got {num_heads} and {num_groups}"
             )
@@ -103,6 +103,11 @@ class KeyPlaces(nn.Module):
         self, embed_dim: int, num_groups: int, kernel_size: int, stride: int, offset_range: float
     ) -> None:
         super().__init__()
+        if stride < 1 or kernel_size % 2 == 0:
+            raise ValueError(
+                "stride must be at least 1 and kernel_size odd, got "
+                f"stride {stride} and kernel_size {kernel_size}"
+            )
         self.num_groups, self.stride, self.offset_range = num_groups, stride, offset_range
         width = embed_dim // num_groups
         padding = kernel_size // 2
@@ -173,6 +178,8 @@ class PositionBias(nn.Module):
     def __init__(self, num_heads: int, size: tuple[int, int]) -> None:
         super().__init__()
         height, width = size
+        if min(size) < 1:
+            raise ValueError(f"size must be at least 1 x 1, got {height} x {width}")
         self.table = nn.Parameter(torch.empty(num_heads, 2 * height - 1, 2 * width - 1))
         nn.init.trunc_normal_(self.table, std=0.01)
 

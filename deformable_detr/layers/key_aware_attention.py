@@ -28,7 +28,7 @@ class KeyAwareAttention(nn.Module):
         self, embed_dim: int = 256, num_levels: int = 4, num_heads: int = 8, num_points: int = 4
     ) -> None:
         super().__init__()
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}"
             )

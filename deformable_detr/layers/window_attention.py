@@ -24,6 +24,8 @@ class WindowAttention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, window_size: int = 7, shift: int = 0):
         super().__init__()
         check_heads(embed_dim, num_heads)
+        if window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {window_size}")
         if not 0 <= shift < window_size:
             raise ValueError(f"shift must be from 0 to {window_size - 1}, got {shift}")
         self.num_heads, self.window_size, self.shift = num_heads, window_size, shift
@@ -114,7 +116,7 @@ def pad_to_multiple(x: Tensor, size: int) -> Tensor:
 
 def check_heads(embed_dim: int, num_heads: int) -> None:
     """ValueError unless the width can be shared out among the heads."""
-    if embed_dim % num_heads:
+    if num_heads < 1 or embed_dim % num_heads:
         raise ValueError(
             f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}"
         )

@@ -48,7 +48,12 @@ DOWN = [("linear.", "0."), ("norm.", "1.norm.")]
 STRANGERS = [  # a part of a name that other checkpoints have, and whose they are
     ("local_perception_units.", "DAT++, the authors' second model"),
     ("patch_proj.3.", "DAT++, the authors' second model"),
-    (".attn.relative_position_bias_table", "Swin"),
+    (".attn.relative_position_bias_table", "Swin"),  # its authors', timm's, torchvision's
+    (".w_msa.relative_position_bias_table", "Swin"),  # OpenMMLab's
+    (".attention.self.relative_position_bias_table", "Swin"),  # transformers'
+    ("blocks.0.attention.relative_position_bias.", "Swin"),
+    (".cpb_mlp.", "Swin V2"),
+    (".continuous_position_bias_mlp.", "Swin V2"),
 ]
 
 
@@ -167,9 +172,10 @@ def _read(path: Path | str) -> State:
         state = unwrapped(read_safetensors(path)[0])
     else:
         content = read_pickle(path)
-        tensors = content.get("model", content)
+        key = next((key for key in ("model", "state_dict") if key in content), None)
+        tensors = content if key is None else content[key]
         if not isinstance(tensors, Mapping):
-            raise ValueError(f"{path}: 'model' must be a dict of tensors")
+            raise ValueError(f"{path}: {key!r} must be a dict of tensors")
         state = tensors_of(tensors, path)
     for part, model in STRANGERS:
         if any(part in name for name in state):
