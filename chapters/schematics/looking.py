@@ -48,8 +48,8 @@ def two_questions() -> None:
         fontsize=9,
         color=POINT,
     )
-    arrow(axes, (4.4, 1.74), (3.4, 1.62), colour=POINT, bend=0.5)
-    axes.plot([3.3, 3.42, 3.52], [1.68, 1.82, 1.64], "o", color=POINT, ms=5, mec="black")
+    arrow(axes, (4.5, 1.75), (3.78, 1.78), colour=POINT, bend=0.6)
+    axes.plot([3.42, 3.56, 3.68], [1.68, 1.83, 1.68], "o", color=POINT, ms=5, mec="black")
     arrow(axes, (6.5, 0.95), (6.5, 0.32), colour=LOSS, style="-")
     arrow(axes, (6.5, 0.32), (0.9, 0.32), colour=LOSS, style="-")
     arrow(axes, (0.9, 0.32), (0.9, 0.53), colour=LOSS)
