@@ -3,8 +3,9 @@
     python experiments/backbones.py    # a minute or two
 
 "Vision Transformer with Deformable Attention": Table 2, its ablations of stages (Tables 6 and 7),
-what DAT adds to detectors (Table 3), and formula (10). Counted on tensors without data: no time is
-measured, and nothing is trained. Writes data/results/backbones.json.
+what DAT costs in detectors and in segmentation (Tables 3 and 5), and formula (10). Counted on
+tensors without data: no time is measured, and nothing is trained. Writes
+data/results/backbones.json.
 """
 
 import argparse
@@ -19,18 +20,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import SwinTransformer, swin_b, swin_s, swin_t
 
-from deformable_detr.backbones.dat import CONFIGS, DAT, KERNELS, REDUCTIONS, Patches
+from deformable_detr.backbones.dat import CONFIGS, DAT, KERNELS, REDUCTIONS, DATBackbone, Patches
 from deformable_detr.evaluation.complexity import LiveTensors, count
 from deformable_detr.files import write_json
 from deformable_detr.layers import dat_attention
 from deformable_detr.layers.dat_attention import DAttention
 from deformable_detr.layers.spatial_reduction import SpatialReductionAttention
 from deformable_detr.layers.window_attention import WindowAttention
+from deformable_detr.models.semantic_fpn import SemanticFPN
 from deformable_detr.provenance import provenance
 from deformable_detr.structures import Batch
 
 RESULTS = Path(__file__).parents[1] / "data" / "results"
 CLASSIFIED, DETECTED, PAPERS = (224, 224), (800, 1066), (800, 1280)  # PAPERS: of Table 3
+WIDE = (512, 2048)  # of Table 5
 DEPTHS = {
     "pvt_tiny": (2, 2, 2, 2),
     "pvt_small": (3, 4, 6, 3),
@@ -60,6 +63,7 @@ PAPER = {
 }
 # Table 3, RetinaNet with DAT minus RetinaNet with Swin, whose other parts are the same: G
 ADDED = {"tiny": 253 - 248, "small": 359 - 339}
+SEGMENTED = {"tiny": (32, 198), "small": (53, 320), "base": (92, 481)}  # Table 5, Semantic FPN
 
 
 class PVT(nn.Module):
@@ -225,6 +229,23 @@ def count_detectors() -> Iterator[dict]:
             yield row | {"added": after - before, "paper_added_g": ADDED[name]}
 
 
+def count_segmentation() -> Iterator[dict]:
+    """DAT under Semantic FPN with the 150 classes of ADE20K, at the size of Table 5, by r."""
+    for name, (parameters, total) in SEGMENTED.items():
+        for stride in (1, 2):
+            config = replace(CONFIGS[f"dat_{name}"], stride=stride)
+            network = SemanticFPN(DATBackbone(config, stages=4), 150)
+            counted, _ = count(OfImages(network), WIDE)
+            yield {
+                "name": name,
+                "size": WIDE,
+                "stride": stride,
+                "parameters": sum(p.numel() for p in network.parameters()),
+                "multiply_adds": counted,
+                "paper": {"parameters_m": parameters, "multiply_adds_g": total},
+            }
+
+
 # The layers
 
 
@@ -316,10 +337,11 @@ def main() -> None:
     result = provenance("python experiments/backbones.py", ("torchvision",))
     result["networks"] = list(count_networks())
     result["in_detectors"] = list(count_detectors())
+    result["in_segmentation"] = list(count_segmentation())
     result["layers"] = [row for size in (CLASSIFIED, DETECTED) for row in count_layers(size)]
     result["memory_of_stage_3"] = list(count_memory(DETECTED))
     write_json(RESULTS / "backbones.json", result)
-    for name in ("networks", "in_detectors", "layers", "memory_of_stage_3"):
+    for name in ("networks", "in_detectors", "in_segmentation", "layers", "memory_of_stage_3"):
         print(*result[name], sep="\n")
 
 

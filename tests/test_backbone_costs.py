@@ -184,6 +184,15 @@ def test_what_dat_adds_to_a_detector_is_not_what_every_pixel_as_a_key_would_add(
         assert share > 5 if row["stride"] == 1 else 0.7 < share < 1
 
 
+def test_semantic_fpn_costs_more_than_with_a_quarter_of_the_keys_and_less_than_with_all(result):
+    rows = result["in_segmentation"]
+    assert len(rows) == 6
+    for row in rows:
+        paper, share = row["paper"], row["multiply_adds"] / 1e9 / row["paper"]["multiply_adds_g"]
+        assert abs(row["parameters"] / 1e6 - paper["parameters_m"]) < 1
+        assert share > 1.1 if row["stride"] == 1 else 0.9 < share < 1
+
+
 def test_formula_10_in_the_table(result):
     rows = [row for row in result["layers"] if row["kind"].startswith("deformable")]
     assert len(rows) == 14
