@@ -330,8 +330,8 @@ assert abs(ratio - 1) < 0.001
 
 # %% [markdown]
 # Now autograd and finite differences agree. Without this check we would not have noticed that a part was missing.
-# (The library's context `FollowReferences` does the same as our patch.) All five numbers of a detection come from one forward pass and five backward passes. To
-# get one number per pixel, we take the norm over the three colours.
+# (The library's context `FollowReferences` does the same as our patch.) All five numbers of a detection come from one
+# forward pass and five backward passes. To get one number per pixel, we take the norm over the three colours.
 
 # %%
 pixels = batch.images.clone().requires_grad_(True)
@@ -1008,8 +1008,8 @@ plt.show()
 #
 # Heavier points matter more, as a rule. But the rule has exceptions, and one of them is the heaviest point, which
 # the eye sees first: it matters for the box, and hardly for the class. For models that read text,
-# {cite}`jain2019attention` found something similar, and called their paper "Attention is not Explanation". Notice also how *little* any single point matters: the score never
-# changes by more than 0.02.
+# {cite}`jain2019attention` found something similar, and called their paper "Attention is not Explanation". Notice
+# also how *little* any single point matters: the score never changes by more than 0.02.
 #
 # Here is what is often said of such pictures, and what we found for this detector:
 #
