@@ -36,10 +36,10 @@ def shrinking(side: int, crown: int, short_side: int, tile: int) -> None:
     part = 1.9 * tile / side
     corner = (1.2 - part / 3, 1.1 - part / 3)
     axes.add_patch(Rectangle(corner, part, part, fill=False, edgecolor=POINT, lw=1.4))
-    axes.text(1.15, 0.1, f"{side} pixels", ha="center", fontsize=8.5)
+    axes.text(1.15, 0.1, f"{side} pixels; orange: a tile of {tile}", ha="center", fontsize=8.5)
     for x, scale, name, colour in (
-        (3.1, short_side / side, f"the whole picture at {short_side} pixels", CUT),
-        (5.3, 1.0, f"a tile at {tile} pixels", VALUE),
+        (3.1, short_side / side, f"part of the picture, resized to {short_side}", CUT),
+        (5.3, 1.0, "part of the tile, at full size", VALUE),
     ):
         pixels = crown * scale
         edge = POINT if colour == VALUE else QUIET
@@ -57,7 +57,7 @@ def shrinking(side: int, crown: int, short_side: int, tile: int) -> None:
         axes.text(
             x + 0.75,
             0.2,
-            f"a crown has {pixels:.0f} pixels",
+            f"the crown is {pixels:.0f} pixels wide",
             ha="center",
             fontsize=8.5,
             color=colour,
