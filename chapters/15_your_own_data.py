@@ -328,7 +328,8 @@ plt.show()
 # themselves. So one starts from a detector that knows this already: from published weights of COCO if there is an Internet
 # connection (`--init SenseTime/deformable-detr`), or else from any detector at hand. Here it is the detector of digits, and
 # whether it helps is measured below. The next cell loads it for one class and for 100 queries, which is what `photos`
-# has (the digits' detector had 30), and prints which of its tensors were kept.
+# has (the digits' detector had 30; on the command line this is `--set model.num_queries=100`), and prints which of its tensors
+# were kept.
 
 # %%
 import logging
@@ -399,7 +400,9 @@ check("your_own_data.3", train_heads_only)
 # %%
 # NBVAL_IGNORE_OUTPUT
 command(
-    "doctor tiles --recipe photos --short-side 128 --init digits.safetensors --steps 60", lines=30
+    "doctor tiles --recipe photos --short-side 128 --init digits.safetensors"
+    " --set model.num_queries=100 --steps 60",
+    lines=30,
 )
 
 # %% [markdown]
@@ -416,7 +419,7 @@ command(
 # ```
 #
 # It starts from random weights ("from nothing"). It was run, and so were five variants:
-# - **from the digits' detector**: the same, with `--init digits.safetensors`,
+# - **from the digits' detector**: the same, with `--init digits.safetensors --set model.num_queries=100`,
 # - **a quarter of the tiles, as many steps**: also from the digits' detector, on 117 of the 468 tiles for 20 epochs,
 # - **other colours**: from nothing, with the transforms of the recipe `digits`, which change the colours,
 # - **three times as long**: from nothing, for 15 epochs,
