@@ -468,7 +468,11 @@ plt.show()
 means = {name: {split: np.mean(v) for split, v in splits.items()} for name, splits in table.items()}
 assert all(mean["test"] < 0.65 * mean["val"] for mean in means.values())
 assert means["three times as long"]["test"] < means["from nothing"]["test"]
-assert means["three times as long"]["val"] > means["from nothing"]["val"]
+best = max(means, key=lambda name: means[name]["val"])
+assert best == "three times as long, other colours" and means[best]["test"] < 0.02
+assert all(means[name]["test"] > means[best]["test"] - 0.005 for name in means)
+few, all_tiles = (means[n]["test"] for n in list(means)[2:0:-1])
+assert few > all_tiles  # a quarter of the tiles, and all of them
 worst = max(mean["test"] / mean["val"] for mean in means.values())
 print(f"test is at most {worst:.2f} of val, in every row")
 
@@ -479,18 +483,21 @@ print(f"test is at most {worst:.2f} of val, in every row")
 # dealt out at random, test would have shown the same forest as train. Its AP would then have been near that of val, or above
 # it, and you would have gone into the field with that number.
 #
-# **Val can mislead as well.** Three times as many steps gave a better AP on val and a worse one on test. A likely reason is
-# that the detector learned *this* forest, its light and its kind of tree. Val can only choose well for places that resemble it.
+# **Val can mislead as well.** The way to train that is best on val, with other colours and three times as long, is nearly the worst on
+# test. A likely reason is that the detector learned *this* forest, its light and its kind of tree. Val can only choose well for places
+# that resemble it.
 #
 # **The start was worth little.** What the digits' detector knows of ink helps hardly at all with crowns. Published weights of
 # COCO, which were trained on photographs, should be a better start, but that was not run here.
 #
-# **More of the same is not more.** A quarter of the tiles did about as well as all of them (compare the second and third rows,
+# **More of the same is not more.** A quarter of the tiles did no worse than all of them (compare the second and third rows,
 # which start alike). So what is missing is not tiles but places: as an example of what a forest looks like, a data set of one
-# forest is a single example. (Changing the colours was meant to stand in for other light. It made
-# learning slower, and did not help in so few steps.)
+# forest is a single example.
 #
-# There are few seeds, and seeds differ as much as most rows do. So read these as observations and not as laws. They still say
+# And one remedy went the wrong way. Changing the colours was meant to stand in for other light, and in both pairs of rows it made the
+# far forest worse. A remedy is a guess until it is measured.
+#
+# There are two seeds per row, and they differ as much as most rows do. So read these as observations and not as laws. They still say
 # more than the one number that a random split would have given.
 #
 # ## {{n}}.8 What it gets wrong
