@@ -55,7 +55,7 @@ def difference(
 
 
 def verdict(ours: Sequence[float], theirs: Sequence[float], digits: int = 3) -> str:
-    """What the repeats show: "better by a to b", "worse by a to b", or "no difference larger than c".
+    """What repeats show: "better by a to b", "worse by a to b" or "no difference larger than c".
 
     An ordering is claimed only where the interval of the difference leaves out zero; otherwise c is
     its end that is farther from zero: a larger difference, of either sign, would not fit.
