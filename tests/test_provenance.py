@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import platform
 import subprocess
 from pathlib import Path
@@ -106,6 +107,10 @@ MAKERS = [*ROOT.glob("experiments/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / 
 def test_what_makes_results_says_where_they_come_from(path):
     """All of it here, nothing by other means."""
     text = path.read_text(encoding="utf-8")
-    assert "data/results" not in text.split("import")[0] or " provenance(" in text
+    beside = (
+        path.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", text, re.M)
+    )
+    whole = text + "".join(file.read_text(encoding="utf-8") for file in beside if file.exists())
+    assert "data/results" not in text.split("import")[0] or " provenance(" in whole
     for other in ("cpuinfo", "importlib.metadata", "platform."):
         assert other not in text.replace("sys.platform", ""), f"{path.name} asks {other} by itself"
