@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import re
 import platform
+import re
 import subprocess
 from pathlib import Path
 
