@@ -61,8 +61,9 @@ between_pixels()
 # %% [markdown]
 # ## {{n}}.1 Four pixels, by hand
 #
-# To answer this, we start with the smallest map that has a place between pixels: two rows and two
-# columns. Pixel centres have whole coordinates. x counts columns and y counts rows, both from 0.
+# To answer this, we start with the smallest map in which a point can lie between pixels along both
+# axes: two rows and two columns. Pixel centres have whole coordinates. x counts columns and y
+# counts rows, both from 0.
 
 # %%
 corners = torch.tensor([[10.0, 20.0], [50.0, 80.0]])  # rows are y, columns are x
@@ -86,8 +87,8 @@ four_pixels(x=0.25, y=0.5)
 
 # %% [markdown]
 # The same in arithmetic. A blend of two numbers along x comes first: once along the top edge, once
-# along the bottom edge. Then the two results are blended along y. Because it is linear in x and
-# linear in y, it is called **bilinear** interpolation.
+# along the bottom edge. Then the two results are blended along y. Because the result is linear in x
+# and linear in y, this is called **bilinear** interpolation.
 #
 # Before you run: what is the blend along the top edge, a quarter of the way from 10 to 20? And along
 # the bottom edge, from 50 to 80?
@@ -229,10 +230,10 @@ assert sample_by_loop(small, 4.75, 1.0) == 0.25 * 9
 #
 # A detector samples thousands of points with hundreds of channels, so the loop over points must go.
 # The loop over the four pixels can stay. Two things need care:
-# - The index of a pixel outside the map must still be a legal index, or indexing fails. So we clamp
-#   it into the map.
-# - What is read at the clamped index is wrong, so its weight must be zero. (This works as long as the
-#   map is finite, because zero times infinity is not zero.)
+# - The index of a pixel outside the map must still be a legal index, or indexing fails. So we
+#   clamp it to the nearest row and column that exist.
+# - What is read at the clamped index is wrong, so its weight must be zero. (This works as long as
+#   all values of the map are finite, because zero times infinity is not zero.)
 
 
 # %%
@@ -280,8 +281,8 @@ print(tuple(sampled.shape), "as by the loop")
 #
 # In words: the derivative along x is the right pixel minus the left pixel, blended over the two
 # rows. The derivative along y is the lower minus the upper, blended over the two columns. So if we
-# want a larger value, we move the point towards the brighter pixels. A network that learns where to
-# look needs nothing else.
+# want a larger value, we move the point towards the brighter pixels. These two numbers are what a
+# network follows when it learns where to look.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: the frame around the point x = 0.25, y = 0.5 over four pixels with the values 10, 20, 50 and 80. Right: the value everywhere between the four pixel centres as a colour, dark at the upper left and bright at the lower right, with the point and an arrow that points down and a little to the right. The title gives the value 35.0 and the slopes 20 along x and 45 along y."}}
 # NBVAL_IGNORE_OUTPUT
@@ -307,11 +308,11 @@ print("by autograd", point.grad.tolist(), "by hand", by_hand)
 assert point.grad.tolist() == [by_hand] == [[20.0, 45.0]]
 
 # %% [markdown]
-# Training needs one more gradient, with respect to the values of the pixels, because the feature map
-# is computed by a network which learns too. This gradient is simpler. The sampled value is a
+# Training needs one more gradient, with respect to the values of the pixels, because the feature
+# map is computed by a network which learns too. This gradient is simpler. The sampled value is a
 # weighted sum, so its derivative with respect to a pixel is the weight of that pixel. In a backward
-# pass the gradient of one sample is therefore split among the four pixels, and each of them gets the
-# share that its weight says.
+# pass the gradient of one sample is therefore split among the four pixels, and each of them
+# receives its weight times that gradient.
 #
 # `gradcheck` compares both derivatives with finite differences:
 
@@ -340,9 +341,9 @@ right_axis.set(xlabel="x in pixels", ylabel="slope of the value")
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.4. What to see: the value is continuous, with corners at the pixel centres. Its slope is
-# constant between two pixels, jumps at their centres, and is exactly zero further than one pixel
-# outside the row.*
+# *Figure {{n}}.4. What to see: the value is continuous, with corners at the pixel centres. Its
+# slope is constant between two pixels, jumps at their centres, and is exactly zero where the point
+# is more than one pixel away from the centres of the first and the last pixel.*
 
 # %% tags=["hide-input"]
 outside = (xs.detach() < -1.01) | (xs.detach() > 5.01)
@@ -356,11 +357,12 @@ print("slope between pixels 0 and 1: 3 (from 2 to 5); outside: 0")
 # to take one of them. Ours takes the one to the right (and below), because of the `floor`; PyTorch's
 # own `F.grid_sample`, which we meet below, does the same.
 #
-# This needs some care. Had we written the weight as in the formula for $G$,
-# `1 - (x - column).abs()`, the values would be the same, but not the gradients: at 0 autograd takes the
-# derivative of `abs` to be 0, so one of the two terms is lost. The gradient would be wrong for every
-# point that is exactly on a pixel's centre, and before training the points of deformable attention
-# often are. Pixel 1 of the row above is 5 and pixel 2 is 1, so the slope should be -4:
+# The gradient on a pixel's centre needs some care. Had we written the weight as in the formula for
+# $G$, `1 - (x - column).abs()`, the values would be the same, but not the gradients: at 0 autograd
+# takes the derivative of `abs` to be 0, so one of the two terms is lost. The gradient would be
+# wrong for every point that is exactly on a pixel's centre, and before training the points of
+# deformable attention often are. Pixel 1 of the row above is 5 and pixel 2 is 1, so the slope
+# should be -4:
 
 # %%
 centre = torch.tensor([[1.0, 0.0]], requires_grad=True)
@@ -427,8 +429,8 @@ spot = torch.exp(-((grid_x - 21) ** 2 + (grid_y - 7) ** 2) / (2 * 3.0**2))
 spot = torch.where(spot > 0.01, spot, 0.0)
 
 # %% [markdown]
-# We put a point somewhere on the map and follow the gradient of the sampled value uphill, in steps of
-# about 0.2 pixels. (Optimisers minimise, hence the minus sign.)
+# We put a point somewhere on the map and follow the gradient of the sampled value uphill, in steps
+# of about 0.2 pixels. (Optimisers minimise, so the loss is the value with a minus sign.)
 
 
 # %%
@@ -693,12 +695,12 @@ for axis, (title, look) in zip(axes, looks.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.7. What to see: the white line is where the seven really is. With the half forgotten,
-# all of it moves up and to the left by half a cell (each cell shows what lies half a cell further
-# down and to the right). With `align_corners=True` it is right in the middle and off at the borders.
-# With H and W swapped it is out of shape. The grey strips at the edges were read outside the map. On
-# a square map this last bug would not show at all. The numbers below are the largest error of each
-# panel; the colours run from -0.3 to 0.5.*
+# *Figure {{n}}.7. What to see: the white line is where the seven really is. With the half
+# forgotten, all of it moves up and to the left by half a cell (each cell shows what lies half a
+# cell further down and to the right). With `align_corners=True` it is right in the middle and off
+# at the borders. With H and W swapped it is out of shape. The grey strips at the edges were read
+# outside the map. On a square map the swap of H and W would not show at all. The numbers below are
+# the largest error of each panel; the colours run from -0.3 to 0.5.*
 
 # %% tags=["hide-input"]
 errors = {title: (look - scene).abs().max().item() for title, look in looks.items()}
@@ -774,10 +776,11 @@ check("sampling.4", from_align_corners)
 # %% [markdown]
 # ## {{n}}.8 A tool to keep
 #
-# With `sample` we can do more than read single points. If we read a whole grid of points that lies in a
-# box, we have cut the box out of the picture, at any angle and any size. Image editors do this, spatial
-# transformers {cite}`jaderberg2015stn` do it inside a network, and many detectors do it with feature
-# maps, under the name RoIAlign. It is the last exercise of this chapter.
+# With `sample` we can do more than read single points. If we read a whole grid of points that lies
+# in a box, we have cut the box out of the picture, at any angle and any size. Image editors do
+# this, spatial transformers {cite}`jaderberg2015stn` do it inside a network, and many detectors do
+# it with upright boxes on feature maps, under the name RoIAlign. It is the last exercise of this
+# chapter.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: the running example with a white box around the seven, turned by 20 degrees clockwise, and a grid of 8 rows of 5 orange sampling points in it. Right: the part of the picture in the box, upright and enlarged to 93 rows of 54 pixels, in which the seven leans to the left."}}
 from schematics.sampling import turned_box
@@ -785,9 +788,9 @@ from schematics.sampling import turned_box
 turned_box()
 
 # %% [markdown]
-# *Figure {{n}}.8. What to see: the box is turned clockwise by 20 degrees, so in the result the seven
-# leans the other way. The orange points show where an output of 8 rows of 5 would read the picture;
-# the result on the right has 93 rows of 54.*
+# *Figure {{n}}.8. What to see: the box is turned clockwise by 20 degrees, so in the result the
+# seven leans the other way. The orange points show where an output of 8 rows and 5 columns would
+# read the picture; the result on the right has 93 rows and 54 columns.*
 
 # %% [markdown]
 # ## Exercise {{n}}.5  Cut out anything
@@ -803,8 +806,8 @@ turned_box()
 #   centre. Outside the picture everything is zero.
 #
 # The checker asks for four things: the whole picture comes back unchanged; a part comes back
-# enlarged; a quarter of a turn is what `torch.rot90` does; and any upright box is what torchvision's
-# `roi_align` cuts out.
+# enlarged; a quarter turn gives the same as `torch.rot90`; and an upright box gives the same as
+# torchvision's `roi_align`.
 
 
 # %% tags=["exercise"]

@@ -158,10 +158,10 @@ print(tuple(by_matrix.shape), "loop, matrices and PyTorch agree")
 # %% [markdown]
 # ### Why divide by $\sqrt{D}$?
 #
-# A dot product of two random vectors of $D$ numbers is a sum of $D$ random terms. The spread of such
-# a sum, its standard deviation, is $\sqrt{D}$ times that of one term. So the more numbers the
-# vectors have, the larger the scores are. Dividing by $\sqrt{D}$ brings the spread back to 1 for
-# every $D$.
+# Take two random vectors of $D$ independent numbers, each of mean 0 and variance 1. Their dot
+# product is a sum of $D$ random terms. The spread of such a sum, its standard deviation, is
+# $\sqrt{D}$ times that of one term. So the more numbers the vectors have, the larger the scores
+# are. Dividing by $\sqrt{D}$ brings the spread back to 1 for every $D$.
 
 # %%
 for D in (4, 64, 256):
@@ -170,11 +170,12 @@ for D in (4, 64, 256):
     assert math.isclose(products.std().item(), math.sqrt(D), rel_tol=0.03)
 
 # %% [markdown]
-# And why should the spread be 1? Because the softmax takes exponentials. If scores differ by 8,
-# their weights differ by a factor of $e^8$, which is about 3,000. Then one key gets nearly
-# everything before the network has learned anything. The others have weights near zero, and since
-# gradients are multiplied by the weights (section {{n}}.6), they learn almost nothing. Here are ten
-# random keys of 64 numbers, with and without the division.
+# And why should the spread be 1? Because the softmax takes exponentials. At $D = 64$, undivided
+# scores have a spread of $\sqrt{64} = 8$. If two scores differ by 8, their weights differ by a
+# factor of $e^8$, which is about 3,000. Then one key gets nearly everything before the network has
+# learned anything. The others have weights near zero, and since gradients are multiplied by the
+# weights (section {{n}}.6), they learn almost nothing. Here are ten random keys of 64 numbers, with
+# and without the division.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two bar charts of the attention weights of ten keys. Without the division two keys share five sixths of the weight. With it, eight of the ten keys have a visible part, the largest a fifth."}}
 D = 64
@@ -626,7 +627,7 @@ check("attention.3", shift_matrix)
 # {{solution}}
 
 # %% [markdown]
-# ## {{n}}.5 Before training, every key gets $1/N_k$
+# ## {{n}}.5 Before training, every key gets about $1/N_k$
 #
 # How does a query spread its attention when nothing has been learned yet? We need the size of the
 # scores. Take features of mean 0 and variance 1, as a normalisation layer delivers them. The matrices
@@ -761,8 +762,9 @@ check("attention.4", score_gradient)
 # \frac{\partial \mathcal{L}}{\partial s_k} = A_k \; g \cdot (v_k - o)
 # $$
 #
-# Before training, $A_k$ is about $1/N_k$. So the gradient $g$ that arrives at the output is shared out
-# evenly among all keys. On a map of 4,096 cells, the one cell that matters receives a 4,096th of it.
+# Before training, $A_k$ is about $1/N_k$. So the gradient $g$ that arrives at the output is shared
+# out almost evenly among all keys. On a map of 4,096 cells, the one cell that matters receives
+# about a 4,096th of it.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two drawings of an output whose gradient g is shared out among the keys below it. Left: 4 keys, each connected by a thick line, with g / 4. Right: 24 keys, each connected by a thin line, with g / 24. One key in each is orange."}}
 from schematics.attention import who_hears
@@ -771,8 +773,8 @@ who_hears()
 
 # %% [markdown]
 # *Figure {{n}}.7. What to see: the orange key is the right one, and the others are not. But before
-# training nothing distinguishes it. Its share of the gradient is as large as any other's, and the more
-# keys there are, the smaller that share is.*
+# training nothing distinguishes it, so its share of the gradient is about as large as any other's.
+# The more keys there are, the smaller that share is.*
 
 # %% [markdown]
 # Let us measure this. For 300 random queries we take a loss that is low when the output points along the
@@ -832,9 +834,9 @@ for axis, title in zip(axes, ("what reaches the right key", "what reaches the qu
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.8. What to see: with four times the keys, the right key's value and score receive a quarter
-# of the gradient (left, slope $-1$). In what the query receives, the right key's part shrinks against
-# that of all the others (right, slope $-\frac12$).*
+# *Figure {{n}}.8. What to see: with four times the keys, the right key's value and score receive a
+# quarter of the gradient (left, slope $-1$). In what the query receives, the right key's part
+# becomes smaller in comparison with that of all the others (right, slope $-\frac12$).*
 
 # %% tags=["hide-input"]
 print("at 4,096 keys the right key's part is", round(told[-1, 2], 2), "of the others'")
@@ -844,18 +846,20 @@ assert told[-1, 2] < 0.07 < 0.7 < told[0, 2]
 # The paper speaks of "ambiguous gradients for input features", and the first formula above shows
 # what it means: the gradient $A_k \, g$ of a value is nearly the same for every cell as long as all
 # $A_k$ are, so it does not say which cell mattered. The left panel shows how small it is. By itself,
-# a *small* gradient does no great harm. Optimisers such as AdamW {cite}`loshchilov2019adamw` divide
-# every gradient by its usual size.
+# a *small* gradient does no great harm, because optimisers such as AdamW
+# {cite}`loshchilov2019adamw` divide every gradient by its usual size.
 #
-# The right panel matters more, because dividing does not change a ratio. Why is its slope $-\frac12$?
-# The right key's part has the size $1/N_k$. Each of the other keys contributes about $1/N_k$ too, but
-# with random signs, and a sum of $N_k$ random terms of size $1/N_k$ has the size $1/\sqrt{N_k}$. So in
-# what the query learns from one image, the right answer is drowned by the wrong ones.
+# The right panel matters more, because dividing does not change a ratio. Why is its slope
+# $-\frac12$? The right key's part has the size $1/N_k$. Each of the other keys contributes about
+# $1/N_k$ too, but with random signs, and a sum of $N_k$ random terms of size $1/N_k$ has the size
+# $1/\sqrt{N_k}$. So in what the query learns from one image, the right key is drowned out by the
+# wrong ones.
 #
-# What does help is averaging. Over many images the right key contributes the same every time, while the
-# other keys contribute something different each time and cancel. It does not matter whether the images come one after
-# another, as steps of training, or together, as a larger batch. Here we keep the query and the right
-# key, draw the 1,023 others anew for each image, and average the query's gradient over the batch.
+# What does help is averaging. Over many images the right key contributes the same every time, while
+# the other keys contribute something different each time and cancel. It does not matter whether the
+# images come one after another, as steps of training, or together, as a larger batch. Here we keep
+# the query and the right key, draw the 1,023 others anew for each image, and average the query's
+# gradient over the batch.
 
 
 # %%
@@ -892,10 +896,10 @@ for batch, (right, others) in parts.items():
 # %% [markdown]
 # ## {{n}}.7 The module as detectors use it
 #
-# Three things are missing from our `Attention` before it could stand in DETR: bias vectors, padding,
-# and places. The last needs a decision: to what should the place codes be added? DETR adds them to what
-# becomes queries and keys, so that places are compared. It does **not** add them to what becomes values,
-# so that the output is a mixture of contents alone.
+# Our `Attention` still lacks three things before DETR could use it: bias vectors, padding, and
+# places. The last needs a decision: to what should the place codes be added? DETR adds them to what
+# becomes queries and keys, so that places are compared. It does **not** add them to what becomes
+# values, so that the output is a mixture of contents alone.
 #
 # The library does this in `DenseAttention`, a small subclass of PyTorch's module. For the attention
 # among a detector's queries it adds their places to what becomes queries and keys, and then calls

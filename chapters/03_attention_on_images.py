@@ -28,8 +28,8 @@
 # images: it learns slowly, and it is too expensive for maps that are fine enough to show small
 # objects. Both come from one fact. On an image the keys are the cells of a feature map, and there
 # are *many* cells. Halving the stride gives four times as many cells. In DETR's encoder
-# {cite}`carion2020detr` every cell is compared with every cell, so it even gives sixteen times as
-# many pairs.
+# {cite}`carion2020detr` every cell is compared with every cell, so the number of pairs even grows
+# sixteenfold.
 
 # %% tags=["hide-input"]
 import itertools
@@ -181,8 +181,8 @@ def train_finder(num_cells, seed, steps=400):
 # We train on maps of 2 x 8, 4 x 16, 8 x 32 and 16 x 64 cells, with five seeds each. Every step shows
 # the same number of maps and asks the same number of questions. Only the amount of clutter differs.
 #
-# **Before you run**: with 64 times the cells, how many times longer does learning take? And how often is
-# a query right that has not found its mark?
+# **Before you run**: with 64 times the cells, how many times longer does learning take? And how
+# often will a query name the right colour before it has found its mark?
 
 # %%
 finders, histories, half_way = {}, {}, {}
@@ -296,9 +296,9 @@ for row, (name, A) in zip(axes, looks.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.6. What to see: the weights of three queries on one map. Each panel has its own scale; the
-# number is the weight in the right cell, which is circled. Noise has become a point, and the point is
-# where it should be.*
+# *Figure {{n}}.6. What to see: the weights of three queries on one map. Each panel has its own
+# scale; the number is the weight in the right cell, which is circled. Before training the weights
+# are noise; afterwards nearly all of the weight is in one cell, and it is the right one.*
 #
 # **A right answer does not prove that the model looked at the right place.** After training, all
 # runs with 256 cells name nearly all colours correctly. Does this mean that all their queries look
@@ -326,17 +326,18 @@ print("smallest mean weight, run by run:", [round(weight, 2) for weight in small
 print("one query, colour by colour:", [round(weight, 2) for weight in one.tolist()])
 
 # %% [markdown]
-# In most runs there is a mark and a colour for which the query looks *elsewhere*, and yet its answer
-# is right. How can that be? The last line shows it for the query with the smallest mean of all: it
-# finds its mark in four of the colours. Whenever it does not find it, the mark must have the fifth
-# colour. So the query answers by elimination. Take care when somebody shows an
-# attention map as an explanation: it shows where a model looked, but not what its answer depends on.
+# In most runs there is a mark and a colour for which the query looks *elsewhere*, and yet its
+# answer is right. How can that be? The last line shows it for the query with the smallest mean of
+# all: it finds its mark if the mark has one of four colours. Whenever it does not find it, the mark
+# must have the fifth colour. So the query answers by elimination. (This is also why some lines on
+# the left of Figure {{n}}.4 stay below 1.) Take care when somebody shows an attention map as an
+# explanation: it shows where a model looked, but not what its answer depends on.
 # ({{chapter looking}} comes back to this.)
 #
-# So much for the time to learn. What would help? If someone told each query *roughly* where to look, so
-# that it saw 16 of the 1,024 cells and the right one among them, its task would be that of the fastest
-# curve. This is the idea of deformable attention: few keys per query, at places that are learned. (A toy
-# is a toy, of course: one layer, one head, and no image.)
+# So much for the time to learn. What would help? If someone told each query *roughly* where to
+# look, so that it saw 16 of the 1,024 cells and the right one among them, its task would be that of
+# the fastest curve. This is the idea of deformable attention: few keys per query, at places that
+# are learned. (This was only a toy, of course: one layer, one head, and no image.)
 #
 # ## {{n}}.2 The computation
 #
@@ -367,8 +368,9 @@ from schematics.attention_on_images import bill
 bill()
 
 # %% [markdown]
-# *Figure {{n}}.7. What to see: the six products and their FLOPs. The filled ones contain both $N_q$ and
-# $N_k$: with four times the cells as queries and as keys, they cost sixteen times as much.*
+# *Figure {{n}}.7. What to see: the six products and their FLOPs. The filled ones contain both $N_q$
+# and $N_k$. So if there are four times as many queries and four times as many keys, they cost
+# sixteen times as much.*
 #
 # We count them piece by piece, for 7 queries, 13 keys, $C = 256$ and 8 heads, and compare with the whole
 # module.
@@ -445,10 +447,10 @@ check("attention_on_images.1", attention_flops)
 #
 # $$4\,(N_q C^2 + N_k C^2 + N_q N_k C).$$
 #
-# In DETR's decoder the number of queries is fixed at 100, so the bill grows only linearly with the map.
-# The trouble is the encoder, where every cell asks every cell. With $N_q = N_k = N$ the bill becomes
-# $8NC^2 + 4N^2C$. For few cells the first part is larger, for many the second. They are equal at
-# $N = 2C$, which is **512 tokens** for the usual $C = 256$.
+# In DETR's decoder the number of queries is fixed at 100, so the bill grows only linearly with the
+# map. The trouble is the encoder, where every cell is a query and every cell is a key. With $N_q =
+# N_k = N$ the bill becomes $8NC^2 + 4N^2C$. For few cells the first part is larger, for many the
+# second. They are equal at $N = 2C$, which is **512 tokens** for the usual $C = 256$.
 #
 # Is that many? Detectors are usually tested on images of about 800 x 1066 pixels. How many cells is
 # that at each stride? We let PyTorch tell us, with a chain of convolutions of stride 2. (On the
@@ -465,9 +467,9 @@ assert shapes[32] == (25, 34)  # 1066 / 32 = 33.3, rounded up
 
 # %% [markdown]
 # Stride 32 is the coarsest map of a ResNet {cite}`he2016resnet`, and even there 850 cells are more
-# than 512: the quadratic part is already the larger one. Now the whole bill for one self-attention
-# layer with $C = 256$ and 8 heads. "GF" means $10^9$ FLOPs. The last column is the memory of the
-# weights $A$ in 32-bit floats, $M$ matrices of $N \times N$ numbers.
+# than 512: the quadratic part is already the larger one. Now we compute the whole bill for one
+# self-attention layer with $C = 256$ and 8 heads. "GF" means $10^9$ FLOPs. The last column is the
+# memory of the weights $A$ in 32-bit floats, $M$ matrices of $N \times N$ numbers.
 #
 # **Before you run**: how much memory do the weights of *one* layer take at stride 8? Megabytes or
 # gigabytes?
@@ -597,8 +599,8 @@ print("from 512 to 2,048 tokens both take more than five times as long")
 #
 # *difficulty ●●● · 30 minutes · 12 lines*
 #
-# How can a softmax be taken block by block, when it needs the sum over *all* keys? Write it, and keep it:
-# it is the idea of all fast attention kernels.
+# How can a softmax be taken block by block, when it needs the sum over *all* keys? Write it, and
+# keep it: it is the idea behind the fused kernels above.
 #
 # Go through the keys in blocks. For each query keep three things: the largest score so far, the sum of
 # the exponentials so far, and the weighted sum of the values so far. The exponentials are taken
@@ -673,8 +675,8 @@ for stride in (32, 16, 8, 4):
 assert 11 < (32**2 - 9**2) / 9**2 < 12
 
 # %% [markdown]
-# At stride 32 the largest of the small objects is **one** cell. An object of 9 x 9 pixels shares its cell
-# with nearly twelve times its own area of background.
+# At stride 32 the largest of the small objects has the area of **one** cell. An object of 9 x 9
+# pixels that lies in one cell shares it with background of nearly twelve times its own area.
 #
 # Here is what averaging over cells does to the running example, and to a small digit on another picture.
 
@@ -714,8 +716,8 @@ plt.show()
 # part of the image. Still, that one cell must then hold everything about the object *and* about its
 # background, and the edges of the box must be found to a small fraction of a cell.
 #
-# There is a second handicap, and a finer stride does not cure it. Before training, attention is spread
-# evenly, so an object gets the share of the weight that it has of the *area*:
+# There is a second handicap, and a finer stride does not cure it. Before training, attention is
+# spread evenly, so an object's share of the weight is its share of the *area*:
 
 # %%
 for side in (9, 32, 96):
@@ -745,8 +747,8 @@ for side in (9, 32, 96):
 #
 # ## {{n}}.5 Look at fewer cells
 #
-# All these troubles come from looking *everywhere*. So let each query look at less. There are several
-# ways:
+# All these troubles come from looking *everywhere*. So let each query look at fewer cells. There
+# are several ways:
 # - A **window** {cite}`ramachandran2019standalone` takes the cells around the query.
 # - **Axial** attention takes the query's row and column.
 # - **Deformable** attention takes $K$ points per head, and *learns* where they are.
@@ -798,10 +800,10 @@ check("attention_on_images.3", window_mask)
 # {{solution}}
 
 # %% [markdown]
-# Which cells does one query see? The following function says it for dense attention and these three, on
-# the 25 x 34 map that is stride 32 of our image. For deformable attention it shows the state before
-# training: 8 heads with $K = 4$ points each, in a star ({{chapter many_scales}} shows where that comes
-# from).
+# Which cells does one query see? The following function lists them for dense attention and for
+# these three, on the 25 x 34 map that is stride 32 of our image. For deformable attention it shows
+# the state before training: 8 heads with $K = 4$ points each, in a star ({{chapter many_scales}}
+# shows where that comes from).
 
 # %%
 height, width = shapes[32]
@@ -844,9 +846,10 @@ def draw_looks(row, column):
 slider(draw_looks, row=(0, height - 1, 10), column=(0, width - 1, 20))
 
 # %% [markdown]
-# *Figure {{n}}.10. What to see: which cells one query (cross) looks at, and how many. In JupyterLab, run
-# the cell and move the query. The first three patterns are the same for every image; the points of the
-# last one move with what the query has learned to look for.*
+# *Figure {{n}}.10. What to see: which cells one query (cross) looks at, and how many. In
+# JupyterLab, run the cell and move the query. The first three patterns are the same for every
+# image. The points of the last one are shown as they are before training; a trained model computes
+# them from the query, so they can differ from image to image.*
 #
 # How does the number of keys grow when the map gets finer? (The 32 cells above were those of 8 heads
 # together. Per head there are 4.)
@@ -877,15 +880,16 @@ for name, counts in table.items():
 # - With more cells, attention learns later: on a task with a known answer, 64 times the cells took about
 #   twenty times the steps. Each query finds its mark suddenly, after a long wait.
 # - A right answer does not prove that the model looked at the right place.
-# - Cost: $4(N_q C^2 + N_k C^2 + N_q N_k C)$ FLOPs. In an encoder, the last term rules from $2C$ tokens on.
+# - Cost: $4(N_q C^2 + N_k C^2 + N_q N_k C)$ FLOPs. In an encoder, the last term is the largest
+#   from $2C$ tokens on.
 # - Memory need not be quadratic any more; the computation still is.
 # - Small objects need fine maps, which dense attention cannot pay for, and they get the least gradient.
 #
-# > **Differs from the paper.** The paper's memory argument is older than fused kernels and no longer
-# > holds; its argument on computation does.
+# > **Differs from the paper.** The paper's argument about memory is older than fused kernels and no
+# > longer holds. Its argument about computation still holds.
 # >
-# > **Differs from the official code.** Deformable DETR uses dense attention only among the 300 queries of
-# > the decoder, where it is cheap.
+# > **Differs from the official code.** Deformable DETR uses dense attention only among the 300
+# > queries of the decoder, where it is cheap.
 #
 # ## Further reading
 #

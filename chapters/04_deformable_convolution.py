@@ -125,9 +125,9 @@ from schematics.deformable_convolution import one_layer
 one_layer()
 
 # %% [markdown]
-# *Figure {{n}}.2. One deformable layer. The small convolution (blue) says where to read; the weights
-# $w_k$ say how much each sample counts. The same feature map serves twice: the offsets are computed
-# from it, and it is what they read.*
+# *Figure {{n}}.2. One deformable layer. The small convolution (blue) says where to read; the
+# weights $w_k$ say how much each sample counts. The same feature map serves twice: the offsets are
+# computed from it, and the moved points read it.*
 #
 # How to get good offsets is the question of sections {{n}}.4 and {{n}}.5. First we take the offsets as
 # given and write the sampling, as a loop over places.
@@ -266,10 +266,10 @@ assert (ours - wrong).abs().max() > 0.5
 print("equal to torchvision; with dx and dy swapped it is not")
 
 # %% [markdown]
-# The second version of deformable convolution {cite}`zhu2019deformable2` also multiplies each sample
-# by a *modulation* between 0 and 1. With it a tap that finds nothing useful can be switched off.
-# torchvision calls the modulation `mask`. Remember this number: in the next chapter an attention
-# weight takes its place.
+# The second version of deformable convolution {cite}`zhu2019deformable2` also multiplies each
+# sample by a *modulation* between 0 and 1. With it a tap that finds nothing useful can be switched
+# off. torchvision calls the modulation `mask`. Remember the modulation, because in the next chapter
+# an attention weight takes its place.
 
 # %%
 mask = torch.rand(4, 6, 9)
@@ -374,11 +374,11 @@ axis.plot(*in_image[-1].T, "o", color="C4", markeredgecolor="black", markersize=
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.3. Nine taps of one place, moved by a gradient. Rings are the starts, discs the ends.
-# Two taps of the middle column stay, the others walk inwards until they are on the seven. (The one at
-# the top walks too, although it starts on green: the map is blurred, and near the edge of the seven it
-# is below 0.4.) The loss knows nothing about the shape of the seven. The taps find it because the slope of the
-# map leads them there.*
+# *Figure {{n}}.3. Nine taps of one place, moved by a gradient. Rings are the starts, discs the
+# ends. Two taps of the middle column stay where they are; the others move until they are on the
+# green. (The one at the top walks too, although it starts on green: the map is blurred, and near
+# the edge of the seven it is below 0.4.) The loss knows nothing about the shape of the seven. The
+# taps find it because the slope of the map leads them there.*
 
 # %% tags=["hide-input"]
 on_green = [int((sample(greenness, (p + 0.5) * 4 - 0.5)[:, 0] > 0.2).sum()) for p in path[[0, -1]]]
@@ -411,10 +411,11 @@ three_layers()
 # answer we know.
 #
 # A map has two channels: a smooth random picture, and a flag that is -1 to the left of some border
-# and +1 to the right of it. The target is the picture again, but read from elsewhere: **three pixels
-# to the left where the flag is -1, three pixels to the right where it is +1**. So the correct offset
-# is dx = 3 times the flag. (The picture is noise blurred by a Gaussian with a standard deviation of 2.5
-# pixels, then brought to a standard deviation of 1. Where the target would lie outside, it is 0.)
+# and +1 to the right of it. The target is the picture again, but read from elsewhere: **three
+# pixels to the left where the flag is -1, three pixels to the right where it is +1**. So the
+# correct offset is dx = 3 times the flag. (The picture is noise blurred by a Gaussian with a
+# standard deviation of 2.5 pixels, then brought to a standard deviation of 1. Where the place to
+# read lies outside the picture, the target is 0.)
 
 # %%
 SHIFT = 3.0
@@ -534,8 +535,8 @@ torch.testing.assert_close(change(convolutions[0], first), change(convolutions[0
 assert (change(readers[0], first) - change(readers[0], second)).abs().max() > 1
 
 # %% [markdown]
-# Since it cannot choose, the best that a linear layer can do is to mix both candidates, half and half.
-# How far off is that?
+# A layer that cannot choose can still mix both candidates, half and half, since it does not know
+# which of them is wanted. How far off is that?
 
 # %%
 inputs, targets = make_batch(200)
@@ -546,8 +547,9 @@ print(f"mean of both candidates: squared error {error:.1f}")
 assert abs(error - ends[0]) < 0.1
 
 # %% [markdown]
-# That is the 0.4 at which the plain convolution stopped. To choose, a layer needs something that is not
-# linear. A ReLU is enough: for pictures whose values lie between $-b$ and $b$,
+# That is the 0.4 at which the plain convolution stopped. So it does about as well as this mixture,
+# and no better. To choose, a layer needs something that is not linear. A ReLU is enough: for
+# pictures whose values lie between $-b$ and $b$,
 #
 # $$\text{relu}(x + b \cdot \text{flag}) - b \cdot \text{relu}(\text{flag})$$
 #
@@ -601,8 +603,8 @@ assert (left < -2).all() and (right_side > 2).all()
 #
 # *difficulty ●●● · 30 minutes · 8 lines*
 #
-# Write the whole modulated layer. You can put it in place of any 3 x 3 convolution that has stride 1,
-# padding 1 and no bias (as most of those in a ResNet):
+# Write the whole modulated layer. You can put it in place of any 3 x 3 convolution that has stride
+# 1, padding 1 and no bias (like most of those in a ResNet):
 # - one ordinary 3 x 3 convolution with 27 outputs computes, from the layer's own input, the offsets
 #   (channels 0 to 17, in torchvision's layout) and nine scores (channels 18 to 26);
 # - a modulation is **twice** the sigmoid of its score;
@@ -711,9 +713,9 @@ assert smooth > 0.95 and abs(noise - 0.5) < 0.05
 #
 # *difficulty ●●○ · 15 minutes · 7 lines*
 #
-# Get that derivative from autograd instead, for any dx. A reader reads everywhere at `x + dx` (use
-# `deform_conv2d` with a 1 x 1 weight of one). Return the derivative of the mean squared error
-# between what it reads and the target, by `dx`, as a float.
+# Get the derivative of the squared error from autograd instead, for any dx. A reader reads
+# everywhere at `x + dx` (use `deform_conv2d` with a 1 x 1 weight of one). Return the derivative of
+# the mean squared error between what it reads and the target, by `dx`, as a float.
 
 
 # %% tags=["exercise"]
@@ -765,9 +767,9 @@ check("deformable_convolution.4", offset_gradient)
 # - **Weights that compete.** In the first version $w_k$ is the same at every place. The second
 #   version's modulations differ from place to place, but each tap has its own: nothing makes them
 #   share one total, as a softmax does.
-# - **A query from elsewhere.** In a convolution it is always a place of the map that asks, and it asks
-#   with what stands there. But a detector also has questions that belong to no place, such as "where is
-#   the seven?". A convolution has no input for them.
+# - **A query from elsewhere.** In a convolution the query is always a place of the map, and its
+#   question is made from the features at that place. But a detector also has questions that belong
+#   to no place, such as "where is the seven?". A convolution has no input for them.
 # - **Several scales.** Each layer reads one map, although a detector has several.
 #
 # {{chapter deformable_attention}} brings the first two, and {{chapter many_scales}} the third. Nothing
@@ -779,8 +781,8 @@ check("deformable_convolution.4", offset_gradient)
 # ## Summary
 #
 # - A convolution samples nine fixed points; a deformable one adds an offset to each.
-# - A small convolution computes the offsets from the map. Its parameters start at zero, so the layer
-#   starts as an ordinary convolution.
+# - A small convolution computes the offsets from the map. Its parameters start at zero, so the
+#   layer starts as an ordinary convolution.
 # - The loss reaches an offset through the slope of bilinear sampling, within its capture range.
 # - One linear layer cannot let one channel choose where another is read. An offset can.
 # - torchvision's layout is (dy, dx) for each tap; this book's points are (x, y).
