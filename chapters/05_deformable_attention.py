@@ -27,10 +27,11 @@
 
 # %% [markdown]
 # Dense attention lets a query weigh all $HW$ places of a map. That is flexible but expensive.
-# Deformable convolution reads a few moved points with fixed weights. That is cheap, but only the places
-# of the map itself can ask. Deformable attention {cite}`zhu2021deformable` joins the two. It reads a
-# few points, as the convolution does, and weighs them for any query, as attention does: **each query
-# says where its $K$ points are, and how much each of them counts**.
+# Deformable convolution reads a few moved points with fixed weights. That is cheap, but only the
+# cells of the map itself get an output, not any other query. Deformable attention
+# {cite}`zhu2021deformable` joins the two. It reads a few points, as the convolution does, and
+# weighs them for any query, as attention does: **each query says where its $K$ points are, and how
+# much each of them counts**.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: the green seven on wood with a blue cross and four numbered orange discs around it, two on the seven and two on wood. Right: the four sampled colours as squares, brown, green, brown and green, their weights 0.1, 0.5, 0.1 and 0.3, and arrows to one larger square of the mixed colour, mostly green."}}
 import matplotlib.pyplot as plt
@@ -76,9 +77,9 @@ _ = torch.manual_seed(0)
 # $$\text{DeformAttn}(z_q, p_q, x) = \sum_{m=1}^{M} W_m \Big[ \sum_{k=1}^{K} A_{mqk} \cdot
 # W'_m \, x(p_q + \Delta p_{mqk}) \Big]$$
 #
-# Read it from the inside. A head $m$ looks at the map $x$ at the reference point plus an offset. It
-# projects what it finds, from $C$ channels to its own $D = C/M$, weighs it, and sums over its $K$
-# points. The heads' results are projected once more, back to $C$ channels, and added.
+# Read the formula from the inside out. A head $m$ looks at the map $x$ at the reference point plus
+# an offset. It projects what it finds, from $C$ channels to its own $D = C/M$, weighs it, and sums
+# over its $K$ points. The heads' results are projected once more, back to $C$ channels, and added.
 #
 # | symbol | what it is | where it comes from |
 # |:--|:--|:--|
@@ -103,8 +104,8 @@ print("weights:", [round(w, 3) for w in weights.tolist()])
 assert torch.allclose(weights, torch.tensor([1, 2, 5]) / 8)
 
 # %% [markdown]
-# Before you run: the value at (x, y) is $6y + x$, so you can sample this map in your head. What
-# stands at the three points, and what is the weighted sum?
+# Before you run: the value at (x, y) is $6y + x$, so you can sample this map in your head. What are
+# the values at the three points, and what is the weighted sum?
 
 # %%
 points = (reference + offsets + 0.5) / torch.tensor([width, height])  # normalised
@@ -142,8 +143,9 @@ def attention_loop(value, size, locations, weights):
 
 
 # %% [markdown]
-# The library's operator does this for several maps at once. Here there is only one, so we add an axis
-# of length 1 for it. All sizes are different, so that no two axes can be confused without an error.
+# The library's operator does this for several maps at once. Here there is only one, so we add an
+# axis of length 1 for it. We choose B, Q, M, K and D all different, so that a confusion of two of
+# these axes is likely to raise an error.
 
 # %%
 B, Q, M, K, D = 2, 5, 3, 4, 7
@@ -339,7 +341,7 @@ check("deformable_attention.2", where_and_how_much)
 # ## {{n}}.4 Where are the keys?
 #
 # In dense attention a weight comes from a product of a query and a key, so the query is *compared*
-# with what stands at each place. Deformable attention has no keys. Offsets and weights are computed
+# with the content of each place. Deformable attention has no keys. Offsets and weights are computed
 # from the query alone.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two diagrams. In dense attention, an arrow named keys leads from what stands on the map to where and how much, beside the arrow from the query; values lead to the output. In deformable attention the keys' arrow is dashed and red, named no keys; the rest is the same."}}
@@ -394,9 +396,9 @@ assert torch.equal(sampling.locations, sampling_after.locations)
 assert torch.equal(sampling.weights, sampling_after.weights)
 
 # %% [markdown]
-# The output moves, but points and weights stay as they were, because they do not depend on what stands
-# at the points. The same replacement does move the weights of dense attention, since it changes the
-# keys:
+# The output moves, but points and weights stay as they were, because they do not depend on the
+# content of the map at the points. The same replacement does move the weights of dense attention,
+# since it changes the keys:
 
 # %%
 dense = nn.MultiheadAttention(12, 3, batch_first=True, bias=False)
@@ -407,11 +409,12 @@ assert (weights_after - weights_before).abs().max() > 0.1
 
 # %% [markdown]
 # Then how can deformable attention find anything? It can because the **query** itself has seen
-# something. In an encoder the query *is* the content of its own cell (plus a code of its position). So
-# there the offsets and weights do depend on the picture, as in a deformable convolution: on what stands
-# at the cell itself. In a decoder the query has gathered its content in the layers before.
+# something. In an encoder the query *is* the content of its own cell (plus a code of its position).
+# So there the offsets and weights do depend on the picture, but only on the content of the query's
+# own cell. (The offsets of a deformable 1 x 1 convolution depend on the picture in the same way.)
+# In a decoder the query has gathered its content in the layers before.
 #
-# We can see this for the encoder. We change what stands in one cell of a map whose cells are the
+# We can see this for the encoder. We change the content of one cell of a map whose cells are the
 # queries, and check whose weights move.
 
 # %%
@@ -426,11 +429,11 @@ assert moved.argmax() == 40 and moved[40] > 0.01
 
 # %% [markdown]
 # Few points and no keys may also have a price. Table 1 of the paper compares DETR, trained for 500
-# epochs, with Deformable DETR, trained for 50. On small objects the average precision rose from 20.5
-# to 26.4, probably thanks to finer maps that dense attention could not afford. On **large** objects it
-# *fell*, from 61.1 to 58.0. (The two models differ in more than the attention, and in the length of
-# training, so this is a hint rather than a proof.) What one gains in return follows in sections {{n}}.7
-# and {{n}}.8.
+# epochs, with Deformable DETR, trained for 50. On small objects the average precision rose from
+# 20.5 to 26.4, probably thanks to finer maps that dense attention could not afford. On **large**
+# objects it *fell*, from 61.1 to 58.0. (The two models differ in more than the attention, and in
+# the length of training, so this is a hint rather than a proof.) Sections {{n}}.7 and {{n}}.8 show
+# what one gains in return.
 
 # %% [markdown]
 # ## {{n}}.5 One limit: deformable convolution
@@ -636,11 +639,11 @@ axes[1].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.6. In the encoder (left) the pixels are also the queries: deformable attention is linear
-# in their number, dense attention becomes quadratic. In the decoder (right) there are 300 queries. Only
-# the order that the code does not use is independent of the map. It pays on large maps; below about
-# 1,400 pixels the code's order is the cheaper one. The last points are a map of 100 x 134, stride 8 of
-# an 800 x 1066 image.*
+# *Figure {{n}}.6. In the encoder (left) the pixels are also the queries: deformable attention is
+# linear in their number, dense attention becomes quadratic. In the decoder (right) there are 300
+# queries. Only projecting the samples, which the code does not do, has a cost that does not depend
+# on the map. It pays on large maps; below about 1,400 pixels the code's order is the cheaper one.
+# The last points are a map of 100 x 134, stride 8 of an 800 x 1066 image.*
 
 # %% tags=["hide-input"]
 slopes = (encoder[-1] / encoder[2]).log() / math.log(tokens[-1] / tokens[2])
@@ -699,9 +702,10 @@ check("deformable_attention.3", cross_attention_flops)
 #
 # *difficulty ●●● · 30 minutes · 7 lines*
 #
-# Build the order that the code does not use, and save even more than the paper says. Since everything
-# is linear, you can sample, **weigh, add over the K points**, and only then project: one product with
-# $W'_m$ per query and head, $N_q C^2$ in all instead of $N_q K C^2$.
+# Here you build the order that the code does not use: project after sampling. It can save even more
+# than the paper says. Since everything is linear, you can sample, **weigh, add over the K points**,
+# and only then project: one product with $W'_m$ per query and head, $N_q C^2$ in all instead of
+# $N_q K C^2$.
 #
 # Each head now reads all $C$ channels at its own points, because its projection comes later. (So
 # reading costs $5 N_q M K C$, as said above.) The result must be that of
@@ -757,12 +761,12 @@ check("deformable_attention.4", project_last)
 # %% [markdown]
 # ## {{n}}.9 Learning where to look
 #
-# Can a query learn where its points belong if it is told only what it should have found? Again we take
-# a task with a known answer. The map is a smooth random picture. Each query carries a direction (up,
-# down, left or right, as one of four vectors), and it must return the picture's value **four pixels**
-# away from its reference in that direction. The module wants as many channels in the map as in the
-# query, so the picture stands in all four channels of the map; the answer is the first channel of the
-# output.
+# Can a query learn where its points belong if the loss only compares what it found with what it
+# should have found? Again we take a task with a known answer. The map is a smooth random picture.
+# Each query carries a direction (up, down, left or right, as one of four vectors), and it must
+# return the picture's value **four pixels** away from its reference in that direction. The module
+# wants as many channels in the map as in the query, so the picture is repeated in all four channels
+# of the map; the answer is the first channel of the output.
 
 # %%
 DIRECTIONS = torch.tensor([[0.0, -4.0], [0.0, 4.0], [-4.0, 0.0], [4.0, 0.0]])  # (dx, dy)
@@ -867,8 +871,8 @@ plt.show()
 #
 # - Each query says where its $K$ points lie (linear in the query) and how much each counts (a softmax
 #   of something linear in the query).
-# - There are no keys: what stands at a point changes the output, but neither points nor weights.
-#   Pixels that are not sampled do not exist for the query.
+# - There are no keys: the content of the map at a point changes the output, but neither points nor
+#   weights. Pixels that are not sampled have no influence at all.
 # - One head with one point and $W' = I$ is a deformable 1 x 1 convolution; $K = HW$ on all pixels, with
 #   the weights of a dense softmax, is dense attention.
 # - In an encoder its cost is linear in the pixels. In a decoder it could be independent of them; as

@@ -15,8 +15,8 @@
 # - **flatten** several maps into one sequence and find any pixel in it again,
 # - **build** multi-scale deformable attention, Eq. 3, from a loop to the library's module,
 # - **explain** why one layer can serve all levels, and what its first, star-shaped offsets see,
-# - **work out** valid ratios for a padded batch, and say why one divides by one and multiplies by
-#   another,
+# - **work out** valid ratios for a padded batch, and say why a reference is divided by the ratio of
+#   one level and multiplied by that of another,
 # - **draw** where a trained detector looks, on all levels, over the picture.
 #
 # You should know: deformable attention on one scale ({{chapter deformable_attention}}).
@@ -212,9 +212,10 @@ from schematics.many_scales import two_levels
 slider(two_levels, dx=(-4.0, 4.0, 1.5), dy=(-4.0, 4.0, -2.5))
 
 # %% [markdown]
-# *Figure {{n}}.3. One offset on two levels; in JupyterLab, move it with the sliders. Up to which offset
-# does the point on the coarse level stay on the picture? (Beyond the edge it reads zeros, at the latest
-# half a pixel of its level further out.)*
+# *Figure {{n}}.3. One offset on two levels; in JupyterLab, move it with the sliders. Up to which
+# offset does the point on the coarse level stay on the picture? (Near the edge its neighbours
+# outside count as zeros. Once the point is half a cell or more beyond the edge, it reads only
+# zeros.)*
 #
 # The module takes one reference per level, (B, Q, L, 2). In most cases all $L$ are the same point, as in
 # the formula; in a padded batch they differ a little, for reasons that section {{n}}.8 explains.
@@ -282,15 +283,16 @@ every_query()
 # level that is **read**, but only the token itself can tell it which level is **asking**.*
 #
 # Three things make it possible:
-# - all maps were projected to one width $C$ (in {{chapter pixels_to_boxes}}), so the same matrices fit
-#   the tokens of every level;
+# - all maps are projected to one width $C$ ({{chapter pixels_to_boxes}} shows how), so the same
+#   matrices fit the tokens of every level;
 # - offsets are counted in pixels of the level that is read, so an offset of one means the next cell on
 #   every level;
 # - a learned vector per level, the *level embedding*, is added to each token.
 #
-# Without the third, a token would not know its level. Row 2 of five rows and row 1 of three are both
-# the middle row, so even the code of the position is the same. We can check it: two tokens with the
-# same content get the same offsets, unless different level embeddings were added to them.
+# Without the third, a token would not know its level. Row 2 of five rows and row 1 of three are
+# both the middle row. Positions are normalised, so even the code of the position is the same. We
+# can check it: two tokens with the same content get the same offsets, unless different level
+# embeddings were added to them.
 
 # %%
 content, level_embedding = torch.randn(6), torch.randn(3, 6)
@@ -585,10 +587,10 @@ check("many_scales.3", token_reference)
 # %% [markdown]
 # ## {{n}}.9 Padding must not be seen
 #
-# Sampling points can land on padding. What they read there must be zero, as it is outside the map. So
-# the module sets values on padding to zero. It does so *after* the value projection, because a
-# projection turns zeros into its bias, which is not zero. Then it cannot matter what stands on the
-# padding. We test it with nonsense there.
+# Sampling points can land on padding. What they read there must be zero, as it is outside the map.
+# So the module sets values on padding to zero. It does so *after* the value projection, because a
+# projection turns zeros into its bias, which is not zero. Then it cannot matter which features the
+# padding has. We test it by filling the padding with nonsense.
 
 # %%
 attention = randomise(MSDeformAttn(embed_dim=6, num_levels=3, num_heads=2, num_points=4))
@@ -605,12 +607,13 @@ print("with the mask, what stands on padding changes nothing; without it, it cha
 
 # %% [markdown]
 # So does a detector find the same in an image, however much padding its batch adds? Nearly. Two
-# influences remain. One is the rounding of the masks. The other is the backbone: its first convolutions
-# make something of the padding near the image, and its later ones see that.
+# influences remain. One is the rounding of the masks. The other is the backbone: its first
+# convolutions turn the padding next to the image into numbers that are not zero, and the later ones
+# read these.
 #
-# How large is the effect? We measure it with the detector that {{chapter training}} trains; its weights
-# come with the book. First it gets an image alone, then the same image in a batch with a larger one. By
-# how much do its boxes move?
+# How large is the effect? We measure it with the detector that {{chapter training}} trains; its
+# weights come with the book. First it gets an image alone, then the same image in a batch with a
+# larger one. By how much do its boxes move? (Boxes with a score above 0.4 count as found.)
 
 # %%
 model, _ = load_model("../data/checkpoints/digits.safetensors")
@@ -644,9 +647,9 @@ for name, batch in (("256 x 256", twice), ("153 x 165", odd), ("mask ignored", u
 assert moved["256 x 256"] < 1 < moved["153 x 165"] < 5 < moved["mask ignored"]
 
 # %% [markdown]
-# With the mask the boxes hardly move, and least in the batch of 256 x 256, whose size is divisible by all
-# strides. So the detector is nearly, but not exactly, independent of padding. Without the mask it finds
-# nothing.
+# With the mask the boxes hardly move, and least in the batch of 256 x 256, whose size is divisible
+# by all strides. So the detector is nearly, but not exactly, independent of padding. If the mask is
+# ignored, no box has a score above 0.4.
 
 # %% [markdown]
 # ## {{n}}.10 Where a trained detector looks
@@ -700,10 +703,10 @@ assert share > 0.9 and (weights.sum((0, 2)) / len(weights) > 0.1).all()
 #
 # *difficulty ●●● · 30 minutes · 6 lines*
 #
-# "How do I draw the sampling points?" The official code has no function for it. Write the one that
-# answers the question, for images that are padded as well. Locations are normalised to
-# the *padded* maps, so divide by the valid ratio of their level to get to the image, then multiply by
-# the image's own width and height. Return three flat tensors, sorted by falling weight:
+# "How do I draw the sampling points?" The official code has no function for it. Write one. It must
+# work for padded images, too. Locations are normalised to the *padded* maps, so divide by the valid
+# ratio of their level to get to the image, then multiply by the image's own width and height.
+# Return three flat tensors, sorted by falling weight:
 # - the points in pixels of the image, as (x, y),
 # - the weights, divided by the number of heads, so that all of them together sum to one,
 # - the level of each point.
@@ -779,12 +782,14 @@ assert stacked == 4 * by_level and stacked > 500 * 2**20
 # %% [markdown]
 # ## {{n}}.12 Does it choose the right level?
 #
-# Can a query learn to use the level that it needs? As in the chapters before, we take a task with a known
-# answer. Two levels show two different random pictures. Each query carries a flag that says whether its
-# answer stands on level 0 or on level 1, at its reference. The loss only knows the answer's value.
+# Can a query learn to use the level that it needs? As in the chapters before, we take a task with a
+# known answer. Two levels show two different random pictures. Each query carries a flag that says
+# whether its answer is the value of level 0 or of level 1 at its reference. The loss compares the
+# output with that value and knows nothing of levels.
 #
-# (The picture on the fine level is an enlarged coarse one, so that both are equally smooth in the image.
-# Each picture stands in two channels, because the module wants as many channels as the query has.)
+# (The picture on the fine level is an enlarged coarse one, so that both are equally smooth in the
+# image. Each picture is repeated in two channels, because the module wants as many channels as the
+# query has.)
 
 
 # %%
@@ -877,8 +882,9 @@ plt.show()
 # - Offsets are pixels of their level, or with box references parts of the box.
 # - At the start each head looks in one direction on each level, $k$ pixels far, or $k \sqrt 2$ on the
 #   diagonals.
-# - Valid ratios: divide by the own level's for the place in the image without padding, multiply by
-#   another's for the place on its padded map.
+# - Valid ratios: dividing a token's place by the ratio of its own level gives its place in the
+#   image without padding; multiplying that by the ratio of another level gives its place on that
+#   level's padded map.
 #
 # > **Differs from the paper.** Appendix A.4 lists the heads' directions in another order than the
 # > code; the set is the same. The paper multiplies the initial offsets by $1/(2K)$ for boxes; the

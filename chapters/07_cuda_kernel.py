@@ -13,7 +13,7 @@
 #
 # You will be able to
 # - **write** a CUDA kernel for deformable attention, one thread per number, and run it without a GPU,
-# - **stop** inside one thread and read its variables,
+# - **look** inside one thread and read its variables,
 # - **predict** how much memory a request of 32 threads fetches, and check it against a trace,
 # - **split** the work into two phases, with shared memory, a barrier, a shuffle and atomic additions,
 # - **read** the library's kernel, which is yours with a few additions.
@@ -31,8 +31,9 @@
 # 17,821 queries, 8 heads, 16 points and 32 channels of 4 bytes: 292 MB. A kernel of our own adds the samples
 # up as it reads them, so it writes only the result.
 #
-# This chapter writes it in CUDA, the language of NVIDIA's GPUs. You need no GPU, because **CUDA C++ is C++** with a
-# handful of words added. Once these are supplied, your laptop's compiler builds the same text.
+# This chapter writes it in CUDA, the language of NVIDIA's GPUs. You need no GPU, because **CUDA C++
+# is C++** with a handful of words added. Once these are supplied, your laptop's compiler builds the
+# same source code.
 
 # %% tags=["hide-input"]
 import ctypes
@@ -57,9 +58,9 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## {{n}}.1 A grid of threads
 #
-# A **kernel** is a function that many threads run at the same time. All run the same text; they differ only in
-# their number, from which each works out its part of the job. Threads are grouped twice: some
-# threads make a **block**, and all blocks make the **grid**.
+# A **kernel** is a function that many threads run at the same time. All run the same code; they
+# differ only in their number, from which each works out its part of the job. Threads are grouped
+# twice: some threads make a **block**, and all blocks make the **grid**.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three drawings from left to right. A grid of blocks; one of its blocks, enlarged, has four rows of 32 threads each, its warps; one of these warps, enlarged, has 32 numbered lanes, and eight of them, 16 to 23, are filled green."}}
 schematics.grid_block_warp_lane()
@@ -127,8 +128,8 @@ assert block.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
 assert thread.tolist() == [0, 1, 2, 3] * 2 + [0, 1]
 
 # %% [markdown]
-# It takes three blocks, which have twelve threads. Two of them find `i >= n` and return. This line is
-# called the **tail guard**; without it they would write behind the end of the arrays.
+# It takes three blocks, which have twelve threads. Two of them find `i >= n` and return. This line
+# is called the **tail guard**; without it they would write beyond the end of the arrays.
 
 # %% [markdown]
 # ## Exercise {{n}}.1  A kernel of your own
@@ -270,8 +271,8 @@ print([round(x, 3) for x in by_thread.flatten().tolist()])
 assert torch.allclose(by_thread, output)
 
 # %% [markdown]
-# The kernel agrees with the pencil. Does it agree with the library when all sizes differ, some points
-# lie outside, and blocks have 1, 32 or 50 threads?
+# The kernel agrees with the pencil. And with the library when all sizes differ, some points lie
+# outside, and blocks have 1, 32 or 50 threads?
 
 # %%
 shapes, B, Q, M, D, K = [(5, 7), (3, 4), (1, 2)], 2, 5, 7, 6, 4
@@ -286,8 +287,9 @@ for number in (1, 32, 50):
 print(B * Q * M * D, "numbers, equal for blocks of 1, 32 and 50 threads")
 
 # %% [markdown]
-# A kernel that samples a map anywhere can also turn a picture. The book's seven is a map with three channels. Each
-# pixel of a turned and magnified grid becomes a query with one point (code folded):
+# A kernel that samples a map anywhere can also rotate a picture. The book's seven is a map with
+# three channels. Each pixel of a turned and magnified grid becomes a query with one point (code
+# folded):
 
 # %% tags=["hide-input"]
 picture = torch.from_numpy(running_example() / 255).float()  # (128, 128, 3)
@@ -307,11 +309,11 @@ schematics.turned_picture(
 # the orange frame. Outside the map there is nothing, so one corner is black.*
 
 # %% [markdown]
-# ## {{n}}.4 Stop inside a thread
+# ## {{n}}.4 Look inside a thread
 #
-# NVIDIA's debugger, `cuda-gdb`, stops one thread of thousands and shows its variables. We get the same with one more
-# word: `WATCH(x)` notes name and value of `x`, but only in the thread that is being watched. (`ctypes` then reads the
-# notes from the compiled library.)
+# NVIDIA's debugger, `cuda-gdb`, stops one thread of thousands and shows its variables. We get the
+# same list without stopping, by one more word: `WATCH(x)` notes name and value of `x`, but only in
+# the thread that is being watched. (`ctypes` then reads the notes from the compiled library.)
 
 # %%
 NOTEBOOK = r"""
@@ -408,8 +410,9 @@ slider(schematics.stride_and_sectors, stride=(1, 16, 3))
 # *Figure {{n}}.4. One request of 32 lanes, lane t reading number t · stride. Orange: the numbers read.
 # Green frames: the sectors that memory fetches for them.*
 #
-# Does the kernel do what the simulator predicts? We let it write down every address that it reads: `READ(x)`, folded
-# here, gives `x` and notes who wanted it. A search for square brackets puts it around every read.
+# Does the kernel do what the simulator predicts? We let it write down every address that it reads:
+# `READ(x)`, folded here, gives `x` and notes who wanted it. A regular expression puts it around
+# every read.
 
 # %% tags=["hide-input"]
 TRACE = r"""
@@ -599,8 +602,8 @@ torch.testing.assert_close(run_forward(two_phases), expected)
 print(B * Q * M, "heads with 8 lanes each: equal to the library")
 
 # %% [markdown]
-# Is the barrier needed? `WITHOUT` defines it as nothing, and the lanes run in order, 0 to 7. Lane 0 then sums before
-# lanes 1 to 7 have found their points.
+# Is the barrier needed? `WITHOUT` makes `__syncwarp()` do nothing, and the lanes run in order, 0 to
+# 7. Lane 0 then sums before lanes 1 to 7 have found their points.
 #
 # Before you run: is there a lane whose channels still come out right?
 
@@ -739,10 +742,11 @@ check("cuda_kernel.3", lanes_of_a_head)
 # \langle g, v_c\rangle, \qquad
 # \frac{\partial \mathcal L}{\partial v_c} \mathrel{+}= a\, b_c\, g .$$
 #
-# The factor W is the chain rule at work. The kernel is given the normalised coordinate x, but the bilinear
-# weight depends on pixels, $x_\text{px} = x W - 0.5$, so a small step of x moves the pixel coordinate W
-# times as far. And $\partial b_c / \partial x_\text{px}$ is easy: $b_c$ is a nearness in x times one in y, so the
-# slope is the nearness in y, with a plus for right corners and a minus for left ones. (For y it is the same with H.)
+# The factor W is the chain rule at work. The kernel is given the normalised coordinate x, but the
+# bilinear weight depends on pixels, $x_\text{px} = x W - 0.5$, so a small step of x moves the pixel
+# coordinate W times as far. And $\partial b_c / \partial x_\text{px}$ is easy: $b_c$ is a nearness
+# in x times one in y, so the slope is the nearness in y, with a plus for right corners and a minus
+# for left ones. (For y: the same with H.)
 #
 # So a point needs four inner products $\langle g, v_c\rangle$, from which the first two gradients follow, and four
 # additions to `value`'s gradient. The products pose one problem, the additions another.
@@ -816,8 +820,9 @@ torch.testing.assert_close(grad_value, leaves[0].grad, atol=1e-5, rtol=1e-5)
 print("gradient of value", tuple(grad_value.shape), "equal to autograd's")
 
 # %% [markdown]
-# The inner products stand in `dots`, (items, 4, points). From them follow the other two gradients. For that of
-# the attention weights each product takes its bilinear weight $b_c$. In PyTorch, where all points lie inside:
+# The inner products are in `dots`, (items, 4, points). From them follow the other two gradients.
+# That of an attention weight sums its point's four products, each times its bilinear weight $b_c$.
+# All our points lie inside, so in PyTorch this is short:
 
 # %%
 size = torch.tensor(shapes).flip(1)[:, None]  # (L, 1, 2): W and H
@@ -925,7 +930,7 @@ check("cuda_kernel.4", point_gradients)
 # | `UNROLL`, `KEEP_LOOP` | have the compiler write a loop out, or not |
 # | `LOOK_AHEAD` | nothing on a GPU; a CPU fetches a later point's rows early |
 #
-# With this table the two phases are easy to recognise:
+# The two phases are easy to recognise:
 
 # %% tags=["hide-input"]
 SOURCE = resources.files("deformable_detr.kernels").joinpath("ms_deform_attn.cu").read_text()
@@ -1008,14 +1013,16 @@ show("backward_head")
 # ## Summary
 #
 # - A kernel is a function that many threads run. Each finds its part of the work by its number.
-# - A warp's 32 reads go out together, and memory answers in sectors: neighbours share, strangers do not.
+# - A warp's 32 reads go out together, and memory answers in sectors, so lanes that read
+#   neighbouring numbers share a sector.
 # - Two phases, a lane per point and then a lane per vector of channels, compute each position once.
 # - Lanes wait at barriers, talk through shared memory and shuffles, and add atomically.
 # - One text runs on CPU and GPU, so a laptop can test what a GPU will run.
 #
-# > **Differs from the paper.** It has no kernel in its text. **Differs from the official code.** There one
-# > thread owns a channel and repeats the index arithmetic; six kernels serve backward by size of D; the batch must
-# > be divisible by `im2col_step`; half precision is missing. Here: one backward kernel, any D, any batch.
+# > **Differs from the paper.** It describes no kernel. **Differs from the official code.** There
+# > one thread owns a channel and repeats the index arithmetic; six kernels serve backward by size
+# > of D; the batch must be divisible by `im2col_step`; half precision is missing. Here: one
+# > backward kernel, any D, any batch.
 #
 # ## Further reading
 #

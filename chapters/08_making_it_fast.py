@@ -25,10 +25,10 @@
 # {{map}}
 
 # %% [markdown]
-# A kernel that is right can still be a hundred times slower than another one that is right, too. This chapter
-# finds out why, on your own processor. Times differ from machine to machine, and from minute to minute on the same one;
-# counts do not. So we count first, predict from the counts, and only then take the time. (The times on this page are those of
-# the machine that made it.)
+# Of two correct kernels, one can be dozens of times slower than the other. This chapter finds out
+# why, on your own processor. Times differ from machine to machine, and from minute to minute on the
+# same one; counts do not. So we count first, predict from the counts, and only then take the time.
+# (The times on this page are those of the machine that made it.)
 
 # %% tags=["hide-input"]
 import ctypes
@@ -138,9 +138,9 @@ for name in ("cache", "memory"):
     print(f"{name}: {rate:.0f} GB/s; up to {ridge:.1f} operations per byte, bytes are the limit")
 
 # %% [markdown]
-# Compare the printed numbers with the 0.5 of deformable attention. On nearly every processor 0.5 is less, even if all bytes
-# come from the cache. Then this kernel is a matter of **moving**, not of computing, and what counts is where the
-# 1.17 GB come from.
+# Compare the printed numbers with the 0.5 of deformable attention. On nearly every processor 0.5 is
+# less, even if all bytes come from the cache. Then the limit is **moving** bytes, not computing,
+# and what counts is where the 1.17 GB come from.
 
 # %% [markdown]
 # ## Exercise {{n}}.1  Bytes of half precision
@@ -188,10 +188,11 @@ check("making_it_fast.1", least_bytes)
 # %% [markdown]
 # ## {{n}}.3 A cache in fifteen lines
 #
-# A cache keeps copies of what was read lately. It works in **lines** of 64 bytes. The places for lines are grouped
-# into **sets**, and a line may only go into one of them: that whose number is the line's number modulo the number of
-# sets. A common first-level cache has 64 sets of 8 places, 32 KB. When a set is full, the line in it that was not
-# used for longest has to go. A read whose line is not there is a **miss**, and has to wait for a slower memory.
+# A cache keeps copies of what was read lately. It works in **lines** of 64 bytes. The places for
+# lines are grouped into **sets**, and a line may only go into one of them: set number = line number
+# modulo the number of sets. A common first-level cache has 64 sets of 8 places, 32 KB. When a set
+# is full, the line that has gone unused for longest has to go. A read whose line is not there is a
+# **miss**, and has to wait for a slower memory.
 #
 # A short program can follow these rules. It gets the numbers of the lines in the order in which they are read, and
 # counts misses:
@@ -304,9 +305,10 @@ for name, index in LAYOUTS.items():
 assert predicted["channels first"] > 3 * predicted["channels last"]
 
 # %% [markdown]
-# Channels first needs 16 times as many lines, but misses only about seven times as often, because a line that a
-# neighbour has fetched is often still there. So the prediction is that channels last wins. In time it will win by
-# less than seven: a kernel does more than wait, and several misses can wait at once.
+# Channels first needs 16 times as many lines, but misses only about seven times as often, because a
+# line that a neighbour has fetched is often still there. So the prediction is that channels last
+# wins. Its gain in time will be less than sevenfold, because a kernel does more than wait, and
+# several misses can wait at once.
 #
 # To check it, here is a kernel for both layouts, with one thread per head. The words `BEGIN`, `ADD`, `END` and
 # `INDEX` stand for what differs from one version to the next. (The version with one thread per number is for later.)
@@ -479,10 +481,11 @@ check("making_it_fast.2", sectors_of_a_warp)
 # every remainder. If D is a number in the source, the compiler can write the loop out as a few vector instructions. This
 # is why the library compiles at run time: one build for each D, L and K.
 #
-# **Step 3: two phases.** Each corner still asks whether it is inside, a jump that the processor may guess wrong. So
-# we first find all points' corners, where one outside gets weight zero and an address that exists. Without jumps the
-# compiler can find the corners of 8 or 16 points at once, with vector instructions: one lane per point, this time of
-# a CPU's vector. The second phase is nothing but loads, multiplications and additions, with the sums in registers.
+# **Step 3: two phases.** Each corner still asks whether it is inside, a jump that the processor may
+# guess wrong. So we first find all points' corners, and give those outside weight zero and an
+# address that exists. Without jumps the compiler can find the corners of 8 or 16 points at once,
+# with vector instructions: one lane per point, this time of a CPU's vector. The second phase is
+# nothing but loads, multiplications and additions, with the sums in registers.
 #
 # As in the last chapter, `levels` has the rows H, W and start for each point (it takes the place of `shapes`).
 # `ORDER` will say which query q and head m a thread works on, and `row` is a small function: where a token's channel
@@ -531,7 +534,7 @@ SUMS = """Vector sum[D / 8] = {};
 # head** instead of query by query, so that one head's rows are wanted again soon; and put one head's rows next to each
 # other **without gaps**, as (B, M, S, D). Either could help alone.
 #
-# Before you run: which of the four combinations miss least?
+# Before you run: which of the four combinations misses least?
 
 # %%
 GAPS = {"with gaps": "(token * M + m) * D + d", "no gaps": "(m * S + token) * D + d"}
@@ -603,10 +606,10 @@ won = by_version["head by head + ahead, no gaps"] < by_version["query by query, 
 print("all three changes against none: faster in", won.sum(), "of 25 rounds")
 
 # %% [markdown]
-# Here "won" compares neighbours in the list, so the last line, printed apart, compares all three changes with none.
-# The versions between have some of the changes. Only such an **ablation** can show that changes help together. The
-# machine that made this page gives a faint answer: in five runs the median fell by 3 to 15 per cent, but the ranges
-# overlap.
+# Here "won" compares neighbours in the list, so the last line, printed apart, compares all three
+# changes (order, no gaps, fetching ahead) with none. The versions between have some of the changes.
+# Only such an **ablation** can show that changes help together. The machine that made this page
+# gives a faint answer: in five runs the median fell by 3 to 15 per cent, but the ranges overlap.
 #
 # Now the whole ladder, with the library's kernel and PyTorch's form for comparison. (For step 4 the copy without gaps was
 # made before; the library makes it each time, and its time includes that.)
@@ -640,11 +643,12 @@ schematics.ladder(times)
 # *Figure {{n}}.3. The ladder on the machine that made this page: median (dot) and range (bar) of 11 rounds. Where two
 # bars overlap, look at the printed number of rounds before you call a step faster.*
 #
-# A step counts as shown if it won (nearly) all rounds. Step 4 does not: in five runs on the machine that made this
-# page, it won 5, 7, 8, 10 and 10 of 11 rounds. Step 1 gained more than the factor of 4 that we counted, because the
-# compiler makes vector instructions of its loop over channels. (Told not to, by `-fno-tree-vectorize`, it made a
-# kernel that took more than twice as long.) The library's kernel adds vectors of 64 bytes, where the processor has
-# them, and asks for rows ahead of time.
+# A step counts as shown if it won (nearly) all rounds. Step 4 does not: in six runs on the machine
+# that made this page, it won 3, 5, 7, 8, 10 and 10 of 11 rounds. Step 1 gained more than the factor
+# of 4 that we counted, because the compiler makes vector instructions of its loop over channels.
+# (Told not to, by `-fno-tree-vectorize`, it made a kernel that took more than twice as long.) The
+# library's kernel adds vectors of 64 bytes, where the processor has them, and asks for rows ahead
+# of time.
 #
 # (`data/results/operator_cpu.json` has measurements against other implementations at the paper's sizes, taken in the same
 # way by `make bench`.)
@@ -763,11 +767,12 @@ schematics.roofline(machine, speeds, intensity=0.5, others=others)
 # | Faster R-CNN with FPN, convolutions | 180 | 25.6 | 28.0 |
 # | Deformable DETR | 173 | 15.0 | 19.4 |
 #
-# The work is about equal, the time is not. (The paper's own table prints 26 for the one and 19 for the other. By the
-# repository's table, the first is for one image at a time, the second for four.) The reason that
-# {cite}`zhu2021deformable` give is the order of accesses to memory. A convolution's reads are known in advance, lie
-# side by side, and serve many outputs; here each query computes where it reads. FLOPs count none of that. (Other
-# things may add to it, such as many small operations; the published numbers do not tell them apart.)
+# The work is about equal, the time is not. (The paper's table prints 26 and 19: by this table, the
+# first is for one image at a time, the second for four.) The reason that {cite}`zhu2021deformable`
+# give is the order of accesses to memory. A convolution's reads are known in advance, lie side by
+# side, and serve many outputs; here each query computes where it reads. FLOPs count none of that.
+# (Other things may add to it, such as many small operations; the published numbers do not tell them
+# apart.)
 
 # %% [markdown]
 # ## {{n}}.6 Backward: who may write where
@@ -978,9 +983,9 @@ for backend in ("reference", "cpu"):
     print(f"{'of the step':>31}: {share:6.0%}")
 
 # %% [markdown]
-# "reference" is PyTorch's form, "cpu" the kernel. A faster operator makes the rest visible: convolutions, linear layers,
-# normalisation. This is **Amdahl's law**, and a reason to stop: where the operator is a tenth of a step, making
-# it twice as fast gains a twentieth.
+# "reference" is PyTorch's form, "cpu" the kernel. A faster operator leaves the rest as slow as
+# before: convolutions, linear layers, normalisation. That limits the gain, as **Amdahl's law**
+# says: where the operator is a tenth of a step, making it twice as fast gains a twentieth.
 #
 # ## {{n}}.9 Your kernel in the library's tests
 #
@@ -999,7 +1004,8 @@ for backend in ("reference", "cpu"):
 # ## Summary
 #
 # - The operation moves bytes: half an operation per byte read, and each byte of `value` read 64 times.
-# - A simulator of a few lines predicts which layout and order miss least; an ablation shows what the time makes of it.
+# - A simulator of a few lines predicts which layout and order miss least; an ablation shows whether
+#   that saves time.
 # - A step is faster if it wins in (nearly) every round of a race, not if one number is smaller than another.
 # - The operator takes longer than a convolution of as many FLOPs, because its reads are irregular.
 # - In backward additions collide. There are three ways out: atomics, ownership, fixed point.
