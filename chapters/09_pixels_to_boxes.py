@@ -177,8 +177,8 @@ model = DeformableDETR(config).eval()
 B, Q, L, C = len(batch), config.num_queries, config.num_levels, config.embed_dim
 
 # %% [markdown]
-# This model lends us its parts. We compute each step with them ourselves, compare our result with the
-# model's, and at the end put the parts together into a detector of our own.
+# This model lends us its parts. With them we compute each step ourselves, compare our result with the
+# model's, and at the end build a detector of our own.
 #
 # **Before you run**: a convolution of stride 2 halves a map and rounds up. Strides of 4, 8 and 16
 # make maps of which sizes from 88 × 120?
@@ -218,7 +218,7 @@ print(tuple(maps[0].shape), "->", tuple(projected.shape))
 # over its channels and all places of one image.
 #
 # There is no feature pyramid, which would add coarse maps to fine ones, because multi-scale
-# attention already carries information between levels.
+# attention already carries information between levels. So `project` is the whole neck:
 
 
 # %%
@@ -308,8 +308,8 @@ print(tuple(features.shape), f"; row {row}, column {column} of level {level} is 
 #
 # *difficulty ●○○ · 8 minutes · 6 lines*
 #
-# Above we went from a place to a token. Go the other way: from a token's index to its level and to the centre of its cell, x first, as
-# fractions of the padded map's width and height.
+# Above we went from a place to a token. Go the other way: from a token's index to its level and to the
+# centre of its cell, x first, as fractions of the padded map's width and height.
 
 
 # %% tags=["exercise"]
@@ -353,7 +353,8 @@ check("pixels_to_boxes.1", token_place)
 # %% [markdown]
 # Attention does not see order. So each token carries its place, as a vector that is added: a sine
 # code of (y, x), measured on the part of the level that is not padding, plus a learned vector of its
-# level. Why the second? Because two cells at the same place on different levels have the **same** sine code:
+# level. The level's vector is needed because two cells at the same place on different levels have the
+# **same** sine code:
 
 # %%
 from deformable_detr.layers.position import SinePositionEncoding
@@ -515,8 +516,8 @@ print("of 25 points on image 1, below its true lower edge at 72 / 88:")
 print("by level", (on_levels[1, :, :, 1] > 72 / 88).sum(0).tolist())
 
 # %% [markdown]
-# A query therefore never starts outside the image. But level 3 takes the whole map of image 1 for
-# image, as we saw in section {{n}}.3, so there a few of the points slip onto padding.
+# As a fraction of the image a reference point never lies outside. But level 3 takes the whole map of
+# image 1 for image, as we saw in section {{n}}.3, so on that level a few points slip onto padding.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The two images of the batch with the same 25 numbered points on each, spread over the image without its padding."}}
 draw.reference_points(batch, reference)
@@ -537,7 +538,7 @@ draw.reference_points(batch, reference)
 draw.decoder_layer()
 
 # %% [markdown]
-# *Figure {{n}}.8. What to see: three parts, each with a way around it (grey) and a norm behind it. The
+# *Figure {{n}}.8. What to see: three parts, each with a skip connection (grey) and a norm behind it. The
 # position (dashed) goes into queries and keys, so it helps to decide who attends to whom and where to look. It
 # never goes into the values, so it is not part of what is added up.*
 #
@@ -748,8 +749,9 @@ print("every side:", *{round(side, 3) for side in boxes[..., 2:].flatten().tolis
 #
 # *difficulty ●●○ · 8 minutes · 2 lines*
 #
-# Turn it round: given an object's box and a query's reference point, which delta would hit the box
-# exactly? Sizes start from no reference. The answer must stay finite for boxes that touch the border.
+# Now the other way round: given an object's box and a query's reference point, which delta would hit the box
+# exactly? The reference is a point, so the sizes have nothing to start from. The answer must stay finite for boxes
+# that touch the border.
 
 
 # %% tags=["exercise"]
@@ -791,7 +793,7 @@ check("pixels_to_boxes.3", needed_delta)
 #
 # All steps exist. The detector is a list of parts and one path through them. First the parts, which hold
 # all weights. An encoder or decoder layer is given its attention as a module, so that other detectors can
-# give it another.
+# use another kind of attention.
 
 # %%
 from deformable_detr import MSDeformAttn
@@ -895,8 +897,8 @@ for (logits, boxes), theirs in zip(answers, [*output.auxiliary, output], strict=
 print("the same logits and boxes in", len(answers), "decoder layers")
 
 # %% [markdown]
-# This class and the functions above compute what the library's base model computes. (They leave out dropout, which acts in
-# training only. That the library in turn computes what the published models compute is checked in
+# This class and the functions above compute what the library's base model computes. (They leave out dropout, which
+# acts in training only. That the library in turn computes what the published models compute is checked in
 # {{chapter published_weights}}.) Refinement and the two-stage model come in {{chapter refinement}}.
 
 # %% [markdown]
@@ -909,10 +911,10 @@ print("the same to five digits:", difference < 1e-5)
 print(f"largest change of a coordinate: {difference:.3f}")
 
 # %% [markdown]
-# Not quite. Attention does not read padding, but padding still leaks in through three other places: convolutions near
-# the border, group norm, which takes its mean over all places, and coarse cells that lie half on padding. (How much
-# is due to each, this run does not tell.) So the boxes of an
-# image change a little with the other images in its batch. The official model has the same property.
+# Not quite. Attention does not read padding, but padding still leaks in elsewhere: through convolutions near
+# the border, through group norm, which takes its mean over all places, and through coarse cells that lie partly on
+# padding but count as image, which also shifts the reference points. (This run does not tell how much is due to each.)
+# So the boxes of an image change a little with the other images in its batch. The official model has the same property.
 #
 # ## {{n}}.10 Where the parameters are
 #
@@ -948,7 +950,7 @@ print(f"{'all':17s}{sum(small_parts.values()):12,}{sum(base_parts.values()):14,}
 # ## Summary
 #
 # - Images are padded to one size, with a mask. Maps of several strides become one sequence of $S$ tokens of
-#   width $C$, with place and level added.
+#   width $C$, each with a vector for its place and level.
 # - In the encoder each token samples around itself. In the decoder $Q$ learned queries see each other, then
 #   sample around their reference points.
 # - Positions are added to queries and keys, which decide where to look; never to the values, which are summed.

@@ -12,7 +12,7 @@
 # # {{n}}. Matching and loss
 #
 # You will be able to
-# - **say** where the background class went, and why scores start at 0.01,
+# - **say** why there is no class for background, and why scores start at 0.01,
 # - **compute** the focal loss and the GIoU by hand,
 # - **write** the matcher that decides which query answers for which object,
 # - **add up** the whole loss and turn outputs into detections, without non-maximum suppression,
@@ -26,7 +26,7 @@
 
 # %% [markdown]
 # The detector answers with $Q$ boxes and their class logits, in no order. An image has a few objects,
-# in no order either. Before anything can be learned, somebody must say which answer should have been
+# in no order either. Before anything can be learned, it must be decided which answer is compared with
 # which object. Deformable DETR {cite}`zhu2021deformable` does this as DETR did {cite}`carion2020detr`:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left, a picture with four digits; around each a dashed purple box, o0 to o3, and five blue boxes, q0 to q4, four of them near a digit and one beside them. Middle, a table of costs, five rows for the queries and four columns for the objects; the cells q0 o0, q1 o1, q3 o2 and q4 o3 are filled. Right, what each query is taught: class and box of its object, and for q2: no, to every class."}}
@@ -63,7 +63,7 @@ _ = torch.set_grad_enabled(False)  # we look; training comes at the end
 # %% [markdown]
 # ## {{n}}.1 Classes: sigmoid, and no background
 #
-# DETR {cite}`carion2020detr` has a softmax over the classes and one more for "no object". Deformable
+# DETR {cite}`carion2020detr` has a softmax over the classes and one extra class, "no object". Deformable
 # DETR has one **sigmoid per class**: every logit answers its own question, "is it a seven?", with yes
 # or no. "No object" then means that all of them say no, so no logit for background is needed.
 
@@ -145,8 +145,8 @@ check("matching_and_loss.1", class_targets)
 # $$
 #
 # where $p_t$ is the probability of the right answer: $p$ for a positive, $1 - p$ for a negative. (It may
-# surprise that a negative has the larger $\alpha_t$. But the factor $(1 - p_t)^2$ already makes the easy
-# negatives very small, so together they would count too little otherwise.) By hand:
+# surprise that a negative has the larger $\alpha_t$. But the factor $(1 - p_t)^2$ already makes the loss of easy
+# negatives very small; with a small $\alpha_t$ as well, together they would count too little.) By hand:
 
 
 # %%
@@ -160,8 +160,8 @@ for p, wanted in [(0.9, 1), (0.1, 1), (0.5, 0), (0.01, 0)]:
     print(f"p = {p:<4}  wanted {wanted}  focal {focal(p, wanted):.7f}")
 
 # %% [markdown]
-# The same sum, in PyTorch, in torchvision and in the library. Two queries, three
-# classes; query 1 has an object of class 2.
+# Now the sum over all queries and classes: by hand, in PyTorch, in torchvision and in the library. There
+# are two queries and three classes; query 1 has an object of class 2, and query 0 has none.
 
 # %%
 from torchvision.ops import sigmoid_focal_loss
@@ -226,7 +226,7 @@ for classes in (10, 91):
     print(f"{classes} classes: {0.99**classes:.2f}")
 
 # %% [markdown]
-# So background starts at 0.99 for each class, but not for a whole query. The loss does not mind, because it
+# So "no" starts at 0.99 for each class, but not for a whole query. The loss does not mind, because it
 # looks at each class by itself.
 #
 # ## Exercise {{n}}.2  The class loss, from logits
@@ -234,7 +234,8 @@ for classes in (10, 91):
 # *difficulty ●●○ · 10 minutes · 5 lines*
 #
 # Write the focal loss for all logits at once, **summed** over queries and classes and divided by the
-# number of boxes, at least 1. It must stay finite for logits of ±200. (The weight of 2 comes later.)
+# number of objects (`num_boxes`), or by 1 if there are none. It must stay finite for logits of ±200. (The weight of 2
+# comes later.)
 
 
 # %% tags=["exercise"]
@@ -330,8 +331,9 @@ draw.overlap_and_distance(cases, iou, giou)
 # *Figure {{n}}.3. What to see: boxes that do not meet all have IoU 0; GIoU still says how far apart they
 # are (hull dashed). Below: beyond a shift of 3 the IoU is flat, and the GIoU keeps falling.*
 #
-# Flat means that there is no gradient. A prediction beside its object would never learn which way to go.
-# **Before you run**: which edges does GIoU move, and which way?
+# Flat means that there is no gradient: with IoU alone, a prediction beside its object would never learn which
+# way to go. Take the third pair of the figure: the object reaches from x = 0 to 3, the prediction from 4 to 7.
+# **Before you run**: which edges of the prediction does GIoU move, and which way?
 
 # %%
 with torch.enable_grad():
@@ -400,7 +402,8 @@ check("matching_and_loss.3", pairwise_giou)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# A box is identical with itself in any format. You take `cxcywh` for corners. Convert first.
+# You take `cxcywh` for corners: convert first. (With a box and itself this mistake does not show, because the
+# two are equal in any format.)
 #
 # </details>
 #
@@ -444,7 +447,7 @@ print("2 ·", round(class_cost, 3), "+ 5 · 0.12 − 2 · 0.25 =", round(by_hand
 
 # %% [markdown]
 # A greedy matcher takes the cheapest pair, then the cheapest of the rest. **Before you run**: query 0 lies
-# between the objects, nearer to object 1. What does greedy do, and is there better?
+# between the objects, nearer to object 1. What does greedy do, and is there a better assignment?
 
 
 # %%
@@ -572,9 +575,8 @@ print(["up" if g < 0 else "down" for g in twins.grad.flatten().tolist()])
 # that says which anchors answer for which object, usually all that overlap it enough; and non-maximum
 # suppression (NMS), which removes the duplicates that this rule asks for. Here learned queries take the
 # place of anchors and the matching takes the place of the rule. A duplicate is now an *error in training*,
-# and in self-attention each query can notice the others ({{chapter pixels_to_boxes}}), so that one of them can give way.
-# So NMS is not needed. How many duplicates are left after
-# training is counted in {{chapter training}}.
+# and in self-attention each query can notice the others ({{chapter pixels_to_boxes}}), so that one of them can give
+# way. So NMS is not needed. How many duplicates are left after training is counted in {{chapter training}}.
 #
 # ## {{n}}.5 The total loss
 #
@@ -584,8 +586,8 @@ print(["up" if g < 0 else "down" for g in twins.grad.flatten().tolist()])
 draw.every_layer()
 
 # %% [markdown]
-# *Figure {{n}}.5. What to see: each layer is matched by itself, with the same objects (dashed). So an object may belong to another query in the next layer.
-# All losses are added; at test time only the last layer is used.*
+# *Figure {{n}}.5. What to see: each layer is matched by itself, with the same objects (dashed). So an object may
+# belong to another query in the next layer. All losses are added; at test time only the last layer is used.*
 #
 # We take the small model of {{chapter pixels_to_boxes}} and two pictures: the seven that we have followed,
 # and the four digits of figure {{n}}.1.
@@ -604,7 +606,7 @@ batch = collate([dataset[9], dataset[0]])
 print([[names[label] for label in target.labels] for target in batch.targets])
 
 # %% [markdown]
-# The loss of one layer by hand, from the pieces above. All sums are divided by the number of boxes in the
+# The loss of one layer by hand, from the pieces above. All sums are divided by the number of objects in the
 # batch.
 
 
@@ -683,7 +685,7 @@ print("above 0.3 ", [len(d) for d in postprocess(output, sizes, threshold=0.3)])
 #
 # *difficulty ●●○ · 10 minutes · 7 lines*
 #
-# Write it for one image. `original_size` is (H, W). Return scores (best first), labels, and boxes as corners
+# Write this step for one image. `original_size` is (H, W). Return scores (best first), labels, and boxes as corners
 # `xyxy` in pixels.
 
 
@@ -766,8 +768,8 @@ draw.falling_losses(history)
 
 # %% [markdown]
 # *Figure {{n}}.6. What to see: all three terms fall. The class term starts near 2.3, as section {{n}}.2
-# promised (a little above, because the head's weights are random); L1 and GIoU start where 25 boxes of one size
-# happen to lie.*
+# promised (a little above, because the head's weights are random); where L1 and GIoU start depends on where the
+# 25 boxes, all of one size before training, happen to lie.*
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The two pictures after training on them, the green seven and the four digits: dashed rectangles around every digit, and the predicted boxes on top of them with class and score."}}
 detector.eval()
@@ -796,7 +798,7 @@ for target, found in zip(batch.targets, trained, strict=True):
 # - The matching gives each object exactly one query, at least total cost. All other queries learn "no", and so
 #   no NMS is needed.
 # - The loss is focal + L1 + GIoU (2, 5, 2), summed over all decoder layers, each matched by itself, and divided
-#   by the number of boxes.
+#   by the number of objects.
 # - Detections are the best scores over all queries and classes.
 #
 # > **Differs from the paper.** The paper says Adam, the official code uses AdamW

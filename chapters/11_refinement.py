@@ -16,7 +16,7 @@
 # - **follow** one query's box through the decoder's layers,
 # - **cut** the gradient where the paper cuts it, and say what still flows,
 # - **build** the first stage: proposals of all tokens, their selection, and their own loss,
-# - **judge** from several seeds what each of the two gains, and what was not shown.
+# - **judge** from several seeds what refinement and two stages gain, and what was not shown.
 #
 # You should know: {{chapter many_scales}}, {{chapter pixels_to_boxes}} and {{chapter matching_and_loss}}.
 #
@@ -40,8 +40,8 @@ draw.plain_and_refined()
 
 # %% [markdown]
 # *Figure {{n}}.1. What to see: both predict a box after every layer, from a start (orange) and a correction
-# Δ. The plain decoder always starts from the same point. With refinement the last box is the next start:
-# the layer samples around it, and its Δ is added to it.*
+# Δ. The plain decoder always starts from the same point. With refinement each layer starts from the
+# box before it: the layer samples around that box, and its Δ is added to that box.*
 
 # %% tags=["hide-input"]
 import dataclasses
@@ -100,8 +100,8 @@ print([round(x, 2) for x in (moved / small).tolist()])
 
 # %% [markdown]
 # It nearly doubles them. So small sizes are corrected in proportion, which is what one wants: an error of
-# two pixels matters more for a small digit. (In general $\ln 2$ multiplies a size $b$ by $2/(1+b)$. For a
-# centre in the middle of the image, the same formula means a step of about $\Delta/4$.)
+# two pixels matters more for a small digit. (In general $\ln 2$ multiplies a size $b$ by $2/(1+b)$. A
+# centre in the middle of the image moves by about $\Delta/4$, because the sigmoid has slope ¼ there.)
 #
 # The border is a trap, because $\sigma^{-1}(0) = -\infty$. So the library first clamps $b$ to at least
 # $10^{-5}$, and $1 - b$ likewise:
@@ -168,12 +168,13 @@ print("the same:", torch.allclose(move(references, delta), expected))
 # ## {{n}}.2 Layer by layer
 #
 # With refinement each decoder layer has heads of its own; in the plain detector all layers share one pair.
-# The next layer samples around the new centre, and its offsets are in units of the new size, $\Delta p \cdot w / 2K$ ({{chapter many_scales}}).
+# The next layer samples around the new centre, and its offsets are in units of the new size, $\Delta p \cdot w / 2K$
+# ({{chapter many_scales}}).
 #
-# To see it at work we need a trained detector. The repository ships one, which {{chapter training}} trains. It
-# has three decoder layers and two stages, so its queries start from proposals, which section {{n}}.4 explains. We
-# let it look at the 24 sample pictures. An output holds the last layer's logits and boxes, those of the earlier
-# layers (`auxiliary`), and the first stage's (`others["first"]`).
+# To see it at work we need a trained detector. The repository ships one; {{chapter training}} tells how it
+# was trained. It has three decoder layers and two stages, so its queries start from proposals, which section {{n}}.4
+# explains. We let it look at the 24 sample pictures. An output holds the last layer's logits and boxes, those of the
+# earlier layers (`auxiliary`), and the first stage's (`others["first"]`).
 
 # %%
 model, categories = load_model("../data/checkpoints/digits.safetensors")
@@ -277,7 +278,7 @@ print(f"of the {int(sure.sum())} with a score above 0.4: {int((outside & sure).s
 #
 # Layer 2 starts from the box of layer 1. Its loss could therefore train layer 1's head too, through the
 # reference. The paper forbids it: "to stabilize training", as in RAFT {cite}`teed2020raft`, the gradient is
-# blocked at the last box (Appendix A.4). In code this is one word, `detach`.
+# blocked at the box of the layer before (Appendix A.4). In code this is one word, `detach`.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two decoder layers, each with a head, a box and a loss. Blue arrows lead forward from layer 1 to layer 2, called content, and from each layer to its head and box. Purple arrows lead back from each loss through box and head to its layer, and from layer 2 to layer 1. An orange line leads from box 1 to layer 2 and to box 2; it is crossed by two red bars, labelled detach: no gradient."}}
 draw.gradient_cut()
@@ -308,7 +309,8 @@ for cut in (True, False):
 # (0.25 is the slope of the sigmoid in its middle. The sign says: a larger Δ would lower the loss.)
 #
 # Now in a whole detector, a fresh one. (Its box heads end in zero weights, through which no gradient passes, so we
-# give them random ones.) We send back the last layer's loss alone, and ask which parts it reaches:
+# give them random ones.) We send back the last layer's GIoU loss alone, and ask which parts it
+# reaches:
 
 # %%
 config = dataclasses.replace(model.config, two_stage=False)  # learned queries, and refinement
@@ -351,7 +353,8 @@ draw.cut_and_open(study)
 # *Figure {{n}}.5. What to see: one line per seed. Left: without the cut the gradient is about four times as large;
 # every loss now also pulls at all the heads before it. Middle: the loss of the first layer, which is now trained
 # by the later losses as well, ends a little higher. Right: that of the last layer ends clearly lower. (The curves are
-# of the training pictures. On new pictures, above, one of the three seeds shows hardly any difference in the first layer.)*
+# of the training pictures. On new pictures, above, one of the three seeds shows hardly any difference in the first
+# layer.)*
 
 # %% tags=["hide-input"]
 by_variant = {v: [r for r in study["runs"] if r["variant"] == v] for v in ("cut", "open")}
@@ -416,7 +419,7 @@ check("refinement.2", refine)
 # ## {{n}}.4 The first stage: every token proposes
 #
 # After the encoder, each token knows what is around it. So why should queries start from learned points, when
-# the tokens can say where objects are? In the two-stage model they are asked:
+# the tokens can say where objects are? In the two-stage model the tokens are asked:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "A flow chart. The memory passes a linear layer and a norm, then a class head, which gives S scores, and a box head, whose corrections are added to S anchors and give S boxes. Scores and boxes enter their own matching and loss. The Q boxes of best score pass two red bars, labelled detach, and become references; these enter the decoder, and through sine code, linear layer and norm become the queries' position and content, which enter the decoder too."}}
 draw.first_stage()
@@ -528,8 +531,8 @@ assert outputs[9].logits[0, 1:3].sigmoid().max() < 0.3  # of the seven's picture
 # digit has one bright token, or a few: the matching, one token per object, has taught the others to say no.*
 #
 # **Its own matching and loss.** All $S$ proposals are matched with the objects, as the queries of a layer are, with
-# every label set to 0. By hand: we give the proposals to the criterion of {{chapter matching_and_loss}} in the
-# place of a last layer's boxes and logits:
+# every label set to 0. By hand: we give the proposals to the criterion of {{chapter matching_and_loss}}, as
+# if they were the boxes and logits of a last layer:
 
 # %%
 target = dataset[8][1]
@@ -598,8 +601,8 @@ check("refinement.3", select)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# The two cells above, "Projection" and "Queries", have most of it, for one image without blanks. What is new are the two
-# `masked_fill`, and taking $Q$ rows of each image.
+# The two cells above, "Projection" and "Queries", have most of it, for one image without blanks. What is new are the
+# two `masked_fill`, and taking $Q$ rows of each image.
 #
 # </details>
 #
@@ -663,8 +666,8 @@ check("refinement.4", recall)
 # {{solution}}
 
 # %% [markdown]
-# And how many does our detector's first stage propose? We count only the 30 proposals that were chosen for the
-# decoder:
+# And how many of the digits does our detector's first stage propose? We count only the 30 proposals that were chosen
+# for the decoder:
 
 # %%
 covered = torch.cat(
@@ -680,9 +683,9 @@ for threshold in (0.5, 0.75):
 # %% [markdown]
 # ## {{n}}.5 What it gains
 #
-# Three detectors that differ in nothing else were trained for 300 steps, with three seeds each (`python
-# experiments/refinement.py`, not run here). AP, average precision, is the usual score of a detector, between 0 and 1;
-# {{chapter training}} computes it.
+# Three detectors were trained for 300 steps, with three seeds each: plain, with refinement, and with refinement and two
+# stages. In everything else they are the same (`python experiments/refinement.py`, not run here). AP, average
+# precision, is the usual score of a detector, between 0 and 1; {{chapter training}} computes it.
 
 # %%
 runs = json.loads(Path("../data/results/refinement.json").read_text())["runs"]
@@ -710,24 +713,25 @@ print("the plain detector's best seed:", max(aps["plain"]))
 # still with two stages. It does not show how good each becomes in the end.
 #
 # For that there are published figures. On COCO, after 50 epochs each, the README of the official repository of
-# {cite}`zhu2021deformable` reports, in hundredths, 44.5 AP for the plain detector, 46.2 with refinement and 46.9 with two
-# stages. The gains are real there too, and much smaller than here. One reason may be that after 50 epochs all three have
-# long learned to place boxes roughly.
+# {cite}`zhu2021deformable` reports (on a scale from 0 to 100) 44.5 AP for the plain detector, 46.2 with refinement
+# and 46.9 with two stages. The gains are real there too, and much smaller than here. One reason may be that after 50
+# epochs all three have long learned to place boxes roughly.
 #
 # ## Summary
 #
 # - Corrections are added before the sigmoid: centres stay inside the image, edges need not, and small sizes change in
 #   proportion.
-# - With refinement each layer starts from the last box and samples in units of it. The plain detector predicts in every
-#   layer too, but always from the same point.
-# - References are detached. Each head learns from its own layer's loss; content still carries gradients to earlier layers.
-# - Two stages: all tokens propose, with projection, anchors, matching and loss of their own; the best, detached, are where
-#   queries start.
-# - Early in training both help much; after 50 epochs on COCO by 1.7 and 0.7 AP.
+# - With refinement each layer starts from the box before it and samples in units of its size. The plain detector
+#   predicts in every layer too, but always from the same point.
+# - References are detached. Each head learns from its own layer's loss; content still carries gradients to earlier
+#   layers.
+# - Two stages: all tokens propose, with projection, anchors, matching and loss of their own; the best are detached, and
+#   queries start from them.
+# - Early in training both help a lot; after 50 epochs on COCO they add 1.7 and another 0.7 AP.
 #
 # > **Differs from the paper.** A.4 starts refinement from boxes of size 0.1; in the code the first layer starts from a
-# > point, and the first sizes are $\sigma(-2) = 0.119$. A.4 speaks of a binary classifier; the code has a logit per class
-# > and uses the first. The projection, its norm and the rule for invalid anchors are in the code only.
+# > point, and the first sizes are $\sigma(-2) = 0.119$. A.4 speaks of a binary classifier; the code has a logit per
+# > class and uses the first. The projection, its norm and the rule for invalid anchors are in the code only.
 # >
 # > **Differs from the official code.** The size of anchors is an option.
 #

@@ -83,8 +83,8 @@ from schematics.training import splits, verdicts
 splits()
 
 # %% [markdown]
-# *Figure {{n}}.1. Three splits and what each of them may do. What is reported must not have chosen anything,
-# because a choice among many fits the images it was made on.*
+# *Figure {{n}}.1. Three splits and what each of them may do. The images on which you report must not
+# have been used to choose anything, because the best of many choices is partly luck on those images.*
 
 # %%
 DATA = Path("../data")
@@ -114,7 +114,7 @@ print(target.labels.tolist(), [names[label] for label in target.labels])
 assert not check_dataset(*find_split(DATA / "digits", "val"))
 
 # %% [markdown]
-# `check_dataset` opens every image and lists what is wrong with a data set; here it finds nothing. The boxes come
+# `check_dataset` opens every image and lists what is wrong with a data set; in *val* it finds nothing. The boxes come
 # out as centre and size, relative to the image. For drawing we need them in pixels, so the next cell has two
 # helpers: one for the numbers, and one for the picture.
 
@@ -175,7 +175,7 @@ plt.show()
 
 # %% [markdown]
 # *Figure {{n}}.3. The sizes range over a factor of more than ten, and there are more small digits than large ones.
-# Many scales ({{chapter many_scales}}) are there for this.*
+# Attention over several scales ({{chapter many_scales}}) is made for this.*
 #
 # ## {{n}}.2 Transforms that move boxes too
 #
@@ -293,7 +293,7 @@ print("precision", precision.round(2).tolist())
 print("recall   ", recall.round(2).tolist())
 
 # %% [markdown]
-# Precision falls and rises; recall only rises. **Average precision** is the area under precision, drawn over recall,
+# Precision falls and rises; recall never falls. **Average precision** is the area under precision, drawn over recall,
 # with two conventions of COCO's. First, the precision at a recall is the best one that is reached at that recall *or
 # later*. Second, the area is the mean over 101 values of recall, from 0.00 to 1.00. By hand: precision is 1 at the 67
 # recalls up to 0.66, and 0.6 at the 34 others.
@@ -423,15 +423,14 @@ print("equal to ours at all ten thresholds")
 # %% [markdown]
 # With many classes, AP is the mean of the classes' APs. With many images, all detections of one class stand in one
 # list. Four more names: AP50 and AP75 are the AP at that overlap alone; AR is the recall, as a mean over overlaps and
-# classes, with at most 100 detections per image; and the AP of small objects counts those alone. From here on pycocotools
-# does the counting, through the library's `evaluate`.
+# classes, with at most 100 detections per image; and the AP of small objects counts those alone. From here on
+# pycocotools does the counting, through the library's `evaluate`.
 #
 # ## {{n}}.4 The model and its optimiser
 #
 # The model is the detector of the last chapters, but narrow, since images of 128 pixels need no more. It is two-stage
 # and refines its boxes ({{chapter refinement}}): the first boxes come from the encoder's tokens and not from learned
-# queries (`anchor_size` is the size that they start from), and each decoder layer corrects the box of the layer before
-# it. The recipe's file holds these numbers.
+# queries, and each decoder layer corrects the box of the layer before it. The recipe's file holds its sizes.
 
 # %%
 SMALL = RECIPE.model_config(num_classes=10)
@@ -474,10 +473,10 @@ for kind, group in zip(("rest", "backbone", "sampling"), groups, strict=True):
 assert groups[1]["lr"] == groups[2]["lr"] == 0.1 * groups[0]["lr"]
 
 # %% [markdown]
-# The optimiser is AdamW {cite}`loshchilov2019adamw`. The paper's rates are made for 50 epochs of 118,287 images. We have
-# an hour or two, so the digits' recipe is bolder: one rate of 0.001 for all, five times the paper's, a short warm-up, and a
-# cosine instead of a single drop. These numbers were chosen on *val* and not on *test*. {{chapter recipe}} explains what
-# each of them does.
+# The optimiser is AdamW {cite}`loshchilov2019adamw`. The paper's rates are made for 50 epochs of 118,287 images. We
+# have an hour or two, so the digits' recipe is bolder: one rate of 0.001 for all, five times the paper's, a short
+# warm-up, and a cosine instead of a single drop. These numbers were chosen on *val* and not on *test*.
+# {{chapter recipe}} explains what each of them does.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Learning rates over the course of training. The paper's: constant at 0.0002, a tenth of that after 80 percent. The digits': a quick rise to 0.001, then a half cosine down to nearly zero."}}
 figure, axis = plt.subplots(figsize=(6, 2.6))
@@ -667,8 +666,8 @@ assert mean_loss(slice(-50, None)) < 0.6 * mean_loss(slice(0, 25))
 print("the loss has fallen to less than 0.6 of what it was")
 
 # %% [markdown]
-# Losses of different kinds cannot be compared, so the curves do not say whether it learns to *find* digits or to *read*
-# them first. AP does not say it either, because it asks for both at once. So look at the detections themselves. Take as
+# Does it learn to *find* digits first, or to *read* them? Losses of different kinds cannot be compared, so the curves
+# do not say. AP does not say it either, because it asks for both at once. So look at the detections themselves. Take as
 # many boxes per image as there are digits, the best ones: how many digits have a box on them, and how many have a box
 # with the right name?
 
@@ -723,19 +722,19 @@ for row, model in zip(axes, (new_model().eval(), live.eval()), strict=True):
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.10. The best boxes before (above) and after the live run (below), as many as there are digits. Some digits
-# are found, several of them more than once, and not all are read rightly. That an object belongs to one query alone
-# has to be learned too.*
+# *Figure {{n}}.10. The best boxes before (above) and after the live run (below), as many as there are digits. Some
+# digits are found, several of them more than once, and not all are read correctly. That an object belongs to one
+# query alone has to be learned too.*
 #
-# So after a minute, more digits are found than are read rightly, and the AP of small digits is lower than that of the
+# So after a minute, more digits are found than are read correctly, and the AP of small digits is lower than that of the
 # others.
 #
 # ## {{n}}.7 The shipped detector
 #
-# The same code was run for longer on one core: `python experiments/digits.py` trains two seeds with the recipe above, for
-# 14 epochs of all 8,000 images (the recipe's file says 12), and the first of them is the detector that this repository
-# ships. (`make results` runs this and all other experiments.) Its weights lie in `data/checkpoints`, and beside them
-# its card, which says how they were made.
+# The same code was run for longer on one core: `python experiments/digits.py` trains two seeds with the recipe above,
+# for 14 epochs of all 8,000 images (two more than the recipe's file says), and the first of them is the detector that
+# this repository ships. (`make results` runs this and all other experiments.) Its weights lie in `data/checkpoints`,
+# and beside them its card, which says how they were made.
 
 # %%
 shipped, categories = load_model(DATA / "checkpoints" / "digits.safetensors")
@@ -777,9 +776,9 @@ right.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.11. AP on val as training goes on: one line per seed (left), and by size of digit (right; the line is the
-# mean of two seeds, the band goes from the lower to the higher one). About half of the final AP is reached after a
-# thousand steps, and at every point small digits have the lowest AP.*
+# *Figure {{n}}.11. AP on val as training goes on: one line per seed (left), and by size of digit (right; the line is
+# the mean of two seeds, the band goes from the lower to the higher one). About half of the final AP is reached after
+# a thousand steps, and at every point small digits have the lowest AP.*
 
 # %% tags=["hide-input"]
 for run in runs:
@@ -865,9 +864,9 @@ print("duplicates are rare; small digits are missed more often than others")
 
 # %% [markdown]
 # Duplicates are rare, because one-to-one matching in training does what non-maximum suppression does elsewhere
-# ({{chapter matching_and_loss}}): the second query that sees a digit was taught to say "nothing". Most mistakes are wrong
-# names and missed digits. (A digit is missed if no box has an IoU of 0.5 with it.) Small digits are missed more often
-# than others.
+# ({{chapter matching_and_loss}}): the second query that sees a digit was taught to say "nothing". Most mistakes are
+# wrong names and missed digits. (A digit is missed if no box has an IoU of 0.5 with it.) Small digits are missed more
+# often than others.
 
 # %% mystnb={"image": {"alt": "Left: bars that count the kinds of mistakes among 200 test images, missed digits among them. Right: a table of ten by ten, the digit that is there against the name that was given, for detections in the right place; nearly everything lies on the diagonal."}}
 confusion, fits = np.zeros((10, 10), int), [[] for _ in names]
@@ -907,11 +906,11 @@ print(f"lowest mean IoU: {names[np.argmin(fit)]} {min(fit):.2f}, all classes {np
 assert names[np.argmin(widths)] == names[np.argmin(fit)] == "one" and "one" in lowest
 
 # %% [markdown]
-# Eights and ones have the lowest AP. For eights, the table of names gives a reason: they are taken for many other
-# digits. Ones are sometimes misread as well, but they also have the narrowest boxes, and their boxes fit worst. A box
-# that is off by one pixel loses more IoU when it is narrow: one that is 8 pixels wide has an IoU of 7/9 = 0.78 after a
-# shift by one pixel, and one that is 20 pixels wide has 19/21 = 0.90. AP takes its mean up to a threshold of 0.95, so
-# such a loss counts.
+# Eights and ones have the lowest AP. For eights, the table on the right of Figure {{n}}.12 gives a reason: they are
+# taken for many other digits. Ones are sometimes misread as well, but they also have the narrowest boxes, and their
+# boxes fit worst. A box that is off by one pixel loses more IoU when it is narrow: one that is 8 pixels wide has an
+# IoU of 7/9 = 0.78 after a shift by one pixel, and one that is 20 pixels wide has 19/21 = 0.90. AP takes its mean up
+# to a threshold of 0.95, so such a loss counts.
 
 # %% mystnb={"image": {"alt": "The four test images with the most mistakes, above with what is there, below with what was found. Small digits on busy ground are missed or misread."}}
 errors = [
@@ -939,13 +938,13 @@ plt.show()
 # - A data set in COCO's format is three lists that point to each other by ids; a transform moves pictures and boxes.
 # - AP is the area under precision over recall, a mean over ten overlaps; a duplicate is an error.
 # - The loop is: match, add the losses, backward, clip, step. The schedule sets the rate.
-# - After a minute the live run finds more digits than it reads. The shipped detector was trained for two hours on one
-#   core; it makes few duplicates, and it misses small digits most often.
+# - After a minute the live run finds more digits than it reads. The shipped detector was trained for almost two hours
+#   on one core; it makes few duplicates, and it misses small digits most often.
 #
 # > **Differs from the paper.** The paper trains for 50 epochs on COCO with a ResNet-50, a step schedule and
-# > learned queries or two stages; here a small detector is trained for two hours, with one rate for all parts and a
-# > cosine. **Differs from the official code.** There, the gradient is clipped at a norm of 0.1; the digits'
-# > recipe clips at 0.5. Its random resizing and mirroring are replaced by zooming and by colours.
+# > learned queries or two stages; here a small detector is trained for almost two hours, with one rate for all parts
+# > and a cosine. **Differs from the official code.** There, the gradient is clipped at a norm of 0.1; the digits'
+# > recipe clips at 0.5. Its random resizing and mirroring are replaced by zooming and by changes of colour.
 #
 # ## Further reading
 #
