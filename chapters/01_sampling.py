@@ -326,7 +326,7 @@ print("both gradients agree with finite differences")
 # How do value and slope look along a whole row? Here is a row of five pixels, sampled at 900 places
 # from two pixels before it to two pixels after it.
 
-# %% mystnb={"image": {"alt": "Left: the sampled value along one row of five pixels, a line with corners at the pixel centres that falls to zero one pixel outside. Right: its slope, a staircase that jumps at every pixel centre and is zero more than one pixel outside."}}
+# %% mystnb={"image": {"alt": "Left: the sampled value along one row of five pixels, a line with corners at the pixel centres that falls to zero one pixel from the outermost centres. Right: its slope, a staircase that jumps at every pixel centre and is zero more than one pixel from the outermost centres."}}
 row = torch.tensor([[[2.0, 5.0, 1.0, 1.0, 4.0]]])
 xs = torch.linspace(-2.495, 6.495, 900, requires_grad=True)  # never quite on a pixel
 values = sample(row, torch.stack([xs, torch.zeros_like(xs)], -1))[:, 0]

@@ -233,7 +233,7 @@ print("16 cells, last 20 steps: all colours right; 1,024 cells, first 40 steps: 
 # slow curves have a remarkable shape as well: a long flat piece, then stairs. What is a stair? Let us
 # draw the three queries of a run separately, for two of the runs with 1,024 cells.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two charts against the training step, one for each of two runs with 1024 cells. In each, coloured lines, one per query, stay at zero for a while and then jump to one within a few steps, at different times; in the second run one of them never does. A grey line, their mean, climbs in stairs."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two charts against the training step, one for each of two runs with 1024 cells. In each, coloured lines, one per query, stay at zero for a while and then jump up, most of them to one, within a few steps, at different times; in the second run one of them never does. A grey line, their mean, climbs in stairs."}}
 figure, axes = plt.subplots(1, 2, sharey=True, figsize=(7, 2.9))
 for seed, axis in enumerate(axes):
     weights = histories[1024][seed, :, 0].T  # (3 marks, steps)
