@@ -92,7 +92,7 @@ print("image", tuple(batch.images.shape), "queries", model.config.num_queries)
 # |:--|:--|:--|
 # | offsets | (B, Q, M L K 2) | the linear layer `sampling_offsets` |
 # | scores | (B, Q, M L K) | the linear layer `attention_weights`; a softmax makes weights of them |
-# | references | (B, Q, L, 4) | the boxes that the layer before has found, given to the attention as an argument, for each level once; layer 0 is given those of the first stage |
+# | references | (B, Q, L, 4) | the boxes that the layer before has found, given to the attention as an argument, one copy per level; layer 0 is given those of the first stage |
 #
 # All three exist while the model runs, and are thrown away right after. PyTorch lets us listen: a **hook** is a
 # function that a module calls whenever it has run. A forward hook is given the module, its arguments and its
@@ -270,8 +270,8 @@ check("looking.1", share_inside)
 #
 # A point shows where one layer read. But what it read there is a feature, and a feature depends on many pixels. So
 # the second question goes back to the image itself. Take one number of the detection, say the box's centre $x$,
-# and differentiate it by every pixel. For images this idea is from {cite}`simonyan2014saliency`. What should we
-# expect?
+# and differentiate it with respect to every pixel. For images this idea is from {cite}`simonyan2014saliency`. What
+# should we expect?
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three bar charts of brightness along a row of pixels through an object, six bright pixels among dark ones, with a bracket above that marks the box's width and a triangle that marks its centre. As it is; with the pixel beside the left border made brighter, the bracket reaches one pixel further left and the triangle moves left; with a pixel in the middle made brighter, both stay."}}
 why_borders()
@@ -281,8 +281,8 @@ why_borders()
 # ideal detector would draw. A pixel beside the left border can move $x$ and the width. A pixel in the middle
 # cannot.*
 #
-# Autograd gives us the derivative by all 3 x 128 x 128 numbers of the image at once. We do it in float64, because
-# we want to check it in a moment.
+# Autograd gives us the derivative with respect to all 3 x 128 x 128 numbers of the image at once. We do it in
+# float64, because we want to check it in a moment.
 
 # %%
 precise = load_detector(WEIGHTS).model.double().eval()
@@ -642,7 +642,7 @@ check("looking.3", smooth_gradient)
 # - for its category the model "also looks at pixels inside the object".
 #
 # Each of these can be measured on our detector. `python experiments/looking.py` does so for the whole test split, in
-# a few minutes of one core, and this chapter reads its results. It takes every detection that is right (its class,
+# a few minutes on one core, and this chapter reads its results. It takes every detection that is right (its class,
 # and an IoU of at least 0.5). Small digits have boxes of less than 16 x 16 pixels, medium ones of less than 36 x 36.
 #
 # Each number is a mean with a 95 % interval, by a bootstrap over *images*: draw as many images as there are, with
@@ -781,8 +781,8 @@ plt.show()
 # which has 0.78 of all weight, and less than 0.11 on the others) and on the layer. It hardly depends on the size of
 # the object. And from one object to the next it varies only a little: of the detections in our 40 images, nine in
 # ten have between 0.3 and 0.5 of their weight at the border. The single points do move from object to object
-# (compare Figure {{n}}.8). But how the weight is divided between border and middle is mostly fixed in the frame of
-# the box, and the box carries it to the object.
+# (compare Figure {{n}}.8). But how the weight is divided between border and middle is nearly the same in every box,
+# whatever object is in it.
 #
 # ## Exercise {{n}}.4  Borrow a pattern
 #
@@ -897,10 +897,10 @@ print(
 
 # %% [markdown]
 # Again, a little. In layer 1, 0.554 of a token's weight stays on its digit, and with a pattern borrowed from a
-# token on another digit it is 0.499. So most of the way up from the untrained 0.235 is not about this digit: the
-# encoder has learned to look *near*. Only the second layer adds something that depends on the digit. Nor does the
-# encoder adapt to scale: on average, the weight of a token on a small digit lies 22.4 pixels away, on a large one
-# 22.9. In the decoder, scale is built in by the reference box.
+# token on another digit it is 0.499. So most of the gain over the untrained 0.235 does not depend on this digit:
+# the encoder has learned to look *near*. Only the second layer adds something that depends on the digit. Nor
+# does the encoder adapt to scale: on average, the weight of a token on a small digit lies 22.4 pixels away, on a
+# large one 22.9. In the decoder, scale is built in by the reference box.
 #
 # ## {{n}}.6 Which pixels decide, over a thousand images
 #
@@ -908,7 +908,7 @@ print(
 # left and right border of the box (sides), a band around its top and bottom (ends), the middle, and everything
 # beyond the band. Here the band is somewhat wider: it reaches 0.3 half-sides inward and outward from the border. For
 # each of the five numbers, how much of the gradient's energy lies in each region? The last column has all that lies
-# inside the box: the middle and the inner half of the band.
+# inside the box: the middle and the inner half of the band. The row `area` has each region's share of the picture.
 #
 # Before you run: how much of the *score's* energy is inside the box, more or less than half?
 

@@ -25,11 +25,11 @@
 # {{map}}
 
 # %% [markdown]
-# Training Deformable DETR on COCO takes more than three hundred GPU hours (the table at the end of this chapter has
-# the figures). Nobody should have to do that twice, so
-# the weights are published. A file of weights is a list of names and numbers. Two questions decide whether it is of any
-# use: do its names **fit** the model, and is the model **right**, in every detail of the forward pass? The first is a
-# matter of tables, and the second can be tested.
+# Training the multi-scale Deformable DETR on COCO takes more than three hundred GPU hours (the table at the end of this
+# chapter has the figures). Nobody should have to do that twice, so the weights are published. A file of weights is a
+# list of names and numbers. Two questions decide whether it is of any use: do its names **fit** the model, and is the
+# model **right**, in every detail of the forward pass? The first question is answered by tables of names, and the
+# second by running the model and comparing its outputs.
 
 # %% tags=["hide-input"]
 import logging
@@ -56,8 +56,8 @@ _ = torch.manual_seed(0)
 # ## {{n}}.1 The state dict as a map
 #
 # A model's `state_dict()` lists all its tensors by name, and so it is a map of the model. The paper's base model has
-# 40 million numbers. Where are they? The next cell makes it on PyTorch's `meta` device, where a model has names and
-# shapes but takes no memory, and counts by the first word of each name.
+# 40 million parameters. Where are they? The next cell makes it on PyTorch's `meta` device, where a model has names
+# and shapes but takes no memory, and counts by the first word of each name.
 
 # %%
 with torch.device("meta"):
@@ -91,10 +91,11 @@ for name, option in options.items():
     assert count == published[name]
 
 # %% [markdown]
-# (The last column counts tensors in a file. There are more of them than parameters, since a frozen batch norm has no
-# parameters but four buffers, and since a head that several layers share is stored once for each layer.)
+# (The last column counts tensors in a file. They include more than the parameters: a frozen batch norm has no
+# parameters but four buffers, and a head that several layers share is stored once for each layer.)
 #
-# How much of it is deformable attention? The next figure takes it out of the encoder and the decoder.
+# How much of it is deformable attention? The next figure counts it apart from the rest of the encoder
+# and the decoder.
 
 # %% mystnb={"image": {"alt": "Horizontal bars of the number of parameters by part of the model: the backbone has more than half; the neck (the projections of its maps), the rest of encoder and decoder, and deformable attention follow; heads and queries are thin lines."}}
 attention = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
@@ -256,10 +257,10 @@ for kind, place in (("official", path), ("huggingface", folder / "hub"), ("ours"
 # %% [markdown]
 # ## {{n}}.3 Is it the same model?
 #
-# All names can match while the numbers come out wrong, because an axis is swapped or a norm stands in another place. So
-# both models have to be run. Hugging Face's detector is an independent implementation. Here it is loaded from the folder
-# that we have just written, and gets the same two images. They have different sizes, so that the treatment of padding is
-# tested as well.
+# All names can match while the numbers come out wrong, because an axis is swapped or a norm comes at another place in
+# the layer. So one has to run two implementations with the same weights on the same images, and compare. Hugging Face's
+# detector is an independent implementation. Here it is loaded from the folder that we have just written, and gets the
+# same two images. They have different sizes, so that the treatment of padding is tested as well.
 
 # %%
 theirs = DeformableDetrForObjectDetection.from_pretrained(folder / "hub").eval()
@@ -452,8 +453,8 @@ check("published_weights.3", survivors)
 # ## {{n}}.6 A file that runs code
 #
 # Weights are data, but the usual format is not only data. `torch.load` reads a *pickle*, and a pickle can call any function
-# while it is read. The one in the next cell makes a folder; another one could send your keys away. The library's loader
-# refuses it.
+# while it is read. The one in the next cell makes a folder; another one could send your passwords to a stranger. The
+# library's loader refuses it.
 
 
 # %%
@@ -547,7 +548,8 @@ temporary.cleanup()
 #
 # These are the figures of the official repository's README {cite}`zhu2021deformable`: 50 epochs with batches of 32,
 # measured on COCO val2017, hours on V100 GPUs. In the last two rows each model has what the one above it has, and more:
-# boxes that are refined from layer to layer, and then a first stage that proposes boxes.
+# boxes that are refined from layer to layer, and then a first stage that proposes boxes. (DC5: the last stage of the
+# ResNet is dilated, so that its map has stride 16 instead of 32.)
 #
 # | model | AP | small | medium | large | GPU hours | name on the hub, SenseTime/ |
 # |:--|--:|--:|--:|--:|--:|:--|
@@ -557,8 +559,9 @@ temporary.cleanup()
 # | + refinement | 46.2 | 28.3 | 49.2 | 61.5 | 325 | deformable-detr-with-box-refine |
 # | ++ two stages | 46.9 | 29.6 | 50.1 | 61.6 | 340 | deformable-detr-with-box-refine-two-stage |
 #
-# On a machine with a network, COCO and a GPU, the following lines would measure one of them again. **They were
-# not run here.** (`deformable-detr detect` and `explain` need no data set: they take any picture.)
+# On a machine with a network, COCO and a GPU, the following lines would load one of them, measure it, and
+# train one again. **They were not run here.** (`deformable-detr detect` and `explain` need no data set: they
+# take any picture.)
 #
 # ```python
 # from deformable_detr import DeformableDETR

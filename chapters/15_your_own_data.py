@@ -112,8 +112,8 @@ print(f"{picture.width} x {picture.height} pixels, {len(boxes)} boxes")
 #
 # The library reads one format, COCO's {cite}`lin2014coco`: one JSON file per split, with images, annotations and
 # categories. A box is `[left, top, width, height]` in pixels. Images, annotations and categories have ids, which may be any
-# whole numbers. One command converts all splits at once, so that each class gets the same id in all of them. (The package `supervision` reads YOLO's format;
-# `data/README.md` has the lines.)
+# whole numbers. One command converts all splits at once, so that each class gets the same id in all of them. (For YOLO's
+# format, use the package `supervision`; `data/README.md` shows how.)
 
 # %%
 command("convert photos data")
@@ -299,8 +299,9 @@ command("tile data --output tiles --side 128")
 # %% [markdown]
 # The 366 trees have become 641 boxes, because a tree in the overlap of two tiles is counted in both.
 #
-# Then look at the tiles. If every box lies on the wrong neighbour, no check of the file sees it, but eyes do in ten seconds.
-# `deformable-detr sheet tiles` writes pages of thumbnails; here are eight tiles, drawn directly.
+# Then look at the tiles. If every box were drawn around the tree next to the one that is meant, no check of the file would
+# notice, but your eyes would in ten seconds. `deformable-detr sheet tiles` writes pages of thumbnails; here are eight
+# tiles, drawn directly.
 
 # %% mystnb={"image": {"alt": "Eight tiles of forest with orange boxes around whole crowns and grey boxes around parts of crowns at the edges."}}
 tiles = json.loads((WORK / "tiles/annotations/train.json").read_text())
@@ -324,12 +325,12 @@ plt.show()
 #
 # ## {{n}}.5 Start from what others learned
 #
-# Five hundred tiles are few if a detector has to learn from nothing what an edge is, and how queries share the objects among
-# themselves. So one starts from a detector that knows this already: from published weights of COCO if there is an Internet
-# connection (`--init SenseTime/deformable-detr`), or else from any detector at hand. Here it is the detector of digits, and
-# whether it helps is measured below. The next cell loads it for one class and for 100 queries, which is what `photos`
-# has (the digits' detector had 30; on the command line this is `--set model.num_queries=100`), and prints which of its tensors
-# were kept.
+# Five hundred tiles are few if a detector has to learn from nothing what an edge is, and how queries share the objects
+# among themselves. So one starts from a detector that knows this already: from published weights of COCO if there is an
+# Internet connection (`--init SenseTime/deformable-detr`), or else from any detector at hand. Here it is the detector of
+# digits, and whether it helps is measured below. The next cell loads it for one class and for 100 queries, as many as
+# `photos` uses, and prints which of its tensors were kept. (The digits' detector has 30 queries. Its first stage picks
+# them, so a hundred of them take no new tensors. On the command line this is `--set model.num_queries=100`.)
 
 # %%
 import logging
@@ -477,7 +478,7 @@ worst = max(mean["test"] / mean["val"] for mean in means.values())
 print(f"test is at most {worst:.2f} of val, in every row")
 
 # %% [markdown]
-# Four things can be read from this figure, and none of them is what one hopes for.
+# Five things can be read from this figure, and none of them is what one hopes for.
 #
 # **Another forest is another task.** Every one of these detectors finds far less 13 km away than next door. Had the tiles been
 # dealt out at random, test would have shown the same forest as train. Its AP would then have been near that of val, or above
@@ -487,15 +488,15 @@ print(f"test is at most {worst:.2f} of val, in every row")
 # test. A likely reason is that the detector learned *this* forest, its light and its kind of tree. Val can only choose well for places
 # that resemble it.
 #
-# **The start was worth little.** What the digits' detector knows of ink helps hardly at all with crowns. Published weights of
-# COCO, which were trained on photographs, should be a better start, but that was not run here.
+# **The start was worth little.** What the digits' detector knows of digits helps hardly at all with crowns. Published
+# weights of COCO, which were trained on photographs, should be a better start, but that was not run here.
 #
 # **More of the same is not more.** A quarter of the tiles did no worse than all of them (compare the second and third rows,
-# which start alike). So what is missing is not tiles but places: as an example of what a forest looks like, a data set of one
-# forest is a single example.
+# which start alike). So what is missing is probably not tiles but places: however many tiles are cut from it, one forest is
+# only one example of what forests look like.
 #
-# And one remedy went the wrong way. Changing the colours was meant to stand in for other light, and in both pairs of rows it made the
-# far forest worse. A remedy is a guess until it is measured.
+# **A remedy can make it worse.** Changing the colours was meant to stand in for other light, and in both pairs of rows it
+# made the far forest worse. So a remedy is a guess until it is measured.
 #
 # There are two seeds per row, and they differ as much as most rows do. So read these as observations and not as laws. They still say
 # more than the one number that a random split would have given.
@@ -635,7 +636,7 @@ temporary.cleanup()
 #
 # ## Summary
 #
-# - Split by what must be new: another place, another day. Here AP50 fell to less than two thirds of its value, 13 km away.
+# - Split by what must be new: another place, another day. Here AP50 was less than half as high 13 km away.
 # - Check the file, look at the pictures, let the doctor overfit four images: that takes minutes and can save hours.
 # - Count an object's pixels in the image that the detector gets. If they are few, cut tiles.
 # - Keep every tensor that fits; new class heads start at the prior.

@@ -102,7 +102,7 @@ for field in dataclasses.fields(PAPER):
 # | `frozen` | parts that do not learn; by default a ResNet's `conv1` and `layer1` | freeze more when there are fewer images |
 # | `ema_decay`, `patience` | average the weights; stop when AP no longer rises | when there are few images |
 # | `mixed_precision` | computes with shorter numbers | on a GPU, `bf16` |
-# | `gradient_checkpointing` | recomputes instead of keeping | when memory is short |
+# | `gradient_checkpointing` | computes intermediate results again instead of keeping them | when memory is short |
 # | `top_k` | detections per image that an evaluation counts | when images are crowded |
 
 # %% [markdown]
@@ -201,10 +201,11 @@ print(f"sampling: {100 * counts[2] / sum(counts):.0f} % of {sum(counts) / 1e6:.1
 #
 # ## {{n}}.3 The schedule
 #
-# All three rates follow one schedule, which multiplies them by the same factor. There are two kinds.
-# A *step* schedule keeps the rate and drops it to a tenth once, late in the training. A *cosine* lets
-# it fall smoothly to a hundredth. Either may begin with a **warm-up**, in which the rate rises: in the first
-# steps the heads are random, their gradients point anywhere, and short steps do less damage.
+# All three rates follow one schedule, which multiplies them by the same factor. There are two kinds. A
+# *step* schedule keeps the rate and drops it to a tenth once, late in the training. A *cosine* lets it fall
+# smoothly to a hundredth. Either may begin with a **warm-up**, in which the rate rises: in the first steps
+# the heads are random, so their gradients are of little use to the other layers, and short steps do less
+# damage.
 
 # %% mystnb={"image": {"alt": "Four learning rates over the course of a training, on a logarithmic axis. The paper's and the modern one are flat and drop to a tenth at four fifths; the small-data and digits rates rise at once and fall as half a cosine."}}
 figure, axis = plt.subplots(figsize=(7, 3))
@@ -448,9 +449,9 @@ test_average_by_hand_is_the_library()
 # %% [markdown]
 # When `ema_decay` is set, the average is what is evaluated and saved.
 #
-# When should a training stop? `patience` ends a run in which AP has not risen for so many evaluations in
-# a row; the best weights are kept in `best.safetensors`. Before you run: after how many evaluations
-# does the run below stop with a patience of 3, and with 4?
+# When should a training stop? `patience` is the number of evaluations in a row without a new best AP
+# after which a run ends; the best weights are kept in `best.safetensors`. Before you run: after how many
+# evaluations does the run below stop with a patience of 3, and with 4?
 
 
 # %%
@@ -477,8 +478,8 @@ assert stops_after(history, 3) == 7 and stops_after(history, 4) == 9
 # ## {{n}}.6 The loss stays high. What is wrong?
 #
 # This is the question that users of DETR and its descendants ask most often, with a few hundred images
-# of their own (fundamentalvision/Deformable-DETR #138 and #247; facebookresearch/detr #9 and #125).
-# Three different things are behind it, and they can be told apart in this order.
+# of their own (fundamentalvision/Deformable-DETR #138 and #247; facebookresearch/detr #9 and #125). It
+# can have three different causes. Ask for them in this order.
 #
 # **Does it start right?** Every class starts with a score of 0.01 ({{chapter matching_and_loss}}). Then
 # the focal loss of a matched query is $0.25 \cdot 0.99^2 \cdot \ln 100$, all other queries add nearly

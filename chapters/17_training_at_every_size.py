@@ -25,7 +25,7 @@
 
 # %% [markdown]
 # The official recipe was run on 16 GPUs, with two images on each. You have one GPU, or eight, or a laptop.
-# Which parts of a training may change with the machine while the result stays the same, and which may not?
+# Which parts of a training may change with the machine while the result stays the same?
 #
 # This chapter answers with equalities. Each of them is run here on a small model: the gradient of one large
 # batch against the sum over small ones, the gradient with recomputing against the one without. The table
@@ -88,13 +88,13 @@ draw_shares()
 #
 # Is the result the gradient of the large batch? The gradient of a sum is the sum of the gradients, so yes,
 # **if** the loss is a sum over images. Ours is a sum over objects *divided by the number of objects*, and
-# small batches have other numbers of objects than the large one. That is where most implementations go
-# wrong, so let us look at it with numbers.
+# small batches have other numbers of objects than the large one. Many implementations go wrong here, so
+# let us look at numbers.
 #
 # The next cell takes four images with very different numbers of digits, and the digits' detector with
 # random weights. Its batch norm is replaced by a frozen one, as in the paper's ResNet. (A batch norm that
-# takes its statistics from the batch makes images depend on their neighbours, and then no weighing of
-# gradients can make a small batch equal to a large one.)
+# takes its statistics from the batch makes images depend on their neighbours, and then no weighting of
+# the gradients of small batches can give that of the large one.)
 
 # %%
 digits = CocoDataset(*find_split(Path("../data/digits"), "val"), digits_eval_transform())
@@ -342,11 +342,11 @@ print({str(d)[6:]: f"{pixels:.2f} pixels" for d, pixels in off.items()})
 assert off[torch.float32] < 0.01 < 2 < off[torch.bfloat16] < 2.7
 
 # %% [markdown]
-# It does: with locations in bfloat16 the operator reads more than two pixels beside the place. Therefore the
-# library keeps references, locations and boxes in float32, whatever precision the rest runs in, and the
-# operator sums in float32. Sampling offsets and attention logits do come out of linear layers in 16 bits. That
-# is harmless, because an offset is only a few cells long: between 2 and 4, bfloat16 has a number every $2^{-6}$, so
-# rounding moves a point by less than a hundredth of a cell.
+# It does: with locations in bfloat16 the operator reads at places that are up to 2.6 pixels off. Therefore the
+# library keeps references, locations and boxes in float32, whatever precision the rest runs in, and the operator
+# sums in float32. Sampling offsets and attention logits do come out of linear layers in 16 bits. That is harmless,
+# because an offset is only a few cells long: between 2 and 4, bfloat16 has a number every $2^{-6}$, so rounding
+# moves a point by less than a hundredth of a cell.
 #
 # Which operations take 16 bits is decided by **autocast**: within it, matrix products and convolutions do.
 # The weights themselves stay in float32, and so do the gradients and AdamW's averages. The next cell runs the
@@ -391,10 +391,10 @@ assert pixels < 2 and points < 0.2
 # %% [markdown]
 # They stay where they were, to a small part of a pixel. The setting `mixed_precision = "bf16"` needs nothing more.
 #
-# **float16** needs more, because of its small range: gradients below 6e-8, its smallest number above zero, become 0.
-# (Numbers between this and the smallest *normal* one have fewer digits.) The remedy is a **scale**: multiply the loss by a
-# large number before the backward pass, and divide the gradient by it afterwards {cite}`micikevicius2018mixed`. Here is
-# a gradient of 3e-9, first without and then with a scale.
+# **float16** needs more, because of its small range: its smallest number above zero is 6e-8, and gradients of less than
+# half of that become 0. (Numbers between this and the smallest *normal* one have fewer digits.) The remedy is a **scale**:
+# multiply the loss by a large number before the backward pass, and divide the gradient by it afterwards
+# {cite}`micikevicius2018mixed`. Here is a gradient of 3e-9, first without and then with a scale.
 
 # %%
 weight = nn.Parameter(torch.tensor([2.0]))
@@ -586,8 +586,9 @@ assert results["by hand"][1] < 0.5 * results["keep all"][1]
 # after the other are made again. Therefore the last column counts the peak of all tensors that are alive.
 #
 # In the library it is one setting, `gradient_checkpointing = true`. Each layer of encoder and decoder then is
-# such a block, and so is each stage of a ResNet. (The small backbone of this chapter is not, because its batch
-# norms would count every batch twice.) The next cell compares all gradients of the detector, bit by bit.
+# such a block, and so is each stage of a ResNet. (The small backbone of the digits' detector is left out: its
+# own batch norms, which are not frozen, would count every batch twice.) The next cell compares all gradients
+# of the detector, bit by bit.
 
 # %%
 gradients = []
@@ -619,7 +620,7 @@ for r in runs:
 
 # %% [markdown]
 # Do not be misled by the seconds of the last two rows. The processor on which they were measured has no arithmetic in
-# bfloat16 and imitates it, so they say nothing about GPUs. The memory is what counts here.
+# bfloat16 and imitates it, so they say nothing about GPUs.
 
 # %%
 full, saved = runs[:2]
@@ -659,7 +660,7 @@ assert share["backbone"] == 0.5 < share["encoder"] < 0.8
 # %% [markdown]
 # > **Asked: out of memory, what now?** (fundamentalvision/Deformable-DETR #16, #168, #248.) Try this, in
 # > this order: `gradient_checkpointing = true`, which changes no result; `batch_size = 1` with `accumulate`
-# > raised by as much, which changes none either; `mixed_precision = "bf16"`, which rounds; and a smaller
+# > raised by the same factor, which changes none either; `mixed_precision = "bf16"`, which rounds; and a smaller
 # > image, which costs AP on small objects.
 #
 # ## {{n}}.4 Many processes
@@ -668,7 +669,7 @@ assert share["backbone"] == 0.5 < share["encoder"] < 0.8
 # called **distributed data parallel**, DDP {cite}`li2020ddp`. After the backward pass the gradients are
 # **averaged** over the processes, so all copies take the same step. DDP runs on CPUs as well. The next cell
 # starts two processes with a linear layer each; the first process has one object and the second has three.
-# (Here they are started by hand; for a whole training, `accelerate launch` does it.)
+# (For a whole training, `accelerate launch` starts them.)
 
 # %%
 PROGRAM = """
@@ -722,7 +723,7 @@ assert not torch.allclose(torch.tensor(found["own"]), wanted, rtol=0.05)
 # (`tests/test_train.py`).
 #
 # So a step of 32 images stays a step of 32 images, and the recipe's learning rate holds on any number of
-# GPUs, as long as the product of the next table stays 32.
+# GPUs, as long as GPUs times `batch_size` times `accumulate` stays 32, as in the next table.
 
 # %% tags=["hide-input"]
 print("GPUs  batch_size  accumulate     lr")
@@ -917,7 +918,7 @@ print(f"each sends {sent / 1e6:.0f} MB: {1000 * sent / 10e9:.0f} ms of a step of
 assert sent / 10e9 < 0.1 * step_time
 
 # %% [markdown]
-# That is little, and besides, the exchange overlaps with the backward pass. Accumulation makes it rarer still.
+# That is little, and the exchange overlaps with the backward pass.
 #
 # How long will it take on another card, or on this CPU? Count the work. A forward pass at the paper's image size
 # takes 173 G multiply-adds (`deformable-detr info` counts them). The backward pass needs two products for each
@@ -944,7 +945,7 @@ assert 2.7 < work / forward < 3.05 and 0.25 < again / work < 0.4
 
 # %% [markdown]
 # It is a little less than three times the forward pass, since the frozen parts need no gradient of their
-# weights. A multiply-add is two operations, so from the measured seconds follows the speed:
+# weights. A multiply-add is two operations, so the measured seconds give the speed:
 
 # %%
 pixels = full["height"] * full["width"] / math.prod(PAPER_SIZE)
