@@ -543,7 +543,7 @@ assert torch.allclose(references[1, token, 0], torch.tensor([7.5 / 12, 4.5 / 8])
 # *difficulty ●●○ · 12 minutes · 3 lines*
 #
 # Write both steps for one token: from the row and column of its cell to its place on another padded
-# level, normalised to that level. A token stands at the **centre** of its cell.
+# level, normalised to that level. A token's position is the **centre** of its cell.
 
 
 # %% tags=["exercise"]

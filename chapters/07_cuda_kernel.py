@@ -70,9 +70,9 @@ schematics.grid_block_warp_lane()
 # time: such a group is a **warp**, and a thread's place in it is its **lane**. (The green lanes will
 # share one attention head later on.)*
 #
-# A thread finds its place in three variables: `blockIdx` is the number of its block, `threadIdx` its number
-# within the block, `blockDim` how many threads a block has. (`gridDim` counts the blocks.) The word `__global__` marks a kernel. This
-# one only notes where each thread stands:
+# A thread finds its place in three variables: `blockIdx` is the number of its block, `threadIdx`
+# its number within the block, `blockDim` how many threads a block has. (`gridDim` counts the
+# blocks.) The word `__global__` marks a kernel. This one only notes each thread's place:
 
 # %%
 KERNEL = r"""
@@ -203,10 +203,11 @@ assert torch.allclose(output.flatten(), torch.tensor([2.15, -2.15]))
 # %% [markdown]
 # ## {{n}}.3 One thread per number
 #
-# The first kernel, like the official one of {cite}`zhu2021deformable`, gives each of the B · Q · M · D output
-# numbers a thread. The thread takes its number `i` apart into channel `d`, head `m` and image `b`; `item` counts
-# images, queries and heads together. Then it walks over levels, points, and the four pixels around each point. To C an
-# array is one long row of numbers: channel d of head m of a token stands in `value` at (token · M + m) · D + d.
+# The first kernel, like the official one of {cite}`zhu2021deformable`, gives each of the B · Q · M
+# · D output numbers a thread. The thread takes its number `i` apart into channel `d`, head `m` and
+# image `b`; `item` counts images, queries and heads together. Then it walks over levels, points,
+# and the four pixels around each point. To C an array is one long row of numbers: channel d of head
+# m of a token is in `value` at (token · M + m) · D + d.
 
 # %%
 NAIVE = r"""
@@ -946,8 +947,9 @@ def show(name):
 show("forward_head")
 
 # %% [markdown]
-# It differs from yours in two places: `Vector` replaces an inner loop, and there is an outer loop over `first`, which
-# for a head of 32 channels runs once. Backward and `neighbours` stand in the appendix below.
+# It differs from yours in two places: `Vector` replaces an inner loop, and there is an outer loop
+# over `first`, which for a head of 32 channels runs once. Backward and `neighbours` are in the
+# appendix below.
 #
 # The library, too, has a slow CPU build in which each CUDA thread is a thread of the operating system. (`specialise`
 # returns the constants that it would compile in for these sizes; `capability` is the GPU's generation.)

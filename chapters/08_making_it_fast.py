@@ -391,11 +391,11 @@ for name, index in LAYOUTS.items():
 print("both layouts give the library's numbers")
 
 # %% [markdown]
-# How to compare times honestly? A single measurement says little, because other programs run, too, and the
-# processor's clock changes. So we let the versions **race**: in each round every version runs once, in shuffled
-# order, and what disturbs a round disturbs all. We take processor time, which stands still while another program has
-# the processor. We print the median, the range, and in how many rounds a version **won**: was faster than the one in
-# the line above it.
+# How to compare times honestly? A single measurement says little, because other programs run, too,
+# and the processor's clock changes. So we let the versions **race**: in each round every version
+# runs once, in shuffled order, so a disturbance hits all versions alike. We take processor time,
+# which stands still while another program has the processor. We print the median, the range, and in
+# how many rounds a version **won**: was faster than the one in the line above it.
 
 
 # %%
@@ -662,10 +662,11 @@ schematics.ladder(times)
 # one **point** of a head, finds its corners once, and adds its share to all D channels of the output. Several threads
 # then share one output, so on a GPU the additions would have to be atomic; here, one after another, `+=` will do.
 #
-# There is one image. `output` holds zeros at first. Threads come in blocks of any size, and more than Q · M · L · K of
-# them, which must touch nothing. Level l's tokens stand behind those of the levels before it. Points outside the map, and
-# corners outside, add nothing. Keep the kernel: compiled by `build(thread_a_point(), "point", FLAGS)` and called as in
-# `compile_kernel`, with Q · M · L blocks of K threads, it can join the race above.
+# There is one image. `output` holds zeros at first. Blocks may have any size, and there may be more
+# than Q · M · L · K threads; those left over must write nothing. Level l's tokens come after those
+# of the levels before it. Points outside the map, and corners outside, add nothing. Keep the
+# kernel: compiled by `build(thread_a_point(), "point", FLAGS)` and called as in `compile_kernel`,
+# with Q · M · L blocks of K threads, it can join the race above.
 
 
 # %% tags=["exercise"]
