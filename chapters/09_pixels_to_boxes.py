@@ -258,8 +258,8 @@ for level_mask, shape in zip(masks, shapes, strict=True):
 print("padded columns of image 0, by level:", [int(m[0, 0].sum()) for m in masks])
 
 # %% [markdown]
-# The part of a level that is image is its **valid ratio** ({{chapter many_scales}}). Cells are
-# coarse, so every level rounds this part for itself:
+# The share of a level that the image covers is its **valid ratio** ({{chapter many_scales}}). Cells are
+# coarse, so every level rounds this share in its own way:
 
 
 # %%
@@ -282,7 +282,7 @@ draw.masks_of_levels([mask[0] for mask in masks])
 # %% [markdown]
 # *Figure {{n}}.4. What to see: the mask of image 0 on the four levels, padding dark. The same 16
 # pixels of padding are 4 columns of 30, 2 of 15, 1 of 8, and none of the coarse cells. On level 3 the
-# model takes the whole map for image, although its right edge covers padding.*
+# model treats the whole map as image, although its right edge covers padding.*
 
 # %% [markdown]
 # ## {{n}}.4 From levels to tokens
@@ -516,8 +516,8 @@ print("of 25 points on image 1, below its true lower edge at 72 / 88:")
 print("by level", (on_levels[1, :, :, 1] > 72 / 88).sum(0).tolist())
 
 # %% [markdown]
-# As a fraction of the image a reference point never lies outside. But level 3 takes the whole map of
-# image 1 for image, as we saw in section {{n}}.3, so on that level a few points slip onto padding.
+# As a fraction of the image a reference point never lies outside. But level 3 treats the whole map of
+# image 1 as image, as we saw in section {{n}}.3, so on that level a few points slip onto padding.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The two images of the batch with the same 25 numbered points on each, spread over the image without its padding."}}
 draw.reference_points(batch, reference)

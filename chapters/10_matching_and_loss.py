@@ -280,10 +280,10 @@ check("matching_and_loss.2", class_term)
 # ## {{n}}.3 Boxes: L1 and GIoU
 #
 # How good is a box? The simplest measure is the L1 distance of the four numbers cx, cy, w and h. But it
-# measures in parts of the *image*: a shift of 0.05 costs the same for every box, although it is little
+# measures in fractions of the *image*: a shift of 0.05 costs the same for every box, although it is little
 # for a large box and a miss for a small one. (It does notice a wrong size, since w and h are two of its
 # numbers. What it lacks is the relation to the size of the box.) Intersection over union (IoU) measures
-# in parts of the *box*. By hand, for two boxes as corners `xyxy`:
+# in fractions of the *box*. By hand, for two boxes as corners `xyxy`:
 
 
 # %%

@@ -282,8 +282,8 @@ check("training.1", judge)
 # {{solution}}
 
 # %% [markdown]
-# Now count along the list, with the five verdicts of Figure {{n}}.5. After $n$ detections, **precision** is the part of
-# them that is correct, and **recall** is the part of the objects that has been found.
+# Now count along the list, with the five verdicts of Figure {{n}}.5. After $n$ detections, **precision** is the share of
+# them that is correct, and **recall** is the share of the objects that has been found.
 
 # %%
 correct = np.array([True, True, False, False, True])
@@ -348,7 +348,7 @@ check("training.2", average_precision)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# First the list of (recall, precision) after each detection. Then 101 questions to it.
+# First the list of (recall, precision) after each detection. Then look up 101 recalls in it.
 #
 # </details>
 #
