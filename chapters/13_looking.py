@@ -781,7 +781,7 @@ plt.show()
 # which has 0.78 of all weight, and less than 0.11 on the others) and on the layer. It hardly depends on the size of
 # the object. And from one object to the next it varies only a little: of the detections in our 40 images, nine in
 # ten have between 0.3 and 0.5 of their weight at the border. The single points do move from object to object
-# (compare Figure {{n}}.8). But how the weight is divided between border and middle is nearly the same in every box,
+# (compare Figure {{n}}.8). But how the weight is divided between border and middle is much the same in every box,
 # whatever object is in it.
 #
 # ## Exercise {{n}}.4  Borrow a pattern
@@ -1033,7 +1033,7 @@ plt.show()
 #
 # - Three hooks and one formula give every sampling point; `explain` gives them in pixels, with gradients.
 # - A gradient picture is right only if finite differences agree: let the gradient follow the references.
-# - Points lie in or near the box by construction; the last layer reads the middle and the border, by heads that divide the work.
+# - Points lie in or near the box by construction; the last layer reads the middle and the border, and its heads divide this work.
 # - What adapts to the single object is a small part, and comes in the later layers.
 # - $x$ and $w$ are decided at the sides, $y$ and $h$ at the ends; less than half of the score is decided inside the box.
 #
