@@ -269,9 +269,10 @@ check("your_own_data.2", looks_like_corners)
 # ## {{n}}.4 How large is an object for the detector?
 #
 # A detector does not get your picture. It gets the picture after it was resized, and then its backbone divides both sides
-# by 8, 16 and 32. So ask: how many pixels wide is an object in *that* image? The next cell computes it for the crown of
-# median size in the training picture (size is the square root of the box's area), and for the recipe `photos`, which resizes
-# a picture to 240 pixels on the short side.
+# by 8, 16 and 32. So ask: how many pixels wide is an object in *that* image? If an object has $s$ pixels in a picture whose
+# short side has $S$, and the recipe resizes the short side to $R$, then the detector gets an object of $s \cdot R / S$ pixels.
+# The next cell computes this for the crown of median size in the training picture (size is the square root of the box's area),
+# and for the recipe `photos`, where $R = 240$.
 
 # %%
 train_content = json.loads((WORK / "data/annotations/train.json").read_text())
@@ -467,7 +468,7 @@ plt.show()
 
 # %% tags=["hide-input"]
 means = {name: {split: np.mean(v) for split, v in splits.items()} for name, splits in table.items()}
-assert all(mean["test"] < 0.65 * mean["val"] for mean in means.values())
+assert all(mean["test"] < 0.5 * mean["val"] for mean in means.values())
 assert means["three times as long"]["test"] < means["from nothing"]["test"]
 best = max(means, key=lambda name: means[name]["val"])
 assert best == "three times as long, other colours" and means[best]["test"] < 0.02
