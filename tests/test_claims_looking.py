@@ -65,7 +65,10 @@ QUOTED = (
         "on another digit it is {:.3f}",
         [ENCODER[1]["stays in the object"]["all"][kind][0] for kind in ("own", "borrowed")],
     ),
-    ("the untrained {:.3f} is", [ENCODER[1]["stays in the object"]["all"]["untrained"][0]]),
+    (
+        "the untrained {:.3f} does not depend",
+        [ENCODER[1]["stays in the object"]["all"]["untrained"][0]],
+    ),
     (
         "on a small digit lies {:.1f} pixels away, on a large one {:.1f}",
         [reach("small"), reach("large")],
