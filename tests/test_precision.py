@@ -65,7 +65,7 @@ def test_the_model_itself_stays_as_it_is():
 
 def test_auto_asks_the_processor(monkeypatch):
     for has, expected in ((True, "bf16"), (False, "float32")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has: has)
         assert choose_precision("auto", CPU) == expected
     assert choose_precision("bf16", CPU) == "bf16"
     with pytest.raises(ValueError, match="one of float32, bf16, auto, got 'half'"):

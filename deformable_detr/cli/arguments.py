@@ -187,8 +187,8 @@ def add_precision(command: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("float32", "bf16", "auto"),
         default="float32",
-        help="bf16: half the memory, and less time where the processor has instructions for it; "
-        "auto: bf16 if it has (default: float32)",
+        help="bf16: smaller weights, and less time where the processor has AMX; "
+        "auto: bf16 there and on GPUs that have it (default: float32)",
     )
 
 

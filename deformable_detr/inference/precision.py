@@ -1,5 +1,5 @@
-"""Detecting in bfloat16: half the memory, and less time where the processor has instructions for
-it. Chapter training_at_every_size."""
+"""Detecting in bfloat16: smaller weights, and less time where the processor has AMX.
+Chapter training_at_every_size."""
 
 import copy
 
@@ -25,7 +25,8 @@ def choose_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    has_products = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    # AVX512-BF16 alone is slower than float32: 4.7 s instead of 3.3 for an image of 800 x 1066
+    has_products = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     return "bf16" if has_products else "float32"
 
 
