@@ -58,6 +58,7 @@ else
 	$(BIN)/python experiments/looking.py
 	$(BIN)/python experiments/backbones.py
 	$(BIN)/python experiments/study.py
+	$(BIN)/python experiments/trees.py
 	$(BIN)/python book/readme.py
 	$(BIN)/python book/journey.py
 endif

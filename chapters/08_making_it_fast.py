@@ -608,8 +608,8 @@ print("all three changes against none: faster in", won.sum(), "of 25 rounds")
 # %% [markdown]
 # Here "won" compares neighbours in the list, so the last line, printed apart, compares all three
 # changes (order, no gaps, fetching ahead) with none. The versions between have some of the changes.
-# Only such an **ablation** can show that changes help together. The machine that made this page
-# gives a faint answer: in five runs the median fell by 3 to 15 per cent, but the ranges overlap.
+# Only such an **ablation** can show that changes help together. On the machine that made this page
+# the answer is faint: the printed ranges of the two overlap. Run the cell again and see if it holds.
 #
 # Now the whole ladder, with the library's kernel and PyTorch's form for comparison. (For step 4 the copy without gaps was
 # made before; the library makes it each time, and its time includes that.)
@@ -643,10 +643,10 @@ schematics.ladder(times)
 # *Figure {{n}}.3. The ladder on the machine that made this page: median (dot) and range (bar) of 11 rounds. Where two
 # bars overlap, look at the printed number of rounds before you call a step faster.*
 #
-# A step counts as shown if it won (nearly) all rounds. Step 4 does not: in six runs on the machine
-# that made this page, it won 3, 5, 7, 8, 10 and 10 of 11 rounds. Step 1 gained more than the factor
+# A step counts as shown if it won (nearly) all rounds, and does so again when you run the cell a
+# second time. Step 4 does not: it won more rounds in some runs than in others. Step 1 gained more than the factor
 # of 4 that we counted, because the compiler makes vector instructions of its loop over channels.
-# (Told not to, by `-fno-tree-vectorize`, it made a kernel that took more than twice as long.) The
+# (You can tell it not to, by `-fno-tree-vectorize`, and measure again.) The
 # library's kernel adds vectors of 64 bytes, where the processor has them, and asks for rows ahead
 # of time.
 #
