@@ -1,6 +1,9 @@
-"""A small COCO-format data set, made afresh for each test that asks."""
+"""A small COCO-format data set, made afresh for each test that asks, and a browser."""
 
 import json
+import os
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -33,6 +36,17 @@ TINY_DETR = DETRConfig(
     ffn_dim=32,
     dropout=0.1,
 )
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = [
+    "--no-sandbox",  # its own sandbox needs rights that a container does not give
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def pytest_addoption(parser):
@@ -88,3 +102,26 @@ def coco(tmp_path):
     write_coco(root)
     write_coco(root, "val", images=4)
     return root
+
+
+def find_browser() -> str | None:
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Headless Chromium: the machine's, installed from Debian where that is allowed. Playwright's
+    loop runs until the module ends, and no second one can start beside it: use this one."""
+    from playwright.sync_api import Error, sync_playwright
+
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if not find_browser() and root and shutil.which("apt-get"):
+        for command in ("update", "install -y --no-install-recommends chromium"):
+            subprocess.run(["apt-get", *command.split()], capture_output=True, check=False)
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
+        except Error as error:
+            pytest.skip(f"no Chromium here to open a page with: {error.message.splitlines()[0]}")
+        yield browser
+        browser.close()

@@ -3,8 +3,6 @@
 import functools
 import http.server
 import json
-import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +12,7 @@ from urllib.parse import urlsplit
 import build
 import pytest
 import torch
-from playwright.sync_api import Error, expect, sync_playwright
+from playwright.sync_api import expect
 
 import chapters
 
@@ -22,16 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted(path.stem for path in (ROOT / "chapters").glob("*.ipynb"))
 PAGES = [path.stem for path in sorted((ROOT / "book").glob("*.md"))]
 PAGES += [f"chapters/{name}" for name in CHAPTERS]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = [
-    "--no-sandbox",  # its own sandbox needs rights that a container does not give
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 FORMULAE = "document.querySelectorAll('.math')"
 ALL_RENDERED = f"[...{FORMULAE}].every(formula => formula.querySelector('mjx-container'))"
 IMAGES = """[...document.querySelectorAll('article img')].map(
@@ -71,26 +59,6 @@ def address(book):
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
-
-
-def find_browser() -> str | None:
-    return next(filter(None, map(shutil.which, BROWSERS)), None)
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    """Headless Chromium: the machine's, installed from Debian where that is allowed."""
-    root = hasattr(os, "geteuid") and os.geteuid() == 0
-    if not find_browser() and root and shutil.which("apt-get"):
-        for command in ("update", "install -y --no-install-recommends chromium"):
-            subprocess.run(["apt-get", *command.split()], capture_output=True, check=False)
-    with sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
-        except Error as error:
-            pytest.skip(f"no Chromium here to open the book with: {error.message.splitlines()[0]}")
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from playwright.sync_api import Error, sync_playwright
 
 from deformable_detr import DeformableDETR, MSDeformAttn, Output
 from deformable_detr.cli import main
@@ -33,7 +32,6 @@ from deformable_detr.models import DETR, MODELS
 from deformable_detr.models.tokens import level_mask, valid_ratio
 from tests.conftest import TINY, TINY_DETR
 from tests.members import build, tiny
-from tests.test_book import FLAGS, find_browser
 from tests.test_integrations import transformers
 
 ROOT = Path(__file__).parents[1]
@@ -539,23 +537,18 @@ def test_the_command_writes_one_page(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("width", [380, 1100])
-def test_the_page_fits_the_window(tmp_path, width):
+def test_the_page_fits_the_window(tmp_path, width, chromium):
     """Of a telephone too, where figures scroll by themselves; every picture is shown."""
     look = Look(load_detector(SHIPPED), SAMPLE)
     seen = look.at_detection()
     which = {"layer": -1, "head": None, "level": None}
     text = write_page("unbroken" * 20, {"detection 0": seen}, [look.at_middle_of(seen)], which)
     (tmp_path / "page.html").write_text(text, "utf-8")
-    with sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
-        except Error as error:
-            pytest.skip(f"no Chromium here to open the page with: {error.message.splitlines()[0]}")
-        page = browser.new_page(viewport={"width": width, "height": 800})
-        page.goto((tmp_path / "page.html").as_uri())
-        needed = page.evaluate("document.documentElement.scrollWidth")
-        sizes = page.evaluate("[...document.images].map(image => image.naturalWidth)")
-        browser.close()
+    page = chromium.new_page(viewport={"width": width, "height": 800})
+    page.goto((tmp_path / "page.html").as_uri())
+    needed = page.evaluate("document.documentElement.scrollWidth")
+    sizes = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+    page.close()
     assert needed <= width and len(sizes) == 4 and min(sizes) > 300
 
 

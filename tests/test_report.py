@@ -12,7 +12,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from playwright.sync_api import Error, sync_playwright
 
 from deformable_detr import DeformableDETR
 from deformable_detr.data.coco import CocoDataset, find_split
@@ -21,7 +20,6 @@ from deformable_detr.evaluation.mistakes import KINDS, judge, judge_all
 from deformable_detr.evaluation.report import analyse, analyse_results, choose_threshold
 from deformable_detr.evaluation.report_page import write_html
 from tests.conftest import TINY, save_annotations
-from tests.test_book import FLAGS, find_browser
 
 OTHER = {3: 7, 7: 20, 20: 3}  # red for green, green for blue, blue for red
 
@@ -327,22 +325,17 @@ def test_a_report_is_not_lost_for_half_a_letter(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("width", [320, 400, 1200])
-def test_the_page_fits_the_window(dataset, tmp_path, width):
+def test_the_page_fits_the_window(dataset, tmp_path, width, chromium):
     """Of a telephone too, with long names; only the table of confusions scrolls by itself."""
     dataset.categories[0]["name"] = "erythrocyte_" * 8
     about = {"model": "/home/someone/" + "a_long_folder/" * 8 + "best.safetensors"}
     report = analyse_results(truth(dataset, swap=True), dataset, about=about)
     report.remarks.append("12 images have up to 412 objects: " + "unbroken" * 20)
     write_html(report, tmp_path / "report.html")
-    with sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
-        except Error as error:
-            pytest.skip(f"no Chromium here to open the page with: {error.message.splitlines()[0]}")
-        page = browser.new_page(viewport={"width": width, "height": 800})
-        page.goto((tmp_path / "report.html").as_uri())
-        needed = page.evaluate("document.documentElement.scrollWidth")
-        browser.close()
+    page = chromium.new_page(viewport={"width": width, "height": 800})
+    page.goto((tmp_path / "report.html").as_uri())
+    needed = page.evaluate("document.documentElement.scrollWidth")
+    page.close()
     assert needed <= width
 
 
