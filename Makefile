@@ -51,6 +51,7 @@ results: .venv/.book $(DIGITS)
 ifdef STUDY
 	$(BIN)/python experiments/study.py $(STUDY)
 else
+	$(BIN)/python data/make_digits.py --masks
 	$(BIN)/python experiments/digits.py
 	$(BIN)/python experiments/refinement.py
 	$(BIN)/python experiments/gradient_cut.py

@@ -1,6 +1,7 @@
 """Digits in scenes: real handwriting on real photographs and on noise, in COCO format.
 
     python data/make_digits.py              # data/digits, 9,500 images of 128 x 128, 7 ms each
+    python data/make_digits.py --masks      # data/digits/masks too: a class for every pixel
     python data/make_digits.py --samples    # data/samples, the first images of the test split
 
 The same on every machine: pixels come from integers and from IEEE-exact float64 arithmetic alone.
@@ -128,11 +129,16 @@ def size_table() -> np.ndarray:
 
 
 def draw_digit(
-    rng: np.random.Generator, scene: np.ndarray, split: str, taken: list[list[int]]
+    rng: np.random.Generator,
+    scene: np.ndarray,
+    split: str,
+    taken: list[list[int]],
+    classes: np.ndarray | None = None,
 ) -> tuple[int, list[int]] | None:
     """Set one digit where there is room: its label and box xywh, or None where there is none.
 
     scene: (SIDE, SIDE, 3) int64, changed in place. taken: the boxes xywh of earlier digits.
+    classes: as in `make_image`, changed in place where the ink is half opaque.
     """
     images, labels = glyphs(split)
     table = size_table()
@@ -159,6 +165,8 @@ def draw_digit(
         under = scene[where]
         colour = choose_colour(rng, under)
         scene[where] = (under * (256 - alpha[..., None]) + colour * alpha[..., None]) >> 8
+        if classes is not None:
+            classes[where][alpha >= 128] = labels[index] + 1
         return labels[index], box
     return None
 
@@ -182,20 +190,32 @@ def choose_colour(rng: np.random.Generator, under: np.ndarray) -> np.ndarray:
     return np.full(3, 255 if dark else 0)
 
 
-def make_image(index: int, split: str) -> tuple[np.ndarray, list[tuple[int, list[int]]]]:
-    """Image `index` of a split: (SIDE, SIDE, 3) uint8, and its digits as (label, box xywh)."""
+def make_image(
+    index: int, split: str, classes: np.ndarray | None = None
+) -> tuple[np.ndarray, list[tuple[int, list[int]]]]:
+    """Image `index` of a split: (SIDE, SIDE, 3) uint8, and its digits as (label, box xywh).
+
+    classes: (SIDE, SIDE) of zeros, changed in place to a digit's label + 1 where its ink is.
+    """
     key = [SEED, list(SPLITS).index(split), index]
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
     scene = photograph_crop(rng, split) if pick(rng, 2) else fractal_noise(rng)
     scene = np.floor(scene).astype(np.int64)
     digits = []
     for _ in range(1 + pick(rng, 8)):
-        digit = draw_digit(rng, scene, split, [box for _, box in digits])
+        digit = draw_digit(rng, scene, split, [box for _, box in digits], classes)
         if digit is not None:
             digits.append(digit)
     strength = pick(rng, 13)  # the sum of four uniform numbers is nearly normal
     noise = np.floor((rng.random((4, SIDE, SIDE, 3)) - 0.5) * strength).astype(np.int64).sum(0)
     return (scene + noise).clip(0, 255).astype(np.uint8), digits
+
+
+def make_mask(index: int, split: str) -> np.ndarray:
+    """The class of every pixel of an image: (SIDE, SIDE) uint8, 0 where there is no digit."""
+    classes = np.zeros((SIDE, SIDE), np.uint8)
+    make_image(index, split, classes)
+    return classes
 
 
 def annotations(split: str, digits: list[list[tuple[int, list[int]]]]) -> dict:
@@ -236,6 +256,11 @@ def save_image(index: int, split: str, folder: Path) -> tuple[list, str]:
     return digits, hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
+def save_mask(index: int, split: str, folder: Path) -> None:
+    """Write the mask of one image, under its name."""
+    Image.fromarray(make_mask(index, split)).save(folder / f"{index + 1:06}.png")
+
+
 def checksum(pixel_hashes: list[str], content: dict) -> str:
     """One number for a split: of its pixels and its annotations, not of the files' bytes."""
     text = json.dumps([pixel_hashes, content], sort_keys=True, separators=(",", ":"))
@@ -254,6 +279,23 @@ def write_split(split: str, count: int, root: Path, workers: int) -> str:
     content = annotations(split, digits)
     (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
     return checksum(hashes, content)
+
+
+def write_masks(root: Path, workers: int) -> None:
+    """root/masks/SPLIT: for each image a PNG of its size, whose numbers are category ids, or 0."""
+    masks = root / "masks"
+    if masks.exists():
+        print(f"{masks} is there already")
+        return
+    with tempfile.TemporaryDirectory(dir=root, prefix=".masks-") as temporary:
+        made = Path(temporary) / "masks"
+        for split, count in SPLITS.items():
+            folder = made / split
+            folder.mkdir(parents=True)
+            with multiprocessing.Pool(workers) as pool:
+                saved = pool.imap(partial(save_mask, split=split, folder=folder), range(count), 64)
+                list(tqdm(saved, total=count, desc=f"masks of {split}", unit="image"))
+        made.rename(masks)
 
 
 def write_samples(root: Path, count: int = 24) -> None:
@@ -277,13 +319,32 @@ def checksums_of(output: Path) -> dict | None:
         return None
 
 
+def make_set(output: Path, workers: int, expected: dict) -> int:
+    """Make all splits in place of what is there; returns the command's exit code."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # made beside its place and moved there whole: an interrupted run leaves no half a data set
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".digits-") as temporary:
+        made = Path(temporary) / "digits"
+        sums = {split: write_split(split, n, made, workers) for split, n in SPLITS.items()}
+        (made / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
+        if output.exists():
+            shutil.rmtree(output)
+        made.rename(output)
+    if sums != expected:
+        print(f"error: expected checksums {expected}, got {sums}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main() -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=HERE / "digits", help="folder to make")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--force", action="store_true", help="make it anew where it exists")
-    parser.add_argument("--samples", action="store_true", help="write data/samples instead")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--masks", action="store_true", help="a class for every pixel, too")
+    others.add_argument("--samples", action="store_true", help="write data/samples instead")
     args = parser.parse_args()
     if args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")
@@ -291,24 +352,14 @@ def main() -> int:
         write_samples(HERE / "samples")
         return 0
     expected = json.loads((HERE / "digits.sha256.json").read_text())
-    if args.output.exists():
-        if not may_replace(args.output):
-            parser.error(f"{args.output} is there and is not what this command makes")
-        if not args.force and checksums_of(args.output) == expected:
-            print(f"{args.output} is there already; --force makes it anew")
-            return 0
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    # made beside its place and moved there whole: an interrupted run leaves no half a data set
-    with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".digits-") as temporary:
-        made = Path(temporary) / "digits"
-        sums = {split: write_split(split, n, made, args.workers) for split, n in SPLITS.items()}
-        (made / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
-        if args.output.exists():
-            shutil.rmtree(args.output)
-        made.rename(args.output)
-    if sums != expected:
-        print(f"error: expected checksums {expected}, got {sums}", file=sys.stderr)
-        return 1
+    if args.output.exists() and not may_replace(args.output):
+        parser.error(f"{args.output} is there and is not what this command makes")
+    if not args.force and args.output.exists() and checksums_of(args.output) == expected:
+        print(f"{args.output} is there already; --force makes it anew")
+    elif code := make_set(args.output, args.workers, expected):
+        return code
+    if args.masks:
+        write_masks(args.output, args.workers)
     return 0
 
 

@@ -1,3 +1,3 @@
 """Images and annotations in COCO format: finding them (`places`), reading (`annotations`, `images`,
-`coco`), checking (`checks`, `picture_checks`, `split_checks`, `crowding`), converting (`voc`) and
+`coco`, `masks`), checking (`checks`, `picture_checks`, `split_checks`, `crowding`), converting (`voc`) and
 preparing (`transforms`, `preparation`). Chapters training and your_own_data."""
