@@ -115,7 +115,7 @@ class Place:
         return self.study.seconds.get(self.name, self.study.usual)
 
 
-def row(split: str, at: int, metric: str, value: float | None) -> Row:
+def row(split: str, at: int | str, metric: str, value: float | None) -> Row:
     """A row of a study's table, to four decimals; a value that is None has none."""
     value = round(value, 4) if isinstance(value, float) else value
     return {"split": split, "at": at, "metric": metric, "value": value}

@@ -70,23 +70,41 @@ def build(remedy: Remedy, seed: int) -> BaseDetector:
     return MODELS[recipe.model.get("name", DEFAULT)][1](recipe.model_config(1))
 
 
-def train_on_trees(remedy: Remedy, seed: int, folder: Path) -> list[dict]:
-    """The rows of one training."""
-    tiles, recipe = make_tiles(), load_recipe("photos").at_short_side(SIDE)
-    options = dataclasses.replace(recipe.train, epochs=remedy.epochs, batch_size=8, seed=seed)
+def training_set(remedy: Remedy, seed: int) -> CocoDataset:
+    """The tiles that it learns from."""
+    recipe = load_recipe("photos").at_short_side(SIDE)
     transform = PREPARATIONS["digits"].train_transform(SIDE) if remedy.colours else None
-    learned = CocoDataset(*find_split(tiles, "train"), transform or recipe.train_transform())
-    order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(seed)).tolist()
+    tiles = CocoDataset(*find_split(make_tiles(), "train"), transform or recipe.train_transform())
+    order = torch.randperm(len(tiles), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = order[: round(remedy.part * len(order))]
-    learned.image_ids = [learned.image_ids[i] for i in sorted(chosen)]
+    tiles.image_ids = [tiles.image_ids[i] for i in sorted(chosen)]
+    return tiles
+
+
+def fit(remedy: Remedy, learned: CocoDataset, seed: int, folder: Path) -> BaseDetector:
+    """The model after its training on those tiles; its weights stay in the folder."""
+    options = load_recipe("photos").at_short_side(SIDE).train
+    options = dataclasses.replace(options, epochs=remedy.epochs, batch_size=8, seed=seed)
     model = build(remedy, seed)
     train(model, learned, None, folder / "run", options, progress=False)
     (folder / "run" / "checkpoint.pt").unlink()
+    return model
+
+
+def held_out(split: str) -> CocoDataset:
+    """The tiles of val or test, as the model sees them."""
+    transform = load_recipe("photos").at_short_side(SIDE).eval_transform()
+    return CocoDataset(*find_split(make_tiles(), split), transform)
+
+
+def train_on_trees(remedy: Remedy, seed: int, folder: Path) -> list[dict]:
+    """The rows of one training."""
+    model = fit(remedy, training_set(remedy, seed), seed, folder)
     rows = []
     for split in ("val", "test"):
-        held = CocoDataset(*find_split(tiles, split), recipe.eval_transform())
-        found = score(predict_dataset(model, held, progress=False), held).to_dict()
-        rows += [row(split, remedy.epochs, name, found[name]) for name in FIGURES]
+        found = score(predict_dataset(model, held_out(split), progress=False), held_out(split))
+        figures = found.to_dict()
+        rows += [row(split, remedy.epochs, name, figures[name]) for name in FIGURES]
     return rows
 
 
@@ -114,7 +132,7 @@ def ship(name: str = "three times as long", seed: int = 0) -> None:
     place = Place(STUDY, name, seed)
     model, _ = load_model(place.folder / "run" / "last.safetensors")
     recipe = load_recipe("photos").at_short_side(SIDE)
-    val = CocoDataset(*find_split(make_tiles(), "val"), recipe.eval_transform())
+    val = held_out("val")
     threshold = analyse(model, val, threshold=None, progress=False).threshold
     card = {"threshold": threshold, "transforms": recipe.transforms, "short_side": SIDE}
     save_model(model, WEIGHTS, val.categories, card)
