@@ -19,7 +19,8 @@ def backbone(name):
 @pytest.mark.parametrize("name", ["dat", "small", "resnet18"])
 def test_logits_for_every_pixel(name, size):
     torch.manual_seed(0)
-    model = SemanticFPN(backbone(name), 5, width=32)
+    model = SemanticFPN(backbone(name), 5, width=32, pyramid_width=24)
+    assert model.pyramid.layer_blocks[0][0].out_channels == 24
     images = torch.randn(2, 3, *size)
     logits = model(images)
     assert logits.shape == (2, 5, *size)
@@ -76,7 +77,8 @@ def test_parameters_of_table_5(name, millions):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"num_classes": 0}, "num_classes and pyramid_width must be at least 1, got 0 and 256"),
+        ({"num_classes": 3, "pyramid_width": 0}, "pyramid_width must be at least 1, got 3 and 0"),
         ({"num_classes": 3, "width": 48}, "width must be a multiple of 32, the norm's groups, got"),
         ({"num_classes": 3, "width": 0}, "width must be a multiple of 32"),
     ],

@@ -1,3 +1,4 @@
 """Images and annotations in COCO format: finding them (`places`), reading (`annotations`, `images`,
-`coco`, `masks`), checking (`checks`, `picture_checks`, `split_checks`, `crowding`), converting (`voc`) and
-preparing (`transforms`, `preparation`). Chapters training and your_own_data."""
+`coco`), checking (`checks`, `picture_checks`, `split_checks`, `crowding`), converting (`voc`) and
+preparing (`transforms`, `preparation`); and with a class for every pixel (`masks`).
+Chapters training and your_own_data."""

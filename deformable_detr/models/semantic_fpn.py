@@ -16,20 +16,25 @@ class SemanticFPN(nn.Module):
 
     backbone: with `channels` and `strides` of its maps, such as `DATBackbone(CONFIGS["dat_tiny"],
     stages=4)`, whose finest stride is the paper's 4, or one of `build_backbone`. width: of the maps
-    that are summed, a multiple of 32.
+    that are summed, a multiple of 32. pyramid_width: of the pyramid's.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, width: int = 128) -> None:
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, width: int = 128, pyramid_width: int = 256
+    ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if num_classes < 1 or pyramid_width < 1:
+            raise ValueError(
+                "num_classes and pyramid_width must be at least 1, got "
+                f"{num_classes} and {pyramid_width}"
+            )
         if width < 1 or width % 32:
             raise ValueError(f"width must be a multiple of 32, the norm's groups, got {width}")
         self.backbone = backbone
-        self.pyramid = FeaturePyramidNetwork(backbone.channels, 256)
+        self.pyramid = FeaturePyramidNetwork(backbone.channels, pyramid_width)
         levels = range(len(backbone.channels))
         self.branches = nn.ModuleList(
-            nn.ModuleList(step(width if i else 256, width) for i in range(max(1, level)))
+            nn.ModuleList(step(width if i else pyramid_width, width) for i in range(max(1, level)))
             for level in levels
         )
         self.classify = nn.Conv2d(width, num_classes, 1)
