@@ -1,7 +1,7 @@
-"""How long does DETR take to be useful? Dense attention on the map of stride 16, eight times as many
-steps as deformable attention on the same map. The rates are what experiments/rates.py found: 0.001
-for deformable attention; for dense attention, which has learned nothing after 1,500 steps at any of
-its three, its recipe's.
+"""How long does DETR take to be useful? Dense attention on the map of stride 16, eight times as
+many steps as deformable attention on the same map. The rates are what experiments/rates.py found:
+0.001 for deformable attention; for dense attention, which has learned nothing after 1,500 steps at
+any of its three, its recipe's.
 
     python experiments/detr.py
 """
