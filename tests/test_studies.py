@@ -21,7 +21,8 @@ from tests import trials
 from tests.conftest import write_coco
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-DETECTORS = ("ablations", "convergence", "detr", "members", "rates")  # studies that train them
+# studies that train detectors
+DETECTORS = ("ablations", "convergence", "denoising", "detr", "members", "rates")
 NAMES = [path.stem for path in FOLDER.glob("*.py") if "\nSTUDY = " in path.read_text("utf-8")]
 
 
