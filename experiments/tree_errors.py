@@ -112,5 +112,10 @@ STUDY = Study(
 )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command."""
     run(("tree_errors",))
+
+
+if __name__ == "__main__":
+    main()
