@@ -1,5 +1,5 @@
 """DAT: equal to loops over the paper's formulas and to the authors' model; at any size; memory; the
-authors' weights; in detectors; compiled and exported."""
+authors' weights; compiled and exported. In detectors: test_dat_detectors."""
 
 import dataclasses
 
@@ -8,12 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.retinanet import _default_anchorgen
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from deformable_detr import DeformableDETR, DeformableDETRConfig
-from deformable_detr.backbones import BACKBONES, build_backbone
+from deformable_detr.backbones import build_backbone
 from deformable_detr.backbones.dat import CONFIGS, DAT, DATBackbone, DATConfig
 from deformable_detr.backbones.dat_fpn import dat_fpn
 from deformable_detr.evaluation.complexity import PER_SAMPLE, LiveTensors, count
@@ -22,13 +18,8 @@ from deformable_detr.layers.dat_attention import DAttention, PositionBias
 from deformable_detr.layers.dense_attention import DenseAttention
 from deformable_detr.layers.key_aware_attention import KeyAwareAttention
 from deformable_detr.layers.window_attention import WindowAttention
-from deformable_detr.losses.criterion import SetCriterion
-from deformable_detr.models import DETR
-from deformable_detr.training.optimiser import freeze
 from deformable_detr.weights.dat import _recognise, load_backbone, load_dat, to_authors
 from tests import dat_oracle
-from tests.conftest import TINY, TINY_DETR
-from tests.test_base import make_batch
 
 # windows of 2 pixels, and tables for an image of 64, whose stages have 16, 8, 4 and 2
 SMALL = DATConfig(8, ("WS", "WS", "WD", "WD"), (1, 2, 4, 8), (1, 1, 2, 4), 2, 64)
@@ -436,61 +427,7 @@ def test_a_file_of_unknown_size_is_refused(published):
         load_dat(path)
 
 
-# In detectors
-
-
-@pytest.fixture
-def small_backbone(monkeypatch):
-    """SMALL in the place of dat_tiny."""
-    monkeypatch.setitem(CONFIGS, "dat_tiny", SMALL)
-
-
-@pytest.mark.parametrize(("kind", "config"), [(DeformableDETR, TINY), (DETR, TINY_DETR)])
-@pytest.mark.usefixtures("small_backbone")
-def test_detectors_train_on_it(kind, config):
-    gradients = []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        model = kind(dataclasses.replace(config, backbone="dat_tiny", dropout=0.0)).train()
-        model.set_gradient_checkpointing(checkpointing)
-        freeze(model.backbone, ("stem", "stage1"))
-        sum(SetCriterion()(model(make_batch(2, 1)), make_batch(2, 1).targets).values()).backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    learned = {name.split(".")[2] for name in gradients[0] if name.startswith("backbone.body.")}
-    assert learned == {"stage2", "stage3", "stage4"}
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
-def test_every_dat_is_a_backbone_of_detectors():
-    for name, config in CONFIGS.items():
-        with torch.device("meta"):
-            model = DeformableDETR(DeformableDETRConfig(backbone=name))
-        assert name in BACKBONES and model.backbone.strides == [8, 16, 32]
-        assert model.backbone.channels == [config.embed_dim * n for n in (2, 4, 8)]
-    with pytest.raises(ValueError, match=r"has no \['conv1'\] to freeze; it has \['stem', 'stage1"):
-        freeze(model.backbone, ("conv1",))
-
-
-@pytest.mark.parametrize("kind", [RetinaNet, FasterRCNN, MaskRCNN])
-def test_torchvisions_detectors(kind):
-    torch.manual_seed(0)
-    if kind is RetinaNet:
-        backbone = dat_fpn(SMALL, 3, LastLevelP6P7(256, 256))
-        options = {"anchor_generator": _default_anchorgen()}
-    else:
-        backbone = dat_fpn(SMALL)
-        options = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20}
-    model = kind(backbone, num_classes=3, min_size=64, max_size=96, **options)
-    images = [torch.rand(3, 60, 70), torch.rand(3, 64, 50)]
-    box = torch.tensor([[4.0, 4, 40, 44]])
-    mask = torch.zeros(2, 1, 70, 70, dtype=torch.uint8)
-    target = [
-        {"boxes": box, "labels": torch.tensor([1]), "masks": m[:, : x.shape[1], : x.shape[2]]}
-        for m, x in zip(mask, images, strict=True)
-    ]
-    sum(model(images, target).values()).backward()
-    assert all(p.grad is not None for p in backbone.parameters())
-    assert len(model.eval()(images)) == 2
+# Stochastic depth
 
 
 def test_stochastic_depth_is_of_training_alone():
