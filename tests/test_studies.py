@@ -5,15 +5,19 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from deformable_detr.evaluation.complexity import count
 from deformable_detr.structures import Batch
 from deformable_detr.training.batches import SeededDataset
 from deformable_detr.training.lock import locked
@@ -366,3 +370,43 @@ def test_dense_attention_spreads_over_all_tokens(study):
     batch = Batch.from_images([torch.rand(3, 128, 128)])
     assert 50 < detectors.effective_keys(dense, batch)["decoder_effective_keys"] <= 64
     assert detectors.effective_keys(sampling, batch)["decoder_effective_keys"] == 8
+
+
+# Segmentation
+
+
+def test_segmenters_learn_from_the_same_images(study, monkeypatch, tmp_path):
+    """On pictures whose upper half is class 0 and lower half class 1, by their brightness."""
+    segmentation = importlib.import_module("segmentation")
+    for name in ("train", "val", "test"):
+        for folder in (tmp_path / name, tmp_path / "masks" / name):
+            folder.mkdir(parents=True)
+        for i in range(4):
+            classes = np.repeat([[0], [1]], 16, axis=0).repeat(32, axis=1).astype(np.uint8)
+            pixels = (classes * 200 + 10 * i)[..., None].repeat(3, axis=2).astype(np.uint8)
+            Image.fromarray(classes).save(tmp_path / "masks" / name / f"{i}.png")
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    monkeypatch.setattr(segmentation, "DATA", tmp_path)
+    dat, resnet = (
+        segmentation.Segmenter(name, "UPerNet", 30, 4) for name in ("small DAT", "small ResNet")
+    )
+    one, other = (segmentation.batches(each, 3) for each in (dat, resnet))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(one, other, strict=True))
+    assert len(one) == 30
+    rows = segmentation.train(resnet, 0, tmp_path)
+    values = {(row["split"], row["metric"]): row["value"] for row in rows}
+    assert values["test", "miou"] > 1.8 / 11  # of eleven classes, two are there
+    losses = [row["value"] for row in rows if row["metric"] == "loss"]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    shutil.rmtree(tmp_path / "masks")
+    with pytest.raises(FileNotFoundError, match=r"run `python data/make_digits.py --masks`"):
+        segmentation.split("val")
+
+
+def test_backbones_of_segmentation_cost_about_the_same(study):
+    segmentation = importlib.import_module("segmentation")
+    costs = [
+        count(segmentation.OfBatch(make().eval()), (segmentation.SIDE, segmentation.SIDE))[0]
+        for make in segmentation.BACKBONES.values()
+    ]
+    assert max(costs) < 1.1 * min(costs)
