@@ -1,4 +1,4 @@
-"""DAT-T, ours against the authors' form: time of a whole model, memory of one layer.
+"""DAT-T, ours against the authors' form: time of a whole model, time and memory of one layer.
 
     python benchmarks/dat.py                 # all of it; some minutes
     python benchmarks/dat.py --rounds 5
@@ -6,7 +6,8 @@
 The authors' form is written here from the paper's formulas as their first code arranges them: maps
 with channels first, convolutions of 1 x 1, einsum, grid_sample for the features and for the bias of
 all pairs, -100 between what a shift tears apart. Both models have the same weights; one thread, in
-pairs. Writes data/results/dat_cpu.json.
+pairs. The layer, of the third stage for an image of 800 x 1066, is ours twice: with queries that
+take turns, and with all pairs of query and key at once. Writes data/results/dat_cpu.json.
 """
 
 import os
@@ -17,6 +18,7 @@ if __name__ == "__main__":  # this file's folder would hide Python's own module 
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +29,13 @@ from benchmarks.timing import RESULTS
 from deformable_detr.backbones.dat import CONFIGS, DAT, DATConfig
 from deformable_detr.evaluation.complexity import LiveTensors
 from deformable_detr.files import write_json
+from deformable_detr.layers import dat_attention
 from deformable_detr.layers.dat_attention import DAttention
 from deformable_detr.provenance import provenance
 from deformable_detr.weights.dat import to_authors
 
 COMMAND = "python benchmarks/dat.py"
-OURS, AUTHORS = "ours", "the authors' form"
+OURS, AT_ONCE, AUTHORS = "ours", "ours, all pairs at once", "the authors' form"
 MODES = ("forward", "forward + backward")
 STAGE3 = (50, 67)  # of an image of 800 x 1066
 
@@ -193,11 +196,13 @@ def measure_times(both: dict[str, nn.Module], batch: int, rounds: int) -> list[d
     return rows
 
 
-def layers() -> dict[str, Callable[[Tensor], Tensor]]:
-    """The third stage's attention, both ways, on (B, H, W, C); the authors' table made for 50 x 67,
-    since theirs has one size."""
+def layers(size: tuple[int, int]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The third stage's attention, each way, on (B, *size, C); the table is made for this size,
+    since theirs has one."""
     torch.manual_seed(0)
-    ours = DAttention(384, 12, 3, STAGE3)
+    ours = DAttention(384, 12, 3, size)
+    nn.init.normal_(ours.places.linear.weight, std=0.1)
+    nn.init.normal_(ours.bias.table, std=0.5)
     names = {"proj_q": ours.query, "proj_k": ours.key, "proj_v": ours.value, "proj_out": ours.out}
     t = {}
     for name, layer in names.items():
@@ -212,29 +217,42 @@ def layers() -> dict[str, Callable[[Tensor], Tensor]]:
     def authors(x: Tensor) -> Tensor:
         return moved_keys(x.permute(0, 3, 1, 2), t, "a", 12, 3).permute(0, 2, 3, 1)
 
-    return {OURS: ours, AUTHORS: authors}
+    def at_once(x: Tensor) -> Tensor:
+        usual = dat_attention.PAIRS_AT_ONCE
+        dat_attention.PAIRS_AT_ONCE = 1 << 62
+        try:
+            return ours(x)
+        finally:
+            dat_attention.PAIRS_AT_ONCE = usual
+
+    return {OURS: ours, AT_ONCE: at_once, AUTHORS: authors}
 
 
-def measure_memory() -> list[dict]:
-    """MiB of tensors at the worst moment, counted, and of the process, measured, above before."""
-    x = torch.randn(1, *STAGE3, 384)
+def measure_layer(rounds: int, size: tuple[int, int] = STAGE3) -> list[dict]:
+    """Times of the layer, and MiB at the worst moment above before: of tensors, counted, and of the
+    process, measured."""
+    x = torch.randn(1, *size, 384)
     rows = []
     for mode in MODES:
-        for name, layer in layers().items():
 
-            def run(layer=layer, mode=mode) -> Tensor:
-                with torch.set_grad_enabled(mode != MODES[0]):
-                    y = layer(x)
-                    if mode != MODES[0]:
-                        y.square().mean().backward()
-                return y
+        def run(layer: Callable[[Tensor], Tensor], mode: str = mode) -> Tensor:
+            with torch.set_grad_enabled(mode != MODES[0]):
+                y = layer(x)
+                if mode != MODES[0]:
+                    y.square().mean().backward()
+            return y
 
-            run()
+        calls = {name: partial(run, layer) for name, layer in layers(size).items()}
+        counted = {}
+        for name, call in calls.items():  # also warms them
             with LiveTensors([x]) as live:
-                run()
-            counted = round((live.peak - x.nbytes) / 2**20, 1)
-            row = {"mode": mode, "model": name, "counted_mib": counted}
-            rows.append(row | {"measured_mib": timing.peak_mib(run)})
+                call()
+            counted[name] = round((live.peak - x.nbytes) / 2**20, 1)
+        every = dict.fromkeys(calls, rounds)
+        result = timing.side_by_side(calls, every, attempts=1, warm=False, memory=True)
+        for name, found in result.items():
+            measured = {"counted_mib": counted[name], "measured_mib": found.pop("extra_mib")}
+            rows.append({"mode": mode, "model": name} | measured | found)
             print(rows[-1])
     return rows
 
@@ -272,7 +290,7 @@ def main() -> None:
         "largest_difference": difference,
         "times": rows,
         "ratios": summarise(rows),
-        "memory_of_the_third_stages_layer_at_800_x_1066": measure_memory(),
+        "third_stages_layer_at_800_x_1066": measure_layer(max(2, arguments.rounds // 5)),
     }
     write_json(RESULTS / "dat_cpu.json", result)
     print(result["ratios"])

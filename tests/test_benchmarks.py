@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import model, operator, peers, timing
+from benchmarks import dat, model, operator, peers, timing
 from benchmarks.operator_results import merge, plot, ratios
 from deformable_detr import DeformableDETRConfig
+from deformable_detr.backbones.dat import DAT, DATConfig
 from deformable_detr.provenance import provenance
 
 TINY = peers.Case(2, ((5, 7), (3, 4), (2, 2), (1, 2)), 9, 1)
@@ -158,3 +160,52 @@ def test_models_agree_and_every_part_is_found():
             "decoder: operator",
             model.REST,
         }
+
+
+# DAT
+
+
+def test_dat_is_the_authors_form():
+    """The whole model, shallow, of 64 pixels; its windows and its moved keys, and gradients."""
+    config = DATConfig(8, ("WS", "W", "D", "D"), (1, 2, 4, 8), (1, 1, 2, 4), 2, 64)
+    torch.manual_seed(0)
+    ours = DAT(config, 3).double()
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    theirs = dat.AuthorsForm(ours).double()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(theirs(images), ours(images), atol=1e-9, rtol=1e-9)
+    dat.call(ours, images, "forward + backward")()
+    dat.call(theirs, images, "forward + backward")()
+    bias = ours.body.stage3.blocks[0].attention.bias.table.grad
+    theirs_bias = theirs.learned["stages/2/attns/0/rpe_table"].grad
+    torch.testing.assert_close(theirs_bias, bias, atol=1e-9, rtol=1e-9)
+
+
+def test_dats_layers_agree_and_all_pairs_at_once_take_more_memory(monkeypatch):
+    monkeypatch.setattr(dat.dat_attention, "PAIRS_AT_ONCE", 1 << 12)
+    x = torch.randn(1, 10, 14, 384)
+    with torch.no_grad():
+        ours, at_once, authors = (layer(x) for layer in dat.layers((10, 14)).values())
+    torch.testing.assert_close(at_once, ours, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(authors, ours, atol=1e-4, rtol=1e-4)
+    rows = dat.measure_layer(1, (10, 14))
+    assert dat.dat_attention.PAIRS_AT_ONCE == 1 << 12
+    assert [row["model"] for row in rows] == 2 * [dat.OURS, dat.AT_ONCE, dat.AUTHORS]
+    counted = [row["counted_mib"] for row in rows]
+    assert counted[0] < counted[1] and counted[3] < counted[4]
+
+
+def test_ratios_of_dat():
+    times = {"median_ms": 2.0, "minimum_ms": 1.0, "cpu_median_ms": 4.0}
+    rows = [{"mode": "forward", "batch": 1, "model": dat.OURS} | times]
+    rows.append({"mode": "forward", "batch": 1, "model": dat.AUTHORS} | {n: 3.0 for n in times})
+    assert dat.summarise(rows) == [
+        {
+            "mode": "forward",
+            "batch": 1,
+            "times": 1.5,
+            "times_of_minima": 3.0,
+            "times_of_cpu": 0.75,
+        }
+    ]
