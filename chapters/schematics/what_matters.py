@@ -1,0 +1,104 @@
+"""The schematics and figures of chapter what_matters."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from deformable_detr.evaluation.intervals import Interval
+from schematics import CUT, POINT, QUERY, QUIET, VALUE, arrow, block, canvas
+
+GROUPS = (
+    ("maps", VALUE, ("one map", "three maps")),
+    ("points per head and map", POINT, ("K = 1", "K = 2", "K = 8")),
+    ("offsets", POINT, ("start at zero", "start at random", "learn x 0.1")),
+    ("boxes", QUERY, ("first boxes 0.05", "first boxes 0.2")),
+    ("decoder", QUERY, ("shared heads", "gradient through boxes")),
+)
+PROBABILITIES = (0.4, 0.05, 0.25, 0.3), (0.85, 0.05, 0.05, 0.05)
+
+
+def one_change() -> None:
+    """The base in the middle, and around it what is changed, one thing at a time."""
+    axes = canvas(7.5, 3.3)
+    block(axes, 0.85, 1.65, "base:\ntwo maps, K = 4,\ntwo stages", QUIET, 1.6, 0.8, strong=True)
+    for number, (group, colour, changes) in enumerate(GROUPS):
+        y = 2.95 - 0.65 * number
+        arrow(axes, (1.67, 1.65), (2.2, y), colour=colour)
+        axes.text(2.25, y, group, fontsize=8, color=colour, va="center")
+        for place, change in enumerate(changes):
+            width = 1.1 if len(changes) == 3 else 1.7
+            left = 3.85 + (width + 0.1) * place
+            block(axes, left + width / 2, y, change.replace(" at ", "\nat "), colour, width, 0.46)
+
+
+def two_rules() -> None:
+    """The weights of two queries, and which of their points two rules keep."""
+    _, axes = plt.subplots(1, 4, figsize=(7.4, 2.3), sharey=True)
+    rules = ("the 2 heaviest", "weight at least 0.1")
+    for number, axis in enumerate(axes):
+        weights = np.array(PROBABILITIES[number % 2])
+        heaviest = np.argsort(-weights, kind="stable")[:2]
+        kept = np.isin(np.arange(4), heaviest) if number < 2 else weights >= 0.1
+        colours = [POINT if keep else "#dddddd" for keep in kept]
+        axis.bar(range(4), weights, color=colours, edgecolor=QUIET)
+        axis.set(xticks=range(4), xticklabels="1234", ylim=(0, 1))
+        title = f"{rules[number // 2]}:\nquery {number % 2 + 1} keeps {kept.sum()}"
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("point")
+        if number > 1:
+            axis.axhline(0.1, color=CUT, lw=1, ls="--")
+    axes[0].set_ylabel("weight")
+    plt.show()
+
+
+def pairs(scores: dict[str, list[float]], base: str) -> None:
+    """Each setting beside the base, a line from the one to the other for each seed."""
+    changes = [name for name in scores if name != base]
+    _, axes = plt.subplots(1, len(changes), figsize=(7.4, 2.8), sharey=True)
+    for axis, name in zip(axes, changes, strict=True):
+        for before, after in zip(scores[base], scores[name], strict=True):
+            axis.plot([0, 1], [before, after], "o-", color="C0", lw=1, ms=4, alpha=0.8)
+        axis.set(xticks=[0, 1], xlim=(-0.3, 1.3), title=name)
+        axis.set_xticklabels([base, "changed"])
+    axes[0].set_ylabel("score")
+    plt.show()
+
+
+def chances(power: dict[float, list[float]], seeds: list[int]) -> None:
+    """How often an effect is seen, against the number of seeds; by its size in spreads."""
+    _, axis = plt.subplots(figsize=(6, 3))
+    for number, (ratio, line) in enumerate(power.items()):
+        label = f"{ratio:g} x the spread" if ratio else "no effect at all"
+        axis.plot(seeds, line, "osv^D"[number] + "-", label=label)
+    axis.set(xlabel="seeds", ylabel="share of studies that see it", ylim=(0, 1.03), xticks=seeds)
+    axis.legend(title="effect", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    plt.show()
+
+
+def forest(differences: dict[str, list[float]], found: dict[str, Interval]) -> None:
+    """Each row's differences from the base: a dot per seed, the mean and its interval."""
+    _, axis = plt.subplots(figsize=(7, 0.34 * len(differences) + 0.9))
+    every = [value for values in differences.values() for value in values] or [0.1]
+    limit = 1.4 * max(map(abs, every))  # two repeats have intervals that would hide all the rest
+    for row, (name, values) in enumerate(differences.items()):
+        axis.plot(values, [row] * len(values), "o", color=QUIET, ms=4, alpha=0.7)
+        if name in found:
+            each = found[name]
+            certain = each.low > 0 or each.high < 0
+            colour = QUERY if certain else POINT
+            ends = np.clip([each.low, each.high], -limit, limit)
+            axis.plot(ends, [row, row], color=colour, lw=2)
+            axis.plot(each.mean, row, "D", color=colour, ms=6)
+    axis.axvline(0, color="k", lw=1)
+    axis.set(yticks=range(len(differences)), yticklabels=list(differences), xlim=(-limit, limit))
+    axis.set(xlabel="AP minus the base's AP, seed by seed", ylim=(len(differences) - 0.5, -0.5))
+    plt.show()
+
+
+def kept(curves: dict[str, tuple[list[float], list[float]]]) -> None:
+    """AP against the points that are kept of each query and head."""
+    _, axis = plt.subplots(figsize=(6, 3.1))
+    for (name, (points, scores)), mark in zip(curves.items(), "os", strict=True):
+        axis.plot(points, scores, mark + "-", label=name)
+    axis.set(xlabel="points kept per query and head, on average", ylabel="AP on test")
+    axis.legend(fontsize=8)
+    plt.show()
