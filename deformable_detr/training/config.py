@@ -36,7 +36,9 @@ class TrainConfig:
     drop_epoch: int = option(40, "epochs until the rates drop, with schedule step")
     warmup_steps: int = option(0, "first steps, over which the rates rise linearly")
     frozen: tuple[str, ...] | None = option(
-        None, "parts of a ResNet that do not learn, such as conv1 layer1; without it, the model's"
+        None,
+        "parts of the backbone that do not learn, such as conv1 layer1 of a ResNet, stem stage1 of "
+        "a DAT; without it, the model's",
     )
     ema_decay: float = option(
         0.0, "of the average of weights that is evaluated and saved, in [0, 1); 0 is no average"
@@ -52,7 +54,7 @@ class TrainConfig:
     )
     gradient_checkpointing: bool = option(
         False,
-        "compute a ResNet's stages and the layers of encoder and decoder again in the backward "
+        "compute the backbone's stages and the layers of encoder and decoder again in the backward "
         "pass instead of keeping them: less memory, more time",
     )
 

@@ -70,7 +70,8 @@ def load_state_by_name(
 
 
 def freeze(backbone: nn.Module, parts: tuple[str, ...]) -> None:
-    """Have a ResNet's parts learn, but for those named, such as "conv1" or "layer1".
+    """Have a backbone's parts learn, but for those named, such as "conv1" or "layer1" of a ResNet,
+    "stem" or "stage1" of a DAT.
 
     Raises ValueError for a part that the backbone does not have.
     """
