@@ -28,6 +28,7 @@ from deformable_detr.layers.dat_attention import DAttention
 from deformable_detr.layers.spatial_reduction import SpatialReductionAttention
 from deformable_detr.layers.window_attention import WindowAttention
 from deformable_detr.models.semantic_fpn import SemanticFPN
+from deformable_detr.models.upernet import UPerNet
 from deformable_detr.provenance import provenance
 from deformable_detr.structures import Batch
 
@@ -63,7 +64,12 @@ PAPER = {
 }
 # Table 3, RetinaNet with DAT minus RetinaNet with Swin, whose other parts are the same: G
 ADDED = {"tiny": 253 - 248, "small": 359 - 339}
-SEGMENTED = {"tiny": (32, 198), "small": (53, 320), "base": (92, 481)}  # Table 5, Semantic FPN
+# Table 5, by head; the parameters of UPerNet's rows are with the auxiliary head of the training
+SEGMENTED = {
+    "Semantic FPN": {"tiny": (32, 198), "small": (53, 320), "base": (92, 481)},
+    "UPerNet": {"tiny": (60, 957), "small": (81, 1079), "base": (121, 1212)},
+}
+SEGMENTERS = {"Semantic FPN": SemanticFPN, "UPerNet": UPerNet}
 
 
 class PVT(nn.Module):
@@ -230,14 +236,17 @@ def count_detectors() -> Iterator[dict]:
 
 
 def count_segmentation() -> Iterator[dict]:
-    """DAT under Semantic FPN with the 150 classes of ADE20K, at the size of Table 5, by r."""
-    for name, (parameters, total) in SEGMENTED.items():
+    """DAT under both heads with the 150 classes of ADE20K, at the size of Table 5, by r."""
+    for head, (name, (parameters, total)) in (
+        (head, item) for head, rows in SEGMENTED.items() for item in rows.items()
+    ):
         for stride in (1, 2):
             config = replace(CONFIGS[f"dat_{name}"], stride=stride)
-            network = SemanticFPN(DATBackbone(config, stages=4), 150)
+            network = SEGMENTERS[head](DATBackbone(config, stages=4), 150).eval()
             counted, _ = count(OfImages(network), WIDE)
             yield {
                 "name": name,
+                "head": head,
                 "size": WIDE,
                 "stride": stride,
                 "parameters": sum(p.numel() for p in network.parameters()),

@@ -184,13 +184,17 @@ def test_what_dat_adds_to_a_detector_is_not_what_every_pixel_as_a_key_would_add(
         assert share > 5 if row["stride"] == 1 else 0.7 < share < 1
 
 
-def test_semantic_fpn_costs_more_than_with_a_quarter_of_the_keys_and_less_than_with_all(result):
-    rows = result["in_segmentation"]
+@pytest.mark.parametrize(("head", "rest"), [("Semantic FPN", 0), ("UPerNet", 1)])
+def test_segmentation_costs_more_than_with_a_quarter_of_the_keys_and_less_than_with_all(
+    result, head, rest
+):
+    """rest: millions of parameters, about, of the auxiliary head that the paper counts."""
+    rows = [row for row in result["in_segmentation"] if row["head"] == head]
     assert len(rows) == 6
     for row in rows:
         paper, share = row["paper"], row["multiply_adds"] / 1e9 / row["paper"]["multiply_adds_g"]
-        assert abs(row["parameters"] / 1e6 - paper["parameters_m"]) < 1
-        assert share > 1.1 if row["stride"] == 1 else 0.9 < share < 1
+        assert abs(row["parameters"] / 1e6 + rest - paper["parameters_m"]) < 1
+        assert share > 1.02 if row["stride"] == 1 else 0.9 < share < 1
 
 
 def test_formula_10_in_the_table(result):
