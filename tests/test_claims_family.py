@@ -1,0 +1,133 @@
+"""What the chapters on groups and on fewer tokens say of costs, of targets and of the studies: each
+would fall if the library or the data changed."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from deformable_detr.data.coco import CocoDataset, collate
+from deformable_detr.data.transforms import digits_eval_transform
+from deformable_detr.evaluation.complexity import complexity, count, make_batch
+from deformable_detr.layers.reading import tokens_read
+from deformable_detr.look.sampling import record_sampling
+from deformable_detr.losses import SetCriterion
+from deformable_detr.models import MODELS
+from deformable_detr.weights.ours import load_model
+from tests.members import make_batch as small_batch
+from tests.members import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def full_size(name, **options):
+    kind, model = MODELS[name]
+    with torch.device("meta"):
+        large = model(kind(**options))
+    return complexity(large, repeats=0)
+
+
+# Groups
+
+
+def test_groups_cost_nothing_at_inference():
+    counts = []
+    for name, options in (("group_detr", {"groups": 5}), ("deformable_detr", {})):
+        model = MODELS[name][1](tiny(name, refine=True, **options)).eval()
+        counts.append(count(model, (64, 96))[0])
+    # but for the points, which are made of the whole table before the first group is taken
+    table = 4 * 6 * 32 * 2
+    assert counts[0] - counts[1] == table < counts[1] / 1000
+
+
+def test_eleven_groups_add_a_seventh_to_a_training_step():
+    kind, model = MODELS["group_detr"]
+    totals = []
+    for groups in (1, 11):
+        with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+            large = model(kind(groups=groups, refine=True)).train()
+            picture = dataclasses.replace(make_batch((800, 1066)), targets=[])
+            with FlopCounterMode(display=False) as counter:
+                large(picture)
+        totals.append(counter.get_total_flops())
+    assert totals[1] / totals[0] == pytest.approx(8 / 7, abs=0.01)
+
+
+def test_efficient_detr_halves_the_encoder_and_nearly_does_without_a_decoder():
+    base = full_size("deformable_detr", refine=True, two_stage=True).parts
+    ours = full_size("efficient_detr").parts
+    assert ours["encoder"] / base["encoder"] == pytest.approx(0.5, abs=0.01)
+    assert ours["decoder"] < 0.2 * base["decoder"]
+
+
+# Tokens
+
+
+@pytest.fixture(scope="module")
+def readings():
+    """What the shipped detector's decoder reads of the sample pictures, and half a cell beside."""
+    model, _ = load_model(ROOT / "data/checkpoints/digits.safetensors")
+    samples = ROOT / "data/samples"
+    dataset = CocoDataset(samples, samples / "annotations.json", digits_eval_transform())
+    with torch.no_grad(), record_sampling(model.eval()) as record:
+        model(collate([dataset[i] for i in range(len(dataset))]))
+    return tokens_read(record.decoder), tokens_read(record.decoder, half_cell=True)
+
+
+def test_half_a_cell_changes_the_target(readings):
+    """A third of it for a tenth of the tokens, a fifth for three tenths."""
+    S = readings[0].shape[1]
+    for rho, same in ((0.1, 0.7), (0.3, 0.8)):
+        here, there = (
+            torch.zeros_like(x).scatter(1, x.topk(int(S * rho) + 1).indices, 1) for x in readings
+        )
+        assert ((here * there).sum() / here.sum()).item() == pytest.approx(same, abs=0.05)
+
+
+def test_few_tokens_are_most_of_what_is_read(readings):
+    read = readings[0]
+    for rho, share in ((0.1, 0.7), (0.3, 0.95)):
+        best = read.topk(int(read.shape[1] * rho) + 1).values.sum(1) / read.sum(1)
+        assert best.mean() > share
+
+
+def test_a_tenth_of_the_updates_costs_a_fifth_of_the_encoder():
+    costs = [full_size("sparse_detr", rho=rho).parts["encoder"] for rho in (0.1, 1.0)]
+    assert costs[0] / costs[1] == pytest.approx(0.2, abs=0.03)
+
+
+def test_the_encoder_is_half_of_all():
+    found = full_size("deformable_detr", refine=True, two_stage=True)
+    assert found.parts["encoder"] / found.multiply_adds == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_choice_of_tokens_is_learned_from_a_target_alone():
+    torch.manual_seed(0)
+    model = MODELS["sparse_detr"][1]
+    sparse, batch = model(tiny("sparse_detr", rho=0.3)).train(), small_batch(2, 1)
+    losses = SetCriterion()(sparse(batch), batch.targets)
+    own = losses.pop("loss_scorer")
+    parts = list(sparse.scorer.parameters())
+    for loss, reached in ((sum(losses.values()), False), (own, True)):
+        found = torch.autograd.grad(loss, parts, retain_graph=True, allow_unused=True)
+        assert any(g is not None and g.any() for g in found) == reached
+
+
+# The study
+
+
+def test_the_table_has_what_the_chapters_read():
+    """Of each trained member."""
+    with (ROOT / "data/results/members.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["status"] == "done"]
+    assert rows, "no member is trained"
+    wanted = {("test", m) for m in ("ap", "ap_small", "ap_medium", "ap_large")}
+    wanted |= {("val", "instability"), ("train", "cpu_seconds"), ("model", "multiply_adds")}
+    for trial in {(row["configuration"], row["seed"]) for row in rows}:
+        of_it = [row for row in rows if (row["configuration"], row["seed"]) == trial]
+        assert wanted <= {(row["split"], row["metric"]) for row in of_it if row["at"] == "300"}
