@@ -76,7 +76,8 @@ def instability(curves: dict[str, dict[int, list[float]]]) -> None:
         for step in steps:
             axes.plot([step] * len(curve[step]), curve[step], "o", color=colour, ms=4, alpha=0.7)
     axes.set(xlabel="training step", ylim=(0, None), ylabel="share with another query")
-    axes.legend()
+    if curves:
+        axes.legend()
     plt.show()
 
 
