@@ -26,7 +26,7 @@
 # {{map}}
 
 # %% [markdown]
-# Deformable DETR puts its attention behind a convolutional backbone. A year later the authors of DAT, the
+# Deformable DETR puts its attention behind a convolutional backbone. In 2022 the authors of DAT, the
 # Deformable Attention Transformer {cite}`xia2022dat`, asked for a deformable attention that can *be* the
 # backbone. They kept the idea that sampling points move to where they are of use. They changed who owns the
 # points: in Deformable DETR each query has a few points of its own; in DAT **all queries share the same
@@ -198,14 +198,13 @@ for name, model in (("random weights", untrained), ("trained", dense)):
 assert parts[0] < 0.2 and parts[1] > 0.5
 
 # %% [markdown]
-# With random weights more than half is shared in both stages, because all pixels of a picture have much in
-# common. Training has changed this. In stage 3 hardly anything is shared any more: each query has preferences of
-# its own. In stage 4 two thirds are shared.
+# With random weights more than half is shared in both stages. Training has changed this. In stage 3 hardly anything is
+# shared any more: each query has preferences of its own. In stage 4 two thirds are shared.
 #
 # That was one seed. The study has measured all of its seeds, on other pictures (those of its validation set):
 
 
-# %%
+# %% tags=["hide-input"]
 def read_results(path="../data/results/dat.csv"):
     """{(configuration, split, metric): {step: a value per seed}} of the study's finished trials."""
     lines = [line.split(",") for line in Path(path).read_text().splitlines()[1:]]
@@ -268,7 +267,7 @@ s = 2
 print("farthest shift, in pixels:", round(s / 2 / H * (H - 1), 3))
 
 # %% [markdown]
-# So even with $r = 1$ no key but a middle one stands on a pixel. Each samples between pixels from the start.
+# So even with $r = 1$ no key of this map stands on a pixel. Each samples between pixels from the start.
 #
 # And how far may a key go? The offset network's answer goes through a $\tanh$ and is multiplied by $s/2$ cells of the
 # grid. In all models $s = 2$: a key can move by **one cell** along each axis, and not by two, as the text's "largest value
@@ -335,11 +334,10 @@ print(tuple(theirs.shape), "equal to the library")
 #
 # ## Exercise {{n}}.1  All keys at once, in groups
 #
-# *difficulty ●●● · 30 minutes · 10 lines*
+# *difficulty ●●● · 30 minutes · 9 lines*
 #
 # Write the whole of it: groups, stride $r$ and range $s$, without loops over keys. This is the part of DAT
-# that one can carry over into a model of one's own. The checks go up in steps: one group with $r = 1$, then several groups, then
-# $r = 2$, other ranges, and a batch.
+# that one can carry over into a model of one's own. The checks begin with one group on a square map.
 
 
 # %% tags=["exercise"]
@@ -381,8 +379,8 @@ check("dat.1", key_places)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# With several groups, a `reshape` of (B, H, W, C) to (B * groups, ...) mixes pixels and channels. Split the last axis, then
-# `permute` the groups behind the batch.
+# The second map is not square. Did you turn (y, x) into (x, y), and divide x by the grid's *width*? If you fail the third: a `reshape`
+# from (B, H, W, C) to (B * groups, ...) mixes pixels and channels; split the last axis, then `permute`.
 #
 # </details>
 #
@@ -409,15 +407,15 @@ torch.testing.assert_close(by_hand, sample(feature, theirs)[0])
 print(tuple(by_hand.shape), "equal to the library")
 
 # %% [markdown]
-# The library's `sample` is one call of Deformable DETR's own operator, with groups in the place of heads, keys in the place of queries,
-# and one point per key of weight one. So both deformable attentions run on the same kernel:
+# The library's `sample` is one call of Deformable DETR's own operator, with groups in the place of heads, keys in the place
+# of queries, and one point of weight one per key. So both deformable attentions run on the same kernel:
 
 # %%
 value = feature.flatten(1, 2)[:, :, None]  # (B, H * W, 1 group, C)
 point = locations.transpose(1, 2)[:, :, :, None, None]  # (B, N, 1 group, 1 level, 1 point, 2)
-ones = torch.ones(point.shape[:-1])
-torch.testing.assert_close(ms_deform_attn(value, [(H, W)], point, ones)[0], by_hand)
-print("equal to ms_deform_attn with one point of weight one")
+by_operator = ms_deform_attn(value, [(H, W)], point, torch.ones(point.shape[:-1]))
+torch.testing.assert_close(by_operator[0], by_hand)
+print("equal to ms_deform_attn with one point")
 
 # %% [markdown]
 # What follows is plain attention: the samples become keys and values, the queries compare. Nothing is deformable any more. This gives a
@@ -473,7 +471,7 @@ print(f"difference {difference:.3f}, cell {cell:.3f}, bias {bias:.2f}")
 #
 # ## Exercise {{n}}.2  Between the cells
 #
-# *difficulty ●●○ · 15 minutes · 6 lines*
+# *difficulty ●●○ · 15 minutes · 4 lines*
 #
 # The same in two dimensions, for all queries and keys of a head. You may use `bilinear_sample(map, locations)`, whose locations have 0 and
 # 1 at the map's **edges**, and `to_edges`.
@@ -519,7 +517,8 @@ check("dat.2", position_bias)
 # {{solution}}
 
 # %% [markdown]
-# Now all parts are there. Our own module, with the library's layers for parameters, against the library's `DAttention`; two groups, four heads, weights random:
+# Now all parts are there. Put together, with the library's layers for the parameters, and its table for the bias that
+# you have just built; against the library's `DAttention`, with two groups and four heads:
 
 
 # %%
@@ -533,17 +532,9 @@ def my_attention(layer, x):
         part.flatten(1, -2)[0].unflatten(-1, (layer.num_heads, -1)).transpose(0, 1)
         for part in (query, layer.key(sampled), layer.value(sampled))
     )  # (M, tokens, D)
-    scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-    own = torch.cartesian_prod((torch.arange(H) + 0.5) / H, (torch.arange(W) + 0.5) / W).flip(-1)
-    for m in range(layer.num_heads):
-        group = m * places.shape[1] // layer.num_heads
-        differences = (own[:, None] - places[0, group] + 1) / 2
-        grid = 2 * differences[None] - 1  # what grid_sample wants
-        scores[m] += F.grid_sample(layer.bias.table[None, m : m + 1], grid, align_corners=True)[
-            0, 0
-        ]
-    mixed = scores.softmax(-1) @ v
-    return layer.out(mixed.transpose(0, 1).flatten(1)).view(x.shape)
+    bias = layer.bias(places, (0, H, H, W))  # (M, HW, N)
+    weights = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + bias).softmax(-1)
+    return layer.out((weights @ v).transpose(0, 1).flatten(1)).view(x.shape)
 
 
 layer = DAttention(C, num_heads=4, num_groups=2, size=(H, W))
@@ -620,42 +611,32 @@ for r, keys in ((2, 49), (1, 196)):
     )
 
 # %% [markdown]
-# The 79.63 M are right, but the overhead is 0.508 M and 0.63 %: the paper's 5.08 M and 6 % are ten times too large. (The error is in its own disfavour.) The second line is what was
-# released: **in every model of the authors' first code $r = 1$**, so stage 3 has 196 keys for 196 queries.
+# The 79.63 M are right, but the overhead is 0.508 M and 0.63 %: the paper's 5.08 M and 6 % are ten times too large. (The
+# error is to its own disadvantage.) The second line is what was released: **in every model of the authors' first code
+# $r = 1$**, so stage 3 has 196 keys for 196 queries.
 #
-# With $r = 1$ DAT's attention has as many products as dense attention, plus the offset network, the sampling and the bias. At 224 x 224 this hardly
-# matters, since the map is small. At the size of a detector's image it does. The library has counted all kinds of attention in that stage
-# (`python experiments/backbones.py`):
+# With $r = 1$ DAT's attention has as many products as dense attention, plus the offset network, the sampling and the
+# bias. At 224 x 224 this hardly matters, since the map is small. At the size of a detector's image it does. The library
+# has counted all kinds of attention in that stage, with sampling and bias (`python experiments/backbones.py`):
 
-# %%
+# %% tags=["hide-input"]
 counted = json.loads(Path("../data/results/backbones.json").read_text())
 rows = [row for row in counted["layers"] if row["stage"] == 3]
-print(f"{'stage 3, multiply-adds in G':<30}{'14 x 14':>10}{'50 x 67':>10}   keys")
+print(f"{'stage 3, G multiply-adds':<31}{'14 x 14':>9}{'50 x 67':>9}")
 for kind in ("dense", "windows", "spatial reduction", "deformable", "deformable, fewer keys"):
     small, large = (row for row in rows if row["kind"] == kind)
-    name = f"{kind}, r = {small['r']}"
-    print(
-        f"{name:<30}{small['multiply_adds'] / 1e9:10.3f}{large['multiply_adds'] / 1e9:10.2f}",
-        end="",
-    )
-    print(
-        "   49"
-        if kind == "windows"
-        else f"   {math.ceil(50 / large['r']) * math.ceil(67 / large['r'])}"
-    )
-
-# %% [markdown]
-# (The counts of deformable attention include sampling and the bias, which formula (10) leaves out. Keys are those of a map of 50 x 67, which is an image
-# of 800 x 1066.) So on large images *shared keys with $r = 1$ cost more than dense attention does*, and four to five times as much as windows. The paper's own detectors suggest that they
-# were run, or at least counted, with fewer keys: DAT-T in Swin-T's place adds 5 G in its Table 3.
-
-# %%
+    products = f"{small['multiply_adds'] / 1e9:9.3f}{large['multiply_adds'] / 1e9:9.2f}"
+    print(f"{kind}, r = {small['r']:<{31 - len(kind) - 6}}{products}")
+print("added to RetinaNet by DAT-T in Swin-T's place, at 800 x 1280:")
 for row in counted["in_detectors"][:2]:
-    added = row["added"] / 1e9
-    print(f"r = {row['stride']}: counted {added:.1f} G more, the paper {row['paper_added_g']} G")
+    print(
+        f"  r = {row['stride']}: {row['added'] / 1e9:.1f} G; the paper's Table 3: {row['paper_added_g']} G"
+    )
 
 # %% [markdown]
-# The paper's complexity section promises as much ("by choosing a large downsampling factor $r$, the complexity will be further reduced"), but does not say which $r$ its detectors have.
+# (A map of 50 x 67 is that of an image of 800 x 1066.) So on large images *shared keys with $r = 1$ cost more than dense attention
+# does*, and four to five times as much as windows. The last lines suggest that the paper's own detectors were run, or at least
+# counted, with fewer keys. Its text says that a larger $r$ suits them, but not which they have.
 #
 # ## {{n}}.7 The backbone
 #
@@ -684,7 +665,7 @@ for name, expected in (
 # %% [markdown]
 # These are the paper's 29, 50 and 88 million. Beside their rivals, by the same count, at 224 x 224 and at a detector's size:
 
-# %%
+# %% tags=["hide-input"]
 rows = {(row["name"], row["size"][0]): row for row in counted["networks"]}
 print(f"{'':<12}{'parameters':>12}{'224 x 224':>12}{'800 x 1066':>12}   paper's top-1")
 for name, top1 in (
@@ -699,9 +680,10 @@ for name, top1 in (
     )
 
 # %% [markdown]
-# (Multiply-adds with sampling and bias. Without them DAT-T, -S and -B have 4.563, 8.959 and 15.721 G at 224 x 224, and these are what the paper's 4.6, 9.0 and 15.8 G are to be compared with. Accuracies on ImageNet are quoted from the
-# paper's Table 2; nothing of the kind was trained here.) At 224 x 224 a DAT costs 2 to 3 % more
-# than the Swin of its size. At 800 x 1066, with $r = 1$, it costs a third to a half more.
+# (Multiply-adds with sampling and bias. Without them DAT-T, -S and -B have 4.563, 8.959 and 15.721 G at 224 x 224, which
+# are to be compared with the paper's 4.6, 9.0 and 15.8 G. Accuracies on ImageNet are quoted from the paper's Table 2;
+# nothing of the kind was trained here.) At 224 x 224 a DAT costs 2 to 3 % more than the Swin of its size. At 800 x 1066,
+# with $r = 1$, it costs a third to a half more.
 #
 # **Any image size.** The authors' model takes 224 x 224 and nothing else: windows, masks and tables are made for it. Ours pads maps to whole windows and reads tables at parts of the map. The
 # small network shows it, on pictures that were resized:
@@ -715,7 +697,7 @@ for size in ((48, 48), (64, 40), (77, 131)):
 print("truth:", labels[:4].tolist())
 
 # %% [markdown]
-# It runs at all of them. That does not mean that it is as good: it was trained at 48 x 48, and other sizes make digits of other sizes.
+# It runs at all of them. That does not mean that it is as good: it was trained at 48 x 48, where digits have other sizes.
 #
 # **In a detector** it is one line: `backbone="dat_tiny"` in any model's configuration, or `model.backbone=dat_tiny` on the command line. The detector takes the maps of stages 2 to 4.
 
@@ -740,13 +722,10 @@ print(f"{sum(p.numel() for p in detector.parameters()):,} parameters")
 # After 300 steps these networks are right on about half of the test pictures (guessing would be right on a tenth). So the
 # comparison says how fast they learn, not how good they would become.
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_IGNORE_OUTPUT
-accuracy = {
-    name: final(name, "accuracy")
-    for (name, split, metric) in results
-    if (split, metric) == ("test", "accuracy")
-}
+tested = [name for name, *rest in results if rest == ["test", "accuracy"]]
+accuracy = {name: final(name, "accuracy") for name in tested}
 print(f"{'':<30}{'accuracy':<32}{'parameters':>11}{'M mult-adds':>12}{'CPU s':>7}")
 for name, values in accuracy.items():
     costs = (final(name, each, "train") for each in ("parameters", "multiply_adds", "cpu_seconds"))
@@ -762,15 +741,14 @@ draw.compared(accuracy, "DAT")
 # *Figure {{n}}.6. What to see: accuracy of each seed (dots) and the 95 % interval of their mean (bars). The dotted
 # line is DAT's mean.*
 #
-# The variants, from the top: dense attention in the place of shared keys; windows there, which makes a small Swin;
-# keys that stay on their grid ($s = 0$); no position bias in the layers with shared keys; neither offsets nor bias;
-# PVT's spatial reduction; shared keys in the first stage too; shared keys in the last stage only; and Deformable DETR's
-# attention, with four points per query and head.
+# "Windows only" is a small Swin; without offsets, keys stay on their grid ($s = 0$); without position bias, layers with shared keys have
+# none; "spatial reduction" is PVT's; "points of one's own" is Deformable DETR's attention, with four points per query
+# and head, in the place of shared keys.
 #
 # What may be *said* about them? `verdict` compares two groups of seeds, and claims an order only where the interval
 # of their difference leaves out zero. Beside it stands what the paper reports on ImageNet, one run per row:
 
-# %%
+# %% tags=["hide-input"]
 paper = {  # accuracy of DAT-T minus that of this row, Tables 6 and 7
     "windows only": 0.007,
     "no offsets": 0.003,
@@ -795,17 +773,10 @@ for name, values in accuracy.items():
 # places with other seeds. And it does not say how many keys the first stages had where they moved in all stages; here they
 # had one per pixel.
 #
-# One row has no counterpart in the paper's tables: **points of one's own**. It puts the left column of our first table into a backbone.
-# The paper writes that so few points are not enough there, "because of the unacceptable loss of information"
-# (section 3.2; its comparison is in an appendix that we do not have). Here:
-
-# %%
-own = accuracy.get("points of one's own", [])
-for other in ("DAT", "windows only", "dense attention"):
-    if min(len(own), len(accuracy.get(other, []))) > 1:
-        print(f"points of one's own, against {other}: {verdict(own, accuracy[other])}")
-
-# %% [markdown]
+# One row has no counterpart in the paper's tables: **points of one's own**, the left column of our first table. The paper
+# writes that so few points are not enough in a backbone, "because of the unacceptable loss of information" (section 3.2;
+# its comparison is in an appendix that we do not have). The last row says what we can say about it.
+#
 # ## {{n}}.9 What it looks at
 #
 # Where do the keys go, and which of them are used? `record_shared_keys` tells it for each layer: the places, and how
@@ -866,17 +837,15 @@ curves = {
     f"stage {stage}": results["DAT", "val", f"offset body.stage{stage}.blocks.1"]
     for stage in (3, 4)
 }
+for name, by_step in curves.items():
+    first, last = by_step[min(by_step)], by_step[max(by_step)]
+    print(f"{name}: {np.mean(first):.2f} at the start, {np.mean(last):.2f} at the end")
 draw.offsets_over_training(curves)
 
 # %% [markdown]
 # *Figure {{n}}.8. What to see: how far keys are from their grid, on average, in pixels of their map; one line per seed.
 # With random weights they are off their grid already, since nothing starts at zero here. (Deformable DETR's layer for
-# offsets starts with zero weights.) How much training adds is in the next lines.*
-
-# %%
-for name, by_step in curves.items():
-    first, last = by_step[min(by_step)], by_step[max(by_step)]
-    print(f"{name}: {np.mean(first):.2f} at the start, {np.mean(last):.2f} at the end")
+# offsets starts with zero weights.)*
 
 # %% [markdown]
 # ## Summary
