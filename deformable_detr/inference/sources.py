@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from deformable_detr.data.images import SUFFIXES, read_image
@@ -45,6 +45,8 @@ class Source:
             return read_image(Image.open(BytesIO(self.picture)))
         except Exception as error:  # decoders raise what they like
             given = f"{len(self.picture)} bytes"
+            if isinstance(error, UnidentifiedImageError):  # its text has an address in memory
+                error = "they begin as no picture does"
             raise ValueError(f"cannot read an image from {given}: {printable(error)}") from None
 
     def header(self) -> tuple[object, int]:
