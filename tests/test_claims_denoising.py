@@ -114,3 +114,20 @@ def test_the_tables_have_what_the_chapter_asks_of_them(name):
             if row["metric"] == metric and row["split"] == split
         }
         assert found.keys() == trials and all(0 <= value <= 1 for value in found.values())
+
+
+def test_the_less_stable_of_two_detectors_can_be_the_better_one():
+    """With refinement more digits change their query until the end, and AP is higher."""
+    with open(ROOT / "data" / "results" / "convergence.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["status"] == "done"]
+
+    def last(name, metric, split):
+        found = {}
+        for row in rows:
+            if (row["configuration"], row["metric"], row["split"]) == (name, metric, split):
+                found[row["seed"]] = float(row["value"])
+        return sum(found.values()) / len(found)
+
+    for metric, split in (("instability", "val"), ("ap", "test")):
+        plain, refined = (last(n, metric, split) for n in ("two maps", "two maps, refinement"))
+        assert refined > 1.5 * plain > 0
