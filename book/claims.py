@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CLAIMS, RESULTS = ROOT / "data" / "claims.toml", ROOT / "data" / "results"
 TRUE, CONDITION = "true", "true, with a condition"
 FALSE, UNTESTABLE = "false", "not testable here"
-VERDICTS = (TRUE, CONDITION, FALSE, UNTESTABLE)
+UNCONFIRMED = "not confirmed here"  # otherwise at a small scale, which refutes no larger one
+VERDICTS = (TRUE, CONDITION, FALSE, UNCONFIRMED, UNTESTABLE)
 MODULES = ("evidence_attention", "evidence_models", "evidence_published", "evidence_studies")
 MEASURED = "measured"  # instead of a verdict: a table that may grow decides it
 

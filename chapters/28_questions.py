@@ -147,7 +147,7 @@ for name, kinds in {
 # The official operator answers "Not implemented on the CPU"
 # ([166](https://github.com/fundamentalvision/Deformable-DETR/issues/166),
 # [130](https://github.com/fundamentalvision/Deformable-DETR/issues/130)). Nothing about the operation needs a GPU. In
-# plain PyTorch it is one `grid_sample` per level, and every number in this book was computed on a CPU. A detector with
+# plain PyTorch it is one `grid_sample` per level, and all that this book computes was computed on a CPU. A detector with
 # ResNet-50 takes seconds per image there ({{chapter making_it_fast}} has the figures), so training on COCO is not for a
 # laptop, but small data sets are.
 
@@ -158,7 +158,7 @@ for name, kinds in {
 #
 # Three formats meet. COCO files have x, y, width and height in pixels. Inside the model a box is cx, cy, w, h, divided by
 # the size of *its own* image, without the padding of the batch. Detections are x0, y0, x1, y1 in pixels of the original
-# image. Most boxes that "do not learn" are in the wrong one of these three. {{chapter pixels_to_boxes}}
+# image. If boxes do not learn, look first which of the three they are in. {{chapter pixels_to_boxes}}
 
 # %%
 x, y, w, h = 30.0, 40.0, 60.0, 20.0  # COCO: the corner, then the size
@@ -171,7 +171,7 @@ print("detection:   ", [round(n, 3) for n in pixels.tolist()])
 # %% [markdown]
 # ### Q6 `matrix contains invalid numeric entries`, or `assert (boxes1[:, 2:] >= boxes1[:, :2]).all()`
 #
-# Both messages have one cause: a NaN has reached the matcher
+# Both messages usually have one cause: a NaN has reached the matcher
 # ([transformers 42202](https://github.com/huggingface/transformers/issues/42202),
 # [DETR 101](https://github.com/facebookresearch/detr/issues/101)). Comparisons with NaN are false, so the assertion
 # fails, although no box is the wrong way round. The message comes from the last place that the NaN reaches, not
@@ -226,10 +226,10 @@ print("right edge of the box:", 0.5 + 0.4 / 2)
 #
 # ### Q9 The loss does not fall. What now?
 #
-# The most frequent question of all
+# Asked in many threads
 # ([DETR 460](https://github.com/facebookresearch/detr/issues/460),
-# [387](https://github.com/facebookresearch/detr/issues/387)), and the least answerable from afar. Ask three questions in
-# this order. `deformable-detr doctor DATA` asks them for you, in a minute or two, by learning one batch by heart.
+# [387](https://github.com/facebookresearch/detr/issues/387)), and hardly to be answered from afar. Ask three questions in this
+# order. `deformable-detr doctor DATA` asks them for you, in a minute or two, by learning one batch by heart.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "A flow chart of three questions. Is the loss finite? If not: a number in the data, half precision, or the rate. Does it fall on one batch? If not: learning rate, frozen parts, a missing gradient. Are classes and boxes right? If not: ids of classes or the format of boxes. After three times yes it is sound, and what is missing is more images, longer training, or pretrained weights."}}
 draw.where_to_look_first()
@@ -263,6 +263,7 @@ def train(spoil=lambda targets: targets, lr=2e-3, steps=60):
     return detector, losses
 
 
+# %%
 @torch.no_grad()
 def matched(detector):
     """Of matched queries: class error in per cent, and mean IoU of their boxes."""

@@ -19,6 +19,7 @@ SHADES = {
     "true": VALUE,
     "true, with a condition": POINT,
     "false": CUT,
+    "not confirmed here": LOSS,
     "not testable here": QUIET,
 }
 
@@ -46,7 +47,7 @@ def how_a_claim_is_judged() -> None:
 
 def verdicts(counts: dict[str, dict[str, int]]) -> None:
     """How many claims of each source got which verdict: {source: {verdict: number}}."""
-    _, axes = plt.subplots(figsize=(7, 2.7))
+    _, axes = plt.subplots(figsize=(7, 3.1))
     names = list(counts)[::-1]
     left = np.zeros(len(names))
     for verdict, colour in SHADES.items():
