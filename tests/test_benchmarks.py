@@ -209,3 +209,19 @@ def test_ratios_of_dat():
             "times_of_cpu": 0.75,
         }
     ]
+
+
+def test_stored_results_of_dats_layer():
+    """What the layer's docstring says that turns spare, and hardly cost."""
+    stored = json.loads((timing.RESULTS / "dat_cpu.json").read_text())
+    rows = stored["third_stages_layer_at_800_x_1066"]
+    ours, at_once, authors = (
+        next(r for r in rows if (r["mode"], r["model"]) == ("forward + backward", name))
+        for name in (dat.OURS, dat.AT_ONCE, dat.AUTHORS)
+    )
+    counted = [round(row["counted_mib"]) for row in (ours, at_once)]
+    text = " ".join(dat.DAttention.__doc__.split())
+    assert "{} MiB of tensors at most in place of {}.".format(*counted) in text
+    assert ours["measured_mib"] < at_once["measured_mib"] < authors["measured_mib"]
+    assert ours["cpu_median_ms"] < 1.2 * at_once["cpu_median_ms"]
+    assert stored["largest_difference"] < 1e-5
