@@ -29,7 +29,8 @@
 # put the two numbers into a table. Table 2 of the paper on Deformable DETR {cite}`zhu2021deformable` is of this kind.
 # It has one number per row, and no interval.
 #
-# We make such a table at the scale of our digits, and repeat every row. Then a second question comes before the first:
+# We make such a table at the scale of our digits, and repeat its rows with other seeds. Then a second question comes before the
+# first:
 # **which differences may one believe?** With that in hand we read our own table, and then the paper's.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "A filled block on the left, the base, with two maps, K = 4 and two stages. From it five arrows lead to rows of blocks. Maps: one map, three maps. Points per head and map: K = 1, K = 2, K = 8. Offsets: start at zero, start at random, learn x 0.1. Boxes: first boxes 0.05, first boxes 0.2. Decoder: shared heads, gradient through boxes."}}
@@ -385,8 +386,8 @@ check("what_matters.2", enough_seeds)
 # ## {{n}}.4 The detector, one change at a time
 #
 # Now the real table. `python experiments/ablations.py` trains the base and twelve changes for 300 steps each, with
-# several seeds, seed by seed. (At a minute and more per training it is not run here. This page shows what was finished
-# when it was made.) The base has the two coarser maps of our small backbone, two stages and refinement.
+# several seeds: first all rows with seed 0, then all with seed 1, and so on. (At a minute and more per training it is not run
+# here. This page shows what was finished when it was made. Rows without a second seed say so, and get no verdict.) The base has the two coarser maps of our small backbone, two stages and refinement.
 
 # %%
 study = json.loads(Path("../data/results/ablations.json").read_text())
