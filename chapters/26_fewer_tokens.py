@@ -491,8 +491,7 @@ for rho in RHOS:
 
 # %% [markdown]
 # A tenth of the updates still costs about a fifth. The reason is the values: every layer projects *all* tokens
-# by $W'$, because any of them may be read. (Below 1, the totals
-# agree with the paper's table to within 1 G.)
+# by $W'$, because any of them may be read. (Below 1, the totals agree with the paper's table to within 1 G.)
 #
 # And the clock? We time one layer of full width, for a picture of 400 × 533 pixels, and its parts: the
 # projection of values, and the operator itself, forward and backward. (The folded cell has the details.)
@@ -697,7 +696,8 @@ for name, options in {
     print(f"{name:24}{complexity(large, repeats=0).parts['encoder'] / 1e9:5.0f} G")
 
 # %% [markdown]
-# Half of the dense encoder's. The last line pays something back. What does it buy?
+# With blocks and small feed-forward parts the encoder costs less than half of the dense one. Key-aware weights
+# pay a little of that back. What do they buy?
 #
 # ## {{n}}.7 Weights that look at keys
 #
@@ -753,11 +753,11 @@ print("products of queries with samples, from the operator's backward pass")
 #
 # Does it matter that weights see keys? We make a task in which they must. A map has cells of random hues, and
 # each cell carries a message of four numbers. A query stands on a cell, is given a hue, and wants the message
-# of that one of the eight neighbours that has this hue. Both kinds of attention get the eight neighbours as
-# their points, fixed, and learn all the rest.
+# of that one of the eight neighbours that has this hue (the folded cell makes maps and queries). Both kinds of
+# attention get the eight neighbours as their points, fixed, and learn all the rest.
 
 
-# %%
+# %% tags=["hide-input"]
 AROUND = torch.tensor([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if (x, y) != (0, 0)])
 
 
@@ -881,7 +881,7 @@ check("fewer_tokens.3", key_aware_weights)
 # in the encoder. Sparse DETR has $\rho = 0.3$, Lite DETR one block, whose first layer leaves the fine tokens
 # alone. Their counterpart is Deformable DETR in two stages; that of Lite-DINO is DINO ({{chapter denoising}}).
 
-# %%
+# %% tags=["hide-input"]
 with Path("../data/results/members.csv").open() as file:
     table = list(csv.DictReader(file))
 
@@ -893,12 +893,13 @@ def values(name, metric, split="test", at="300"):
     return [float(row["value"]) for row in table if tuple(row[c] for c in columns) == wanted]
 
 
-def compare(ours, base, metric="ap"):
-    """What the seeds of both show."""
-    pair = [values(name, metric) for name in (ours, base)]
+def compare(ours, base, metric="ap", split="test", sign=1):
+    """What the seeds of both show; sign: -1 where less is better."""
+    pair = [[sign * value for value in values(name, metric, split)] for name in (ours, base)]
     return verdict(*pair) if min(map(len, pair)) > 1 else "too few trainings to say"
 
 
+# %%
 BASE = "Deformable DETR, two stages"
 PAIRS = {"Sparse DETR": BASE, "Lite DETR": BASE, "Lite-DINO": "DINO"}
 for name in (BASE, "DINO", *PAIRS):
@@ -927,6 +928,18 @@ for ours, base in PAIRS.items():
         means = [interval(values(name, f"ap_{size}")).mean for name in (ours, base)]
         print(f"{ours:12}{size:6}{means[0]:.3f} against {means[1]:.3f}: ", end="")
         print(compare(ours, base, f"ap_{size}"))
+
+# %% [markdown]
+# And do key-aware weights go to fewer samples, as in the task above? Here is over how many of its 8 samples a
+# token of the encoder's last layer spreads its weights (the exponential of their entropy; "better" means
+# fewer):
+
+# %%
+for ours, base in (("Lite DETR", BASE), ("Lite-DINO", "DINO")):
+    asked_for = "encoder_effective_keys", "val"
+    means = [interval(values(name, *asked_for)).mean for name in (ours, base)]
+    print(f"{ours:12}{means[0]:.1f} against {means[1]:.1f}: ", end="")
+    print(compare(ours, base, *asked_for, sign=-1))
 
 # %% [markdown]
 # Three hundred steps show who learns faster at the beginning, not who is better in the end. And two levels with
@@ -961,12 +974,14 @@ for ours, base in PAIRS.items():
 # - Key-aware weights compare the query with its samples. They answer what linear weights cannot; the products
 #   need no tensor of samples.
 #
-# > **Differs from the paper.** Sparse DETR's paper calls the target a map of the decoder's attention; where between tokens it lies is not
-# > said. Lite DETR's (A+1)xB is read as A layers per block, as the released models have it.
+# > **Differs from the paper.** Sparse DETR's paper calls the target a map of the decoder's attention; where
+# > between tokens it lies is not said. Lite DETR's (A+1)xB is read as A layers per block, as the released models
+# > have it.
 # >
-# > **Differs from the official code.** Sparse DETR's target is drawn half a cell to the right and below there, and padding has a part in the scores'
-# > mean; both are options here (`half_cell`, `scored_padding`). Lite DETR's code runs only if an option is set that no
-# > configuration has (`key_aware`), and builds the tensor of all samples.
+# > **Differs from the official code.** Sparse DETR's target is drawn half a cell to the right and below there,
+# > and padding has a part in the mean of the scorer; both are options here (`half_cell`, `scored_padding`). Lite
+# > DETR's code runs only if an option is set that no configuration has (`key_aware`), and builds the tensor of all
+# > samples.
 #
 # ## Further reading
 #
