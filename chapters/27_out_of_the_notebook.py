@@ -238,8 +238,8 @@ frozen()
 class Asks(nn.Module):
     def forward(self, features, references, offsets):
         H, W = (int(n) for n in features.shape[-2:])  # numbers, no names
-        size = torch.tensor([W, H])
-        return F.grid_sample(features, (references + offsets / size)[:, :, None])[..., 0]
+        grid = 2 * (references + offsets / torch.tensor([W, H]))[:, :, None] - 1
+        return F.grid_sample(features, grid, align_corners=False)[..., 0]
 
 
 try:

@@ -138,8 +138,9 @@ def test_pixels_and_bytes_are_pictures(finder, given, count):
         (AS_TENSOR.long(), "got int64 and"),
         (b"", "cannot read an image from 0 bytes"),
         (as_bytes()[:60], "cannot read an image from 60 bytes"),
+        (b"text", "cannot read an image from 4 bytes: they begin as no picture does$"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_other_pixels_are_refused_in_one_line(finder, given, message):
     with pytest.raises(ValueError, match=message) as refused:
