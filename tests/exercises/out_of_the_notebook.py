@@ -48,7 +48,7 @@ def check_cell_centres(cell_centres):
     expect(trace(large), _centres(large), "is there an int(), a linspace or a torch.tensor?")
     yield "exported for any size"
     free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    program = torch.export.export(_Module(cell_centres), (small,), dynamic_shapes=(((free,)),))
+    program = torch.export.export(_Module(cell_centres), (small,), dynamic_shapes=(free,))
     expect(program.module()(large), _centres(large))
 
 
