@@ -1,11 +1,13 @@
-"""A class for every pixel: the small ResNet against a small DAT, under Semantic FPN and UPerNet.
+"""Ink or none, for every pixel: a small ResNet against a small DAT, with Semantic FPN and UPerNet.
 
     python data/make_digits.py --masks         # once
-    python experiments/segmentation.py         # about six minutes of a core
+    python experiments/segmentation.py         # about three minutes of a core
 
 Both backbones start from random weights, cost about as many multiply-adds, and see the same images
-in the same order. mIoU, by scikit-learn: for each of eleven classes, ten digits and what none
-covers, the pixels that prediction and mask share over those that one of them has; their mean.
+in the same order. Which digit it is they cannot learn in so short a time (a first trial, with
+eleven classes and 320 steps, came to an IoU of 0.02 on the digits), so there are two classes: ink,
+and none. mIoU, by scikit-learn: of each class, the pixels that prediction and mask share over
+those that one of them has; their mean.
 """
 
 import time
@@ -32,8 +34,9 @@ from deformable_detr.models.upernet import UPerNet
 from deformable_detr.structures import Batch
 
 SIDE = 128  # pixels of a scene
-CLASSES = 11  # the digits, and 0 for what none covers
-ON_THE_WAY, AT_THE_END = 100, 300  # images of val, and of test
+DIGITS = 11  # classes of the masks: 0 for what no digit covers, and ten
+CLASSES = 2  # that are learned: 0, and all others as one
+ON_THE_WAY, AT_THE_END = 50, 200  # images of val, and of test
 # as DAT-T, which has windows in two stages and moved keys in two, with fewer blocks and channels
 DAT_CONFIG = DATConfig(
     embed_dim=24,
@@ -60,7 +63,7 @@ class Segmenter:
 
     backbone: str
     head: str
-    steps: int = 320
+    steps: int = 120
     batch_size: int = 8
     rate: float = 2e-3
     evaluations: int = 2
@@ -88,7 +91,7 @@ def split(name: str) -> MaskDataset:
     masks = DATA / "masks" / name
     if not masks.exists():
         raise FileNotFoundError(f"no {masks}: run `python data/make_digits.py --masks`")
-    return MaskDataset(DATA / name, masks, CLASSES)
+    return MaskDataset(DATA / name, masks, DIGITS)
 
 
 def batches(segmenter: Segmenter, seed: int) -> DataLoader:
@@ -108,7 +111,7 @@ def train(segmenter: Segmenter, seed: int, folder: Path) -> list[dict]:
         optimiser, segmenter.rate, total_steps=segmenter.steps, pct_start=0.1
     )
     for step, (images, masks) in enumerate(batches(segmenter, seed), 1):
-        loss = F.cross_entropy(model(images), masks)
+        loss = F.cross_entropy(model(images), masks.clamp(max=1))
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -130,32 +133,32 @@ def train(segmenter: Segmenter, seed: int, folder: Path) -> list[dict]:
 
 @torch.no_grad()
 def measure(model: nn.Module, name: str, step: int, images: int) -> list[dict]:
-    """mIoU on the first images of a split, of all classes and of the digits alone."""
+    """mIoU on the first images of a split, and the IoU of the ink alone."""
     data = split(name)
     data.names = data.names[:images]
     given, found = [], []
     with evaluating(model):
         for pictures, masks in DataLoader(data, 50):
-            given.append(masks.flatten())
+            given.append(masks.clamp(max=1).flatten())
             found.append(model(pictures).argmax(1).flatten())
     each = jaccard_score(
         torch.cat(given), torch.cat(found), labels=range(CLASSES), average=None, zero_division=0.0
     )
     return [
         row(name, step, "miou", float(each.mean())),
-        row(name, step, "miou_of_digits", float(each[1:].mean())),
+        row(name, step, "iou_of_ink", float(each[1])),
     ]
 
 
 STUDY = Study(
     name="segmentation",
-    question="mIoU of the digits' ink after 320 steps from random weights, by backbone and head",
+    question="mIoU of ink and none after 120 steps from random weights, by backbone and head",
     configurations={
         f"{backbone}, {head}": Segmenter(backbone, head) for head in HEADS for backbone in BACKBONES
     },
     seeds=(0, 1),
     trial=train,
-    usual=45,
+    usual=22,
     headline=("test", "miou"),
     data=DATA,
 )

@@ -395,7 +395,7 @@ def test_segmenters_learn_from_the_same_images(study, monkeypatch, tmp_path):
     assert len(one) == 30
     rows = segmentation.train(resnet, 0, tmp_path)
     values = {(row["split"], row["metric"]): row["value"] for row in rows}
-    assert values["test", "miou"] > 1.8 / 11  # of eleven classes, two are there
+    assert values["test", "miou"] > 0.8
     losses = [row["value"] for row in rows if row["metric"] == "loss"]
     assert len(losses) == 2 and losses[1] < losses[0]
     shutil.rmtree(tmp_path / "masks")
