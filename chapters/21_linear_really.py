@@ -61,7 +61,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deformable_detr import ms_deform_attn
 from deformable_detr.evaluation.complexity import LiveTensors, count
-from deformable_detr.evaluation.intervals import interval
 from deformable_detr.exercises import check
 from deformable_detr.layers.attention import MSDeformAttn
 from deformable_detr.layers.dense_attention import DenseAttention
@@ -170,7 +169,7 @@ print(f"deformable, four levels: {per_token(0, levels=4)['deformable']:,}")
 # %%
 for levels in (1, 2, 4):
     small = (5 + 3 * M) * levels * K
-    print(f"{levels} levels: 5LK + 3MLK = {small}, which is {small / C:.2f} C")
+    print(f"{levels} level{'s' * (levels > 1)}: 5LK + 3MLK = {small}, which is {small / C:.2f} C")
 assert (5 + 3 * M) * 1 * K < C < (5 + 3 * M) * 4 * K
 
 # %% [markdown]
@@ -230,8 +229,9 @@ for stride in (32, 16, 8):
     print(f"stride {stride:2}: {tokens:6,} tokens, pairs cost {tokens / bend:.2f} of the rest")
 
 # %% [markdown]
-# So in DETR as it is the quadratic term is a third of the rest, and replacing it saves little. It becomes the bill
-# itself only at the finer strides that small objects need. This is what the sentence about linear cost is for.
+# So in DETR as it is, at stride 32, the pairs cost a third of the rest, and replacing them saves little. Only at the
+# finer strides that small objects need do they become the largest item of the bill. This is where a linear cost
+# matters.
 #
 # ## {{n}}.2 By instrument
 #
@@ -427,8 +427,8 @@ check("linear_really.2", Traffic)
 # ## {{n}}.4 By the clock
 #
 # Now the answer that one waits for. We time one call on one core. A time is the least of several runs, because
-# everything that disturbs a run makes it longer and nothing makes it shorter; and it is the seconds that *this*
-# process had the core, which other programs do not inflate.
+# everything that disturbs a run makes it longer and nothing makes it shorter. We count the seconds for which *this*
+# process had the core, so other programs hardly matter.
 
 
 # %%
@@ -457,7 +457,7 @@ for side, times in live_times.items():
 # (Your numbers are those of your processor. Those on this page are the ones of the machine that made it.)
 #
 # For larger sizes, and for whole encoders of six layers with their feed-forward networks, we read what
-# `python experiments/clock.py` measured in the same way, three times. This is a measurement on **one** machine:
+# `python experiments/clock.py` measured in the same way, again and again in new processes. This is a measurement on **one** machine:
 
 # %%
 about = json.loads(Path("../data/results/clock.json").read_text())
@@ -476,12 +476,12 @@ def runs_of(name):
 alone = {name: runs_of(name) for name in draw.COLOURS}
 encoders = {name: runs_of(f"{name}, encoder") for name in KINDS}
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels of microseconds per token against tokens on logarithmic axes, three lines per kind. Left, one attention layer: dense attention rises, and rises more steeply when its weights are kept; windowed and deformable attention fall at first and then stay level. Dense attention is the lowest at 64 tokens and by far the highest of the four at 20,736. Right, encoders of six layers: the same shape, with the curves closer together at small sizes."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels of microseconds per token against tokens on logarithmic axes, one line per kind and repeat. Left, one attention layer: dense attention rises, and rises more steeply when its weights are kept; windowed and deformable attention fall at first and then stay level. Dense attention is the lowest at 64 tokens and by far the highest of the four at 20,736. Right, encoders of six layers: the same shape, with the curves closer together at small sizes."}}
 draw.clocked({"one attention layer": alone, "encoder of six layers": encoders})
 
 # %% [markdown]
 # *Figure {{n}}.3. What to see: time **per token**. A linear cost is a level line, a quadratic one rises. Each curve is
-# drawn three times, for three repeats. At the left end all curves of linear attention are high: a call has a price
+# drawn once per repeat. At the left end all curves of linear attention are high: a call has a price
 # even when there is hardly anything to do.*
 #
 # Where do dense and deformable attention cross? Between two measured sizes we interpolate on logarithmic axes.
@@ -503,13 +503,17 @@ def crossings(theirs, ours):
     return [crossing(a, b) for a, b in zip(theirs, ours, strict=False)]
 
 
+def summary(values, digits):
+    """The mean of the repeats, and from where to where they go."""
+    low, high = (f"{end:.{digits}f}" for end in (min(values), max(values)))
+    return f"{np.mean(values):.{digits}f} ({len(values)} repeats: {low} to {high})"
+
+
+print("quicker than dense from so many tokens on:")
 for name in ("deformable", "deformable of 4 levels", "deformable, plain PyTorch"):
-    found = interval(crossings(alone["dense"], alone[name]))
-    print(f"{name:26} quicker than dense from {found.mean:5.0f} tokens on", end=" ")
-    print(f"({found.low:.0f} to {found.high:.0f})")
+    print(f"one layer, {name}:", summary(crossings(alone["dense"], alone[name]), 0))
 for name in ("deformable", "deformable of 4 levels"):
-    found = interval(crossings(encoders["dense"], encoders[name]))
-    print(f"{name + ', encoder':26} quicker than dense from {found.mean:5.0f} tokens on")
+    print(f"encoder, {name}:", summary(crossings(encoders["dense"], encoders[name]), 0))
 
 # %% [markdown]
 # There *is* a crossing by the clock, although there is none by count, and it moves with the implementation: written
@@ -594,8 +598,8 @@ for side in (32, 128):
 
 # %% [markdown]
 # On the processor that made this page, disorder costs something, but much less than the factor between samples and
-# matrix products: its caches are large, and both maps fit into them. So here the second suspect did most of it:
-# **constant factors**. The paper itself names the first one ("unordered memory access") as the price on the
+# matrix products (both maps fit into its caches). So here the second suspect did most of it, together with the
+# steps that no count mentions: **constant factors**. The paper itself names the first suspect ("unordered memory access") as the price on the
 # GPUs of its time. This chapter has not measured a GPU.
 #
 # Published figures show the same gap between counting and waiting. On COCO the official README reports 173 billion
@@ -608,18 +612,14 @@ for side in (32, 128):
 # processor better. Are they quicker?
 
 # %%
+print("windows take so many times the time per token of")
 for name in ("deformable", "deformable of 4 levels"):
     for title, group in (("one layer", alone), ("encoder", encoders)):
         ratios = []
         for (tokens, theirs), ours in zip(group["windowed"], group[name], strict=False):
-            fine = tokens >= 1024
-            theirs, mine = theirs / tokens, np.interp(tokens, ours[0], ours[1] / ours[0])
-            ratios.append(float(np.exp(np.log(theirs / mine)[fine].mean())))
-        found = interval(ratios)
-        print(
-            f"{title:9}: windows take {found.mean:.2f} times the time per token of {name}", end=" "
-        )
-        print(f"({found.low:.2f} to {found.high:.2f})")
+            ratio = theirs / tokens / np.interp(tokens, ours[0], ours[1] / ours[0])
+            ratios.append(float(np.exp(np.log(ratio[tokens >= 1024]).mean())))
+        print(f"{title}, {name}:", summary(ratios, 2))
 
 # %% [markdown]
 # Read it per token: a ratio above 1 says that deformable attention is quicker, and one below 1 that windows are.
