@@ -457,7 +457,7 @@ for side, times in live_times.items():
 # (Your numbers are those of your processor. Those on this page are the ones of the machine that made it.)
 #
 # For larger sizes, and for whole encoders of six layers with their feed-forward networks, we read what
-# `python experiments/clock.py` measured in the same way, again and again in new processes. This is a measurement on **one** machine:
+# `python experiments/clock.py` measured in the same way, more than once, each time in a new process. This is a measurement on **one** machine:
 
 # %%
 about = json.loads(Path("../data/results/clock.json").read_text())
@@ -476,7 +476,7 @@ def runs_of(name):
 alone = {name: runs_of(name) for name in draw.COLOURS}
 encoders = {name: runs_of(f"{name}, encoder") for name in KINDS}
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels of microseconds per token against tokens on logarithmic axes, one line per kind and repeat. Left, one attention layer: dense attention rises, and rises more steeply when its weights are kept; windowed and deformable attention fall at first and then stay level. Dense attention is the lowest at 64 tokens and by far the highest of the four at 20,736. Right, encoders of six layers: the same shape, with the curves closer together at small sizes."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels of microseconds per token against tokens on logarithmic axes, one line per kind and repeat. Left, one attention layer: dense attention rises, and rises more steeply when its weights are kept; windowed and deformable attention fall at first and then stay level. Dense attention is among the lowest at 64 tokens and by far the highest at 20,736. Right, encoders of six layers: the same shape, with the curves closer together at small sizes."}}
 draw.clocked({"one attention layer": alone, "encoder of six layers": encoders})
 
 # %% [markdown]
@@ -518,7 +518,7 @@ for name in ("deformable", "deformable of 4 levels"):
 # %% [markdown]
 # There *is* a crossing by the clock, although there is none by count, and it moves with the implementation: written
 # in plain PyTorch the same operation, with the same count, needs more tokens to win. (The dense side in this
-# comparison is PyTorch's fused one, so it is not a straw man. With its weights kept it would lose much sooner.)
+# comparison is PyTorch's fused one, so it is not a straw man. With its weights kept it would lose sooner.)
 #
 # And at the other end:
 
