@@ -76,6 +76,8 @@ from deformable_detr.weights.ours import load_model
 plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)
 torch.set_num_threads(1)
+
+# %% tags=["hide-input"]
 samples = Path("../data/samples")
 dataset = CocoDataset(samples, samples / "annotations.json", digits_eval_transform())
 model, categories = load_model("../data/checkpoints/digits.safetensors")
