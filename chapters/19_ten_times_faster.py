@@ -269,7 +269,7 @@ for before, name in itertools.pairwise(names):
 #
 # ## Exercise {{n}}.2  Steps to reach
 #
-# *difficulty ●●○ · 15 minutes · 8 lines*
+# *difficulty ●●○ · 15 minutes · 7 lines*
 #
 # `steps` and `values` are the evaluations of one training, in order. Before them the training was at step 0 with a
 # value of 0. Return the first step, by linear interpolation, at which the curve reaches `target`, which is above 0;
