@@ -185,7 +185,7 @@ draw.read_maps(read[9], shapes)
 #
 # ## Exercise {{n}}.1  The target
 #
-# *difficulty ●●○ · 15 minutes · 5 lines*
+# *difficulty ●●○ · 15 minutes · 6 lines*
 #
 # Pictures in a batch may have padding, which is `absent`. A picture with $n$ tokens that are not padding keeps
 # $\lfloor n\rho \rfloor + 1$ of them, but not more than $n$.
@@ -655,8 +655,8 @@ check("fewer_tokens.2", updates)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# `i % block == 0` puts the update of all tokens at a block's beginning. With several fine levels, the coarse
-# tokens are `sizes[fine_levels:]`. And the last layer is always whole.
+# A block ends where `(i + 1) % block == 0`. With `i % block == 0` and the rule for the last layer, one layer too
+# many is whole. With several fine levels, the coarse tokens are `sizes[fine_levels:]`.
 #
 # </details>
 #

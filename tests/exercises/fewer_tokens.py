@@ -40,9 +40,9 @@ def check_target(target):
     expect(target(read, absent, 1.0), (~absent).float(), "not more than there are")
 
 
-def _updates(sizes, layers, block, fine_levels, first=False, last=True, ends=1, one_fine=False):
+def _updates(sizes, layers, block, fine_levels, first=False, last=True, one_fine=False):
     everyone, coarse = sum(sizes), sum(sizes[1 if one_fine else fine_levels :])
-    start = 0 if first else ends
+    start = 0 if first else 1
     whole = [(i + start) % block == 0 or (last and i + 1 == layers) for i in range(layers)]
     return sum(everyone if w else coarse for w in whole) / (layers * everyone)
 
@@ -114,7 +114,7 @@ WRONG = {
         ("a threshold in place of a number", lambda r, a, rho: _target(r, a, rho, relative=True)),
     ],
     "fewer_tokens.2": [
-        ("the first layer of a block", lambda *a: _updates(*a, first=True, last=False)),
+        ("the first layer of a block, and the last of all", lambda *a: _updates(*a, first=True)),
         ("a last layer that is not whole", lambda *a: _updates(*a, last=False)),
         ("always one fine level", lambda *a: _updates(*a, one_fine=True)),
         ("the number of updates", lambda s, n, *a: _updates(s, n, *a) * n * sum(s)),
