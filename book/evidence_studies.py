@@ -136,7 +136,7 @@ def decoder_looks_at_the_whole_object() -> Finding:
 def ten_times_fewer_images() -> Finding:
     """How soon the mean over seeds reaches the best one of the dense detector, on the same map."""
     ours = mean_curve("detr", "one map")
-    rivals = [mean_curve("detr", name) for name in ("DETR", "DETR, 0.0002")]
+    rivals = [mean_curve("detr", name) for name in ("DETR", "DETR, 0.0005")]
     theirs = max(rivals, key=lambda curve: max(curve.values(), default=-1.0))
     if not ours or not theirs:
         return Finding("too few trainings yet", UNTESTABLE)
