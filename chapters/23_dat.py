@@ -152,7 +152,7 @@ def dense_scores(model, images, stage):
 scores = {stage: dense_scores(dense, images, stage) for stage in (3, 4)}
 print({stage: tuple(x.shape) for stage, x in scores.items()})
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "A picture of one digit, and beside it two rows of five maps in shades of green: the attention of five queries, each marked by a blue cross. Above, maps of 6 by 6 cells, which differ from query to query. Below, maps of 3 by 3 cells, which are nearly the same for all five."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A picture of one digit, and beside it two rows of five maps in shades of green: the attention of five queries, each marked by a blue cross. Above, maps of 6 by 6 cells, which differ from query to query. Below, maps of 3 by 3 cells; all five look most at the middle column."}}
 draw.alike(
     pictures[2],
     {f"stage {stage}": x[2].softmax(-1).mean(0).numpy() for stage, x in scores.items()},
@@ -160,7 +160,8 @@ draw.alike(
 
 # %% [markdown]
 # *Figure {{n}}.2. What to see: one picture, and where five of its queries (blue crosses) look, on average over the
-# heads; darker is more. In stage 3 the maps differ from query to query; in stage 4 they are nearly the same.*
+# heads; darker is more. In stage 3 the maps differ from query to query. In stage 4 all five
+# look most at the same column.*
 #
 # Looking at one picture is not measuring. A fair measure takes the scores of one head and removes from each
 # query its mean, which the softmax ignores. What is left varies over the keys. If all queries attend alike, it is
@@ -198,10 +199,10 @@ for name, model in (("random weights", untrained), ("trained", dense)):
 assert parts[0] < 0.2 and parts[1] > 0.5
 
 # %% [markdown]
-# With random weights more than half is shared in both stages. Training has changed this. In stage 3 hardly anything is
-# shared any more: each query has preferences of its own. In stage 4 two thirds are shared.
+# With random weights more than half is shared in both stages. Training has changed this network in two ways: in stage 3
+# hardly anything is shared any more, so each query has preferences of its own; in stage 4 two thirds are shared.
 #
-# That was one seed. The study has measured all of its seeds, on other pictures (those of its validation set):
+# But that is one seed. The study has measured all of its seeds, on other pictures (those of its validation set):
 
 
 # %% tags=["hide-input"]
@@ -228,17 +229,21 @@ def final(name, metric, split="test"):
 for stage in (3, 4):
     for metric in ("shared", "cosine", "keys"):
         values = final("dense attention", f"{metric} body.stage{stage}.blocks.1", "val")
-        print(f"stage {stage}, {metric:>6}: {interval(values)}")
+        spread = f"from {min(values):.2f} to {max(values):.2f}"
+        print(
+            f"stage {stage}, {metric:>6}: mean {np.mean(values):.2f}, {spread}, {len(values)} seeds"
+        )
 
 # %% [markdown]
-# Here `shared` is the measure from above, with its 95 % interval over the seeds. `cosine` is the mean cosine of
-# two queries' attention maps, which is what others report; `keys` is the effective number of keys,
-# $e^{\text{entropy}}$, that share a query's attention. The cosine is high in both stages and hardly tells them
-# apart. The reason is that the maps of stage 3 are nearly uniform, and such maps always point in nearly the same
-# direction. That is why we measure scores.
+# Here `shared` is the measure from above. `cosine` is the mean cosine of two queries' attention maps, which is what others
+# report; `keys` is the effective number of keys, $e^{\text{entropy}}$, that share a query's attention. The cosine is
+# high in both stages and hardly tells them apart. The reason is that the maps of stage 3 are nearly uniform, and such maps
+# always point in nearly the same direction. That is why we measure scores.
 #
-# So the paper's premise is half right here. In the last stage queries do attend alike. In the stage before they
-# do not, and DAT shares keys in both. (It is a small network on an easy task; the studies above measured large ones.)
+# So the paper's premise is half right here. In the last stage queries do attend alike, with every seed. In the stage before,
+# it depends on the seed: of two networks that are equally good, one may share nearly half of its scores and the other hardly any.
+# DAT shares keys in both stages. (These are small networks on an easy task; the studies above measured large ones.)
+#
 # But look at what DAT shares: only *where the keys are*. Each query still weighs them for itself, so it does not have
 # to attend as the others do. It only has to find what it wants among the same places.
 #
@@ -723,7 +728,6 @@ print(f"{sum(p.numel() for p in detector.parameters()):,} parameters")
 # comparison says how fast they learn, not how good they would become.
 
 # %% tags=["hide-input"]
-# NBVAL_IGNORE_OUTPUT
 tested = [name for name, *rest in results if rest == ["test", "accuracy"]]
 accuracy = {name: final(name, "accuracy") for name in tested}
 print(f"{'':<30}{'accuracy':<32}{'parameters':>11}{'M mult-adds':>12}{'CPU s':>7}")
@@ -823,12 +827,23 @@ for group in range(2):
     print(f"attention on them: {attended:.2f}")
 
 # %% [markdown]
-# The places have hardly changed anything: as many keys stand on ink after moving as before. The **attention** has found the
-# digit: it falls on ink about twice as often as the keys do. In this network it is the weights that look at the
-# foreground, not the places.
-#
-# This is one small network, whose offsets may reach one cell, about the width of a stroke. But it shows how to read such figures: a large
-# disc in the foreground says that a key there is *used*, not that it *moved* there. To say that, one has to compare with the grid.
+# The **attention** has found the digit: it falls on ink about twice as often as the keys do. The places have hardly changed
+# anything: about as many keys stand on ink after moving as before. So in this network it is the weights that look at the foreground.
+# Over all seeds, and beside the networks whose keys cannot move:
+
+# %% tags=["hide-input"]
+for name in ("DAT", "no offsets"):
+    parts = (
+        final(name, m, "val") for m in ("unmoved keys on ink", "keys on ink", "attention on ink")
+    )
+    before, after, attended = (f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in parts)
+    print(f"{name:<11} before {before}, after {after}, attention {attended}")
+pair = (final(name, "attention on ink", "val") for name in ("DAT", "no offsets"))
+print("attention on ink, DAT against no offsets, as if more were better:", verdict(*pair))
+
+# %% [markdown]
+# This shows how to read such figures: a large disc in the foreground says that a key there is *used*, not that it *moved* there. To say
+# that, one has to compare with the grid.
 #
 # Last, do the offsets grow in training?
 
@@ -852,13 +867,13 @@ draw.offsets_over_training(curves)
 #
 # - Two operations share a name. Deformable DETR: private points, weighed by a linear layer, no keys. DAT: shared keys at
 #   moved places, weighed by dot products.
-# - Its reason is that queries attend alike. In a small dense model they do so in the last stage, and not in the one
-#   before.
+# - Its reason is that queries attend alike. In a small dense model they do so in the last stage; in the one before, it
+#   depends on the seed.
 # - A small network moves a grid of keys by at most $s/2$ cells, and a table of position bias is read between its cells.
 # - With $r = 1$, as released, it costs what dense attention costs and a little more. The offset network of the paper's example
 #   takes 0.63 %, not 6 %.
-# - What the parts gain in the paper is too little for our small study to see. In its network the attention finds the
-#   digits; the places of the keys do not.
+# - What the parts gain in the paper is too little for our small study to see. In its networks it is the attention that
+#   finds the digits, much more than the places of the keys.
 #
 # > **Differs from the paper.** The example after formula (10) is ten times too large. A norm follows the depthwise convolution, which has 3 x 3 in stage 4. The grid spans $(i + 0.5)/H$ of the way between the outer pixels' centres, not corner to corner, and keys move by $s/2$ cells. $r$ is 1 in all released
 # > models; the text's example has 2. Queries come from a layer with a bias.

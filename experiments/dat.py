@@ -30,6 +30,7 @@ from deformable_detr.evaluation.complexity import count
 from deformable_detr.files import write_atomically, write_json
 from deformable_detr.layers.dat_attention import DAttention
 from deformable_detr.layers.spatial_reduction import SpatialReductionAttention
+from deformable_detr.look.shared_keys import record_shared_keys
 from deformable_detr.provenance import provenance
 
 SIDE = 48  # pixels; maps of 12, 6 and 3
@@ -154,6 +155,12 @@ def load_pictures(split: str) -> tuple[Tensor, Tensor]:
         return pictures, torch.from_numpy(kept["labels"])
 
 
+def load_ink(split: str) -> Tensor:
+    """Where the ink of a split's pictures is, (N, SIDE, SIDE) bool; after `load_pictures`."""
+    with np.load(RUNS / f"glyphs-{split}-{SIDE}-{PICTURES[split]}.npz") as kept:
+        return torch.from_numpy(kept["ink"])
+
+
 def save_pictures(path: Path, split: str, count: int) -> None:
     """The first pictures of a split, their labels and ink, as npz."""
     made = [draw_picture(index, split) for index in range(count)]
@@ -193,7 +200,8 @@ def train_network(network: Network, seed: int, folder: Path) -> list[Row]:
         "cpu_seconds": round(spent, 1),
     }
     rows += [row("train", STEPS, name, value) for name, value in values.items()]
-    rows += [row("val", STEPS, name, x) for name, x in alike(model, splits["val"][0]).items()]
+    found = alike(model, splits["val"][0]) | foreground(model, splits["val"][0], load_ink("val"))
+    rows += [row("val", STEPS, name, x) for name, x in found.items()]
     save_file(model.state_dict(), folder / "weights.safetensors")
     if seed == 0 and network in KEPT:
         keep(model, KEPT[network], round(accuracy, 4))
@@ -302,6 +310,33 @@ def length_of(places: nn.Module, query: Tensor, moved: Tensor) -> float:
     places.offset_range = kept
     size = torch.tensor([query.shape[2] - 1, query.shape[1] - 1])
     return ((moved - grid) * size).norm(dim=-1).mean().item()
+
+
+def foreground(model: DAT, pictures: Tensor, ink: Tensor) -> dict[str, float]:
+    """Of stage 3, where its keys are shared: the part of them that stands on ink, before and after
+    they move, and the part of the attention that falls on those, of all groups together."""
+    name = "body.stage3.blocks.1.attention"
+    if name not in moved_keys(model):
+        return {}
+    layer = moved_keys(model)[name]
+    looked = record_shared_keys(model.eval(), normalised(pictures))[name]
+    kept, layer.places.offset_range = layer.places.offset_range, 0.0
+    still = record_shared_keys(model, normalised(pictures))[name]
+    layer.places.offset_range = kept
+    groups = looked.places.shape[1]
+    attention = looked.attention.unflatten(1, (groups, -1)).mean(2)  # (B, G, N)
+    moved = on_ink(looked.places, ink)
+    return {
+        "unmoved keys on ink": on_ink(still.places, ink).mean().item(),
+        "keys on ink": moved.mean().item(),
+        "attention on ink": (attention * moved).sum(-1).mean().item(),
+    }
+
+
+def on_ink(places: Tensor, ink: Tensor) -> Tensor:
+    """Whether places (B, G, N, 2) lie on ink (B, SIDE, SIDE): (B, G, N), 0 or 1."""
+    x, y = (places * SIDE).long().clamp(0, SIDE - 1).unbind(-1)
+    return ink[torch.arange(len(ink))[:, None, None], y, x].float()
 
 
 # How much queries attend alike

@@ -144,11 +144,24 @@ def test_the_study_is_too_small_for_effects_of_the_papers_size(study):
         assert between.high - between.low > 4 * PAPER[name], name
 
 
-def test_queries_attend_alike_in_the_last_stage_and_not_before(study):
-    assert max(study["dense attention", "val", "shared body.stage3.blocks.1"]) < 0.25
-    assert min(study["dense attention", "val", "shared body.stage4.blocks.1"]) > 0.5
+def test_queries_attend_alike_in_the_last_stage_and_by_chance_before(study):
+    shared = {s: study["dense attention", "val", f"shared body.stage{s}.blocks.1"] for s in (3, 4)}
+    assert min(shared[4]) > 0.5
+    assert min(shared[3]) < 0.15
+    if len(shared[3]) > 1:
+        assert max(shared[3]) > 0.4
+        assert np.ptp(study["dense attention", "test", "accuracy"]) < 0.1
     for stage in (3, 4):
         assert min(study["dense attention", "val", f"cosine body.stage{stage}.blocks.1"]) > 0.7
+
+
+def test_attention_finds_the_digits_more_than_places_do(study):
+    unmoved, moved, attended = (
+        study["DAT", "val", name]
+        for name in ("unmoved keys on ink", "keys on ink", "attention on ink")
+    )
+    for each in zip(unmoved, moved, attended, strict=True):
+        assert abs(each[1] / each[0] - 1) < 0.3 and each[2] / each[1] > 1.6
 
 
 # The kept networks
