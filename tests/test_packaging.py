@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 OWN = {"deformable_detr", "tests", "chapters", "build", "conf", "make_digits", "readme"}
-OWN |= {"rendering", "schematics"}
+OWN |= {"rendering", "schematics"} | {path.stem for path in (ROOT / "book").glob("*.py")}
 OWN |= {"benchmarks", "MultiScaleDeformableAttention"}  # scripts; a name that we install
 OWN |= {path.stem for path in (ROOT / "experiments").glob("*.py")}
 
