@@ -125,5 +125,9 @@ def test_at_equal_steps_and_rates_dense_attentions_matches_are_less_steady(rate,
 def test_matches_settle_and_attention_narrows_without_a_detector():
     """In at least one training of dense attention to the end of its 12,000 steps."""
     metrics = ("instability", "decoder_effective_keys", "object_ap")
-    ends = zip(*(values("detr", "DETR", metric, at=12_000) for metric in metrics), strict=True)
+    ends = [
+        each
+        for name in ("DETR", "DETR, 0.0005")
+        for each in zip(*(values("detr", name, m, at=12_000) for m in metrics), strict=True)
+    ]
     assert any(changed < 0.15 and keys < 30 and ap < 0.02 for changed, keys, ap in ends)
