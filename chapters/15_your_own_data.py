@@ -676,6 +676,7 @@ def pairs_of(remedy, split, metric):
     return scale * np.array([(before[seed], after[seed]) for seed in both]).reshape(-1, 2)
 
 
+# %% tags=["hide-input"]
 def judged(pairs, digits, better):
     """What the changes allow to say."""
     if len(pairs) < 2:

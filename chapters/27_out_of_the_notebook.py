@@ -64,6 +64,8 @@ from deformable_detr.structures import Detections
 plt.style.use("book.mplstyle")
 _ = torch.manual_seed(0)
 torch.set_num_threads(1)
+
+# %% tags=["hide-input"]
 temporary = tempfile.TemporaryDirectory()
 WORK = Path(temporary.name)
 
@@ -496,9 +498,7 @@ print(
 # %% [markdown]
 # What does it gain for this detector, and what does it cost? bfloat16 is `--precision bf16` of every command, and
 # `in_precision` in Python ({{chapter training_at_every_size}}). int8 is onnxruntime's own tool, applied to the file: it
-# replaces the products of matrices and leaves convolutions and sampling as they are.
-#
-# Before you run: will the file in int8 be a quarter as large as the one in float32? And which of the four forms will be the fastest here?
+# replaces the products of matrices and leaves convolutions and sampling as they are. First the file, and two measures:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -528,6 +528,11 @@ def weigh(model):
     return sum(x.numel() * x.element_size() for x in model.state_dict().values()) / 2**20
 
 
+# %% [markdown]
+# Before you run: will the file in int8 be a quarter as large as the one in float32? And which of the four forms will be the fastest here?
+
+# %%
+# NBVAL_IGNORE_OUTPUT
 narrow = detector.in_precision("bf16")
 ways = {
     "PyTorch float32": (
