@@ -148,6 +148,8 @@ print(f"from {right:.2f} to {found['enlarged to 256 x 256']:.2f} by the size alo
 # operations on tensors. `torch.export` makes one. It runs the code once with tensors that have shapes but no numbers, and notes
 # each operation {cite}`ansel2024pytorch2`. Here is the heart of deformable attention ({{chapter deformable_attention}}) for one
 # level, one head and one point, and the graph that comes of it.
+# A reference $p$ in [0, 1] is moved by an offset $(\Delta x, \Delta y)$ in pixels, and `grid_sample` wants the place in units from -1 to 1:
+# $2 \, (p + (\Delta x / W, \Delta y / H)) - 1$. So the sizes W and H are part of the computation.
 
 
 # %%
