@@ -102,7 +102,7 @@ NAMES = {
     "folders that are not here": "home/somebody/pictures/{}",
     "backslashes": "train\\{}",
     "a drive": "C:\\pictures\\{}",
-    "a root": "/home/somebody/{}",
+    "a root": "/pictures/somebody/{}",
 }
 
 

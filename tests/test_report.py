@@ -328,7 +328,7 @@ def test_a_report_is_not_lost_for_half_a_letter(dataset, tmp_path):
 def test_the_page_fits_the_window(dataset, tmp_path, width, chromium):
     """Of a telephone too, with long names; only the table of confusions scrolls by itself."""
     dataset.categories[0]["name"] = "erythrocyte_" * 8
-    about = {"model": "/home/someone/" + "a_long_folder/" * 8 + "best.safetensors"}
+    about = {"model": "/models/" + "a_long_folder/" * 9 + "best.safetensors"}
     report = analyse_results(truth(dataset, swap=True), dataset, about=about)
     report.remarks.append("12 images have up to 412 objects: " + "unbroken" * 20)
     write_html(report, tmp_path / "report.html")
