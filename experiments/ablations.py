@@ -7,15 +7,18 @@ Table 2 of "Deformable DETR" at the digits' scale, and what the paper says witho
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from detectors import DATA, Detector, describe, train_detector
 from study import Study
 from study import main as run
-from torch import nn
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
 
-from deformable_detr.layers.attention import MSDeformAttn
+from deformable_detr.layers.attention import MSDeformAttn, Sampling
 from deformable_detr.models import BaseDetector
+from deformable_detr.models.tokens import MultiScaleTokens
 
 BASE = Detector(settings=("model.num_levels=2",))
 
@@ -53,6 +56,47 @@ def open_gradient(model: BaseDetector) -> None:
     model.decoder.next_references = lambda queries, delta, boxes, box_head: (boxes, boxes)
 
 
+class Pyramid(nn.Module):
+    """A backbone's last maps, and torchvision's feature pyramid on them, all of one width."""
+
+    def __init__(self, backbone: nn.Module, maps: int, width: int) -> None:
+        super().__init__()
+        self.backbone, self.channels, self.strides = backbone, [width] * maps, backbone.strides
+        self.fpn = FeaturePyramidNetwork(backbone.channels[-maps:], width)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images: (B, 3, H, W). Returns maps (B, width, H_i, W_i), finest first."""
+        maps = self.backbone(images)[-len(self.channels) :]
+        return list(self.fpn({str(i): x for i, x in enumerate(maps)}).values())
+
+
+def with_fpn(model: BaseDetector) -> None:
+    """Coarse maps are added to finer ones before the encoder sees them."""
+    C, L = model.config.embed_dim, model.config.num_levels
+    model.backbone = Pyramid(model.backbone, L, C)
+    model.neck = MultiScaleTokens(model.backbone.channels, L, C, model.position_encoding())
+    model.neck.reset_parameters()
+
+
+def weights_per_level(model: BaseDetector) -> None:
+    """Each level has the same share of the attention, and a softmax of its own."""
+    for module in model.modules():
+        if isinstance(module, MSDeformAttn):
+            module.sampling = each_level_alone(module.sampling)
+
+
+def each_level_alone(sampling: Callable[..., Sampling]) -> Callable[..., Sampling]:
+    """A module's `sampling`, whose weights sum to 1 / L on each level."""
+
+    def call(*arguments: object) -> Sampling:
+        found = sampling(*arguments)
+        L = found.weights.shape[-2]
+        found.weights = found.weights / (L * found.weights.sum(-1, keepdim=True))
+        return found
+
+    return call
+
+
 STUDY = Study(
     name="ablations",
     question="what each choice is worth, against two maps with two stages, after 300 steps",
@@ -70,6 +114,8 @@ STUDY = Study(
         "shared heads": dataclasses.replace(BASE, change=shared_heads),
         "gradient through boxes": dataclasses.replace(BASE, change=open_gradient),
         "three maps": with_settings("model.num_levels=3"),
+        "FPN on the maps": dataclasses.replace(BASE, change=with_fpn),
+        "weights per level": dataclasses.replace(BASE, change=weights_per_level),
     },
     seeds=(0, 1, 2, 3, 4),
     trial=train_detector,

@@ -37,7 +37,8 @@ class Detector:
     """A detector and its training.
 
     settings: as `--set` has them. steps: of the optimiser; evaluations: on val, that many at equal
-    distances. change: done to the new model, a function that can be imported.
+    distances. change: done to the new model, a function that can be imported. weights: that its
+    backbone starts from.
     """
 
     recipe: str = "digits"
@@ -45,6 +46,7 @@ class Detector:
     steps: int = 300
     evaluations: int = 2
     change: Callable[[BaseDetector], None] | None = field(default=None)
+    weights: Path = BACKBONE
 
     def resolved(self, seed: int) -> Recipe:
         """The recipe for one seed. Its epochs are the evaluations."""
@@ -53,11 +55,11 @@ class Detector:
         return dataclasses.replace(recipe, train=changed)
 
     def build(self, seed: int, classes: int = 10) -> BaseDetector:
-        """The new model, with the shipped backbone."""
+        """The new model, with its backbone's weights."""
         recipe = self.resolved(seed)
         torch.manual_seed(seed)
         model = MODELS[recipe.model.get("name", DEFAULT)][1](recipe.model_config(classes))
-        model.backbone.load_state_dict(load_file(BACKBONE))
+        model.backbone.load_state_dict(load_file(self.weights))
         if self.change:
             self.change(model)
         return model
@@ -93,7 +95,12 @@ class Draws(CocoDataset):
 
 
 def train_detector(detector: Detector, seed: int, folder: Path) -> list[dict]:
-    """The rows of one training, which resumes where a killed one was saved."""
+    """The rows of one training."""
+    return fit(detector, seed, folder)[1]
+
+
+def fit(detector: Detector, seed: int, folder: Path) -> tuple[BaseDetector, list[dict]]:
+    """One training, which resumes where a killed one was saved: the model and its rows."""
     recipe = detector.resolved(seed)
     evaluation = recipe.eval_transform(), recipe.train.top_k
     per_epoch = detector.steps // detector.evaluations
@@ -106,7 +113,7 @@ def train_detector(detector: Detector, seed: int, folder: Path) -> list[dict]:
     multiply_adds, _ = count(model, (SIDE, SIDE))
     size = sum(parameter.numel() for parameter in model.parameters())
     (folder / "checkpoint.pt").unlink()  # three quarters of the folder
-    return [
+    return model, [
         *curve.rows(),
         *(row("test", detector.steps, name, value) for name, value in last.items()),
         row("model", detector.steps, "multiply_adds", multiply_adds),

@@ -46,14 +46,16 @@ PACKAGES = ("torchvision", "numpy", "scikit-learn", "scikit-image", "pillow")
 
 
 class CropClassifier(nn.Module):
-    """The backbone and one block more, with linear classifiers on the maps of strides 8, 16 and 32,
-    pooled by their maximum. Stride 32 sees whole crops: the layers before it learn shapes."""
+    """A backbone with maps of strides 4, 8 and 16 and one block more, and linear classifiers on the
+    maps of strides 8, 16 and 32, pooled by their maximum. Stride 32 sees whole crops: the layers
+    before it learn shapes."""
 
-    def __init__(self) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
-        self.backbone = build_backbone("small")
-        self.last = ResidualBlock(96, 128)
-        self.heads = nn.ModuleList(nn.Linear(channels, 10) for channels in (64, 96, 128))
+        self.backbone = backbone
+        _, fine, coarse = backbone.channels
+        self.last = ResidualBlock(coarse, 128)
+        self.heads = nn.ModuleList(nn.Linear(channels, 10) for channels in (fine, coarse, 128))
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """(B, 3, 48, 48) to three times (B, 10)."""
@@ -90,11 +92,28 @@ def pretrain_backbone() -> None:
         print(f"{BACKBONE.relative_to(ROOT)} is there; delete it to train it anew")
         return
     torch.manual_seed(0)
-    crops, labels = load_crops("train", CROPS)
-    model = CropClassifier()
+    crops = load_crops("train", CROPS)
+    model = CropClassifier(build_backbone("small"))
+    teach_crops(model, crops, PRETRAIN_STEPS)
+    accuracy = crop_accuracy(model.eval())
+    write_atomically(BACKBONE, lambda path: save_file(model.backbone.state_dict(), path))
+    card = provenance(COMMAND, PACKAGES, seed=0, data=DATA)
+    card |= {"crops": CROPS, "steps": PRETRAIN_STEPS, "val_accuracy": accuracy}
+    write_json(BACKBONE.with_suffix(".json"), card)
+    print(f"accuracy on crops of val at strides 8, 16, 32: {accuracy}")
+
+
+def teach_crops(
+    model: CropClassifier,
+    data: tuple[torch.Tensor, torch.Tensor],
+    steps: int,
+    progress: bool = True,
+) -> None:
+    """Train on crops and their labels, of random sizes and colours."""
+    crops, labels = data
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, PRETRAIN_STEPS)
-    for _ in tqdm(range(PRETRAIN_STEPS), desc="backbone", unit="step"):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    for _ in tqdm(range(steps), desc="backbone", unit="step", disable=not progress):
         chosen = torch.randint(len(crops), (64,))
         images = crops[chosen][:, torch.randperm(3)]
         if torch.rand(()) < 0.5:
@@ -106,12 +125,6 @@ def pretrain_backbone() -> None:
         sum(losses).backward()
         optimizer.step()
         schedule.step()
-    accuracy = crop_accuracy(model.eval())
-    write_atomically(BACKBONE, lambda path: save_file(model.backbone.state_dict(), path))
-    card = provenance(COMMAND, PACKAGES, seed=0, data=DATA)
-    card |= {"crops": CROPS, "steps": PRETRAIN_STEPS, "val_accuracy": accuracy}
-    write_json(BACKBONE.with_suffix(".json"), card)
-    print(f"accuracy on crops of val at strides 8, 16, 32: {accuracy}")
 
 
 @torch.no_grad()

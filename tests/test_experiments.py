@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deformable_detr import DeformableDETR
+from deformable_detr.backbones import build_backbone
 from deformable_detr.evaluation.complexity import LiveTensors
 from tests.conftest import TINY
 
@@ -33,7 +34,7 @@ def test_a_study_can_be_imported_and_has_a_command(study, name):
 
 def test_crops_classifier_sees_three_strides(study):
     digits = study("digits")
-    outputs = digits.CropClassifier()(torch.rand(2, 3, 48, 48))
+    outputs = digits.CropClassifier(build_backbone("small"))(torch.rand(2, 3, 48, 48))
     assert [tuple(x.shape) for x in outputs] == [(2, 10)] * 3
 
 
