@@ -30,10 +30,9 @@
 # training all boxes are about equally wrong, so a small change can hand an object to another query: one that was
 # asked for the seven is told at the next step that it should have said "nothing".
 #
-# DN-DETR {cite}`li2022dn` adds queries for which there is nothing to match. Take a true object, disturb its box and
-# its class, hand this to the decoder as a query, and ask for the true object back. Which query must find what is known,
-# because we made the query from the object. DINO {cite}`zhang2023dino`
-# took the idea further.
+# DN-DETR {cite}`li2022dn` adds queries that need no matching. Take a true object, disturb its box and
+# its class, hand this to the decoder as a query, and ask for the true object back. We made the query from an
+# object, so we know which object it must find. DINO {cite}`zhang2023dino` took the idea further.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "A flow chart. True objects pass noise and become noised objects as queries; these enter the decoder and come out to a loss whose object is known. Below, learned queries enter the same decoder and come out to matching and loss, for which the true objects are needed too. Between the two kinds of query: the learned ones may not look at the noised ones."}}
 import matplotlib.pyplot as plt
@@ -78,9 +77,9 @@ seven = dataset[9][1]  # the target of the running example
 # %% [markdown]
 # ## {{n}}.1 A target that moves
 #
-# Two queries, A and B, have boxes near the seven, and both are as unsure of its class. The one whose match costs
-# less is asked for the seven. The other one is asked for nothing. Now other pictures of the batch make the optimiser
-# take a step, and all boxes move a little.
+# Two queries, A and B, have boxes near the seven, and both are equally unsure of its class. The query whose match costs
+# less is asked for the seven; the other one is asked to say "nothing". Then the optimiser takes a step. It follows all
+# pictures of the batch, so A may well move a little *away* from the seven, and B towards it:
 
 # %%
 matcher = HungarianMatcher()
@@ -115,8 +114,9 @@ draw.flips(corners, [asked(boxes) for boxes in both], [costs(boxes) for boxes in
 # *Figure {{n}}.2. What to see: both boxes moved by about one pixel, and the two queries exchanged their tasks. What A
 # learned at the first step, it must unlearn at the second.*
 #
-# How often this happens can be counted. DN-DETR calls it **instability**: how many objects are matched with another
-# query than at the last evaluation. (The paper counts objects; we take the share.)
+# How often this happens can be counted. We call **instability** the share of objects that are matched with another
+# query than at the evaluation before. (The measure is DN-DETR's, whose paper counts *queries* whose object is another
+# one. An object that changes its query counts twice there, for the query that loses it and for the one that gets it.)
 
 
 # %%
@@ -128,8 +128,9 @@ def instability(before, now):
 print(instability(torch.tensor([3, 7, 1, 4]), torch.tensor([3, 1, 7, 4])))
 
 # %% [markdown]
-# And how often does it happen? A study trains small detectors on the digits, with several seeds, and evaluates them on
-# the way (`python experiments/study.py convergence`, not run here). All three of these have learned queries:
+# Two of these four objects have another query than before. How many are there in a real training? A study trains small detectors on the
+# digits, with several seeds, and evaluates them on the way (`python experiments/study.py convergence`, not run here).
+# Three of them have learned queries: Deformable DETR on one feature map, on two, and on two with refinement.
 
 
 # %%
@@ -153,7 +154,8 @@ draw.instability(curves)
 
 # %% [markdown]
 # *Figure {{n}}.3. What to see: the share of digits on new pictures that have another query than 75 steps before, a
-# dot for each seed. It falls, because queries find their places, and because the learning rate falls to 0 as well.*
+# dot for each seed. It falls towards the end. (So does the learning rate, which reaches 0 there: boxes that hardly move
+# hardly change their tasks.)*
 #
 # A warning about this measure. It says only that tasks changed, not why. A detector that has learned nothing yet moves its
 # boxes little and can look very stable, and one that improves quickly changes many tasks. So it must be read beside AP. For
@@ -218,8 +220,8 @@ for scale in (0.2, 0.4, 1.0):
 draw.noised_boxes(128 * cxcywh_to_xyxy(seven.boxes[0]), several)
 
 # %% [markdown]
-# *Figure {{n}}.4. What to see: twelve noised copies (blue) of the seven's box (black). At 0.4 they are about as wrong as
-# a first guess of the decoder; the way from there to the object is what the decoder's layers have to learn. At 1.0
+# *Figure {{n}}.4. What to see: twelve noised copies (blue) of the seven's box (black). At 0.4 each still covers a good
+# part of the object; to go from there to the object is what the decoder's layers have to learn. At 1.0
 # a side can shrink to nothing.*
 #
 # ## Exercise {{n}}.1  Noise
@@ -271,9 +273,9 @@ check("denoising.1", noised)
 # object once. A batch is a tensor, so every picture gets as many places as the fullest one needs, $N$
 # per group, and a picture with fewer objects leaves some **places empty**.
 #
-# What is the content of such a query? A row of a learned table of classes, chosen by the noised label. Its last channel is 1
-# for noised objects and 0 for learned queries, so that the decoder can tell them apart. With loops, for
-# three pictures:
+# What is the content of such a query? A row of a learned table with one row per class, chosen by the noised label, and
+# one more channel. This last channel is 1 for noised objects and 0 for learned queries, so that the decoder can tell
+# them apart. We take an untrained DN-DETR and three pictures:
 
 # %%
 config = dataclasses.replace(load_recipe("digits-dn-detr").model_config(10), num_levels=2)
@@ -284,6 +286,12 @@ model.train().backbone.eval()
 batch = collate([dataset[9], dataset[8], dataset[0]])
 counts = [len(target.labels) for target in batch.targets]
 print("objects:", counts, "groups:", config.denoising_groups)
+
+
+# %% [markdown]
+# Now the queries, with loops. `draws` are the random numbers of the exercise above, `changed`, `others` and `moves`, for
+# each picture, group, copy and object. (DN-DETR has one copy per group, number 0. DINO will have two.) An empty place keeps
+# content 0 and a box in the middle of the picture.
 
 
 # %%
@@ -297,7 +305,7 @@ def noised_queries(targets, groups, draws, table):
     for b, target in enumerate(targets):
         for g in range(groups):
             for n in range(len(target.labels)):
-                place, own = g * most + n, (b, g, 0, n)  # 0: the only copy of a group
+                place, own = g * most + n, (b, g, 0, n)
                 drawn = [each[own] for each in draws]
                 label, box = noised_one(target.labels[n], target.boxes[n], *drawn)
                 contents[b, place] = torch.cat([table[label], torch.ones(1)])
@@ -337,21 +345,21 @@ print(f"the same: {G} groups of {N} places = {size}; empty:", (owners < 0).sum(1
 #
 # 1. Learned queries may not look at noised ones.
 # 2. A group may not look at another group, because two noised copies of an object together betray more of it.
-# 3. All else is allowed. Noised queries may look at the learned ones, which know no answers.
+# 3. All else is allowed. Noised queries may look at the learned ones, which do not know the answers.
 #
 # ## Exercise {{n}}.2  The mask
 #
 # *difficulty ●●○ · 15 minutes · 4 lines*
 #
 # True where the query of a row may *not* look at the query of a column. `size` noised queries come first, in `groups`
-# groups of equal size, then `total` learned ones.
+# groups of equal size, then `learned` learned ones.
 
 
 # %% tags=["exercise"]
-def attention_mask(groups, size, total):
-    """Returns (size + total, size + total) bool."""
+def attention_mask(groups, size, learned):
+    """Returns (size + learned, size + learned) bool."""
     # BEGIN SOLUTION
-    group = torch.arange(size + total) // (size // groups)
+    group = torch.arange(size + learned) // (size // groups)
     group[size:] = groups  # the learned ones
     other = group[:, None] != group[None]
     return other & (group < groups)[None]
@@ -383,12 +391,12 @@ check("denoising.2", attention_mask)
 #
 # {{solution}}
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "A square matrix of 13 by 13 cells in three row blocks: group 0 and group 1 of four noised queries each, and five learned queries. Each group sees itself and the learned queries, not the other group, in grey. The learned queries see each other; their view of both groups is red: the answers, forbidden."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A square matrix of 13 by 13 cells in three row blocks: group 0 and group 1 of four noised queries each, and five learned queries. Each group sees itself and the learned queries, not the other group, in grey. The learned queries see each other; their view of both groups is orange: the answers, forbidden."}}
 small = denoising.denoising_mask(2, 8, 5, torch.device("cpu"))
 draw.mask(small, groups=2, size=8)
 
 # %% [markdown]
-# *Figure {{n}}.5. What to see: two groups of four and five learned queries. Read a row: whom may this query look at? The red
+# *Figure {{n}}.5. What to see: two groups of four and five learned queries. Read a row: whom may this query look at? The orange
 # block is rule 1, without which training is spoiled.*
 #
 # Does it hold? We decode the same memory with noised queries and without, and compare what the *learned*
@@ -413,9 +421,9 @@ print("with the mask: same to rounding" if masked < 1e-5 else "with the mask: DI
 print("without:", "different" if leaking > 1e-3 else "the same")
 
 # %% [markdown]
-# With the mask, nothing at all reaches the learned queries (up to rounding in the last digit, as sums are taken in another
-# order). The paper tried it both ways: trained without the mask, its detector falls to 24.0 AP, from 43.4 with
-# it, and far below the 42.2 that it has without denoising.
+# With the mask, nothing of the noised queries reaches the learned ones. (Only the last digit may differ, as sums are
+# taken in another order.) The paper trained both ways, with one group: 43.4 AP with the mask, and 24.0 AP without it.
+# That is far below the 42.2 AP that it has without denoising.
 #
 # What about the empty places? In the official code they are queries like all others, with content 0 and a box in the
 # middle, and the noised objects of their group look at them. So what a picture teaches depends on how many
@@ -444,7 +452,8 @@ assert torch.isclose(by_hand, losses["loss_box_denoising"], rtol=1e-4)
 print("the same; sets with a denoising loss:", [name for name in output.others])
 
 # %% [markdown]
-# Every decoder layer has such a loss, beside the one that is matched. At inference all of this is left out. There are no
+# Every decoder layer has such a loss beside the one that is matched: `denoising_0` and `denoising_1` are those of the first
+# two layers, `denoising` that of the last. At inference all of this is left out. There are no
 # objects to make queries from, and the learned queries do not miss them, since they never saw them:
 
 # %%
@@ -463,17 +472,17 @@ print(
 #
 # Why should this help the *learned* queries, which never see the noised ones? Because all weights are shared: the
 # layers of the decoder, its heads, and through the memory the encoder and the backbone. The noised queries teach these to
-# go from a rough box to the object, with a target that does not move. What remains for the learned queries is
-# to be somewhere near.
+# go from a rough box to the object, with a target that does not move. What only matching can teach is then less: where
+# each learned query starts from.
 #
 # ## {{n}}.5 Queries that are boxes
 #
-# We passed over something. In {{chapter refinement}} a learned query has a *position*, a vector of $C$ numbers that
+# One thing was left out. In {{chapter refinement}} a learned query has a *position*, a vector of $C$ numbers that
 # was learned for it. A noised box has no such vector. So DN-DETR builds on DAB-DETR {cite}`liu2022dab`, in which **a query is
 # a box**, four numbers, and its position is *computed* from the box. Then any box can be a query, learned or noised.
 #
-# The computation: the sine code of all four numbers, in the order y, x, w, h, which gives $2C$ numbers, and
-# two linear layers. It is done again in each layer, for the box that this layer looks around:
+# First comes the sine code of the four numbers, in the order y, x, w, h: $C/2$ numbers for each, $2C$ together. Then two
+# linear layers make $C$ numbers of them. This is done again in each decoder layer, for the box that this layer looks around:
 
 # %%
 place = model.decoder.place
@@ -488,9 +497,9 @@ with torch.no_grad():
 print("code", tuple(code.shape), "-> position", tuple(position.shape), ", as the library's")
 
 # %% [markdown]
-# From the second layer on, DAB-DETR multiplies the position by what two more linear layers make of the content
-# (`scale`). DINO leaves this out. What the detector learns for each of its queries is then a box and a
-# content:
+# From the second layer on, DAB-DETR multiplies the position by a vector that two more linear layers (`scale`) compute from
+# the content. DINO leaves this out. So what the detector learns for each of its queries is a box and a
+# content (of 63 channels here, as the 64th is the mark of noised objects):
 
 # %%
 shapes = [tuple(each.weight.shape) for each in (model.anchors, model.content_embed)]
@@ -512,7 +521,7 @@ print("boxes {}, contents {}".format(*shapes))
 # Now the *edges* are moved, each by itself: those of a near copy by less than $\lambda$ half sides, those of a far copy
 # by one to two times $\lambda$ half sides, outwards or inwards. The default of $\lambda$ is 1.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left, an object as a square; around its left and its right edge a green band half a side wide to each side, near, and beyond it a pale red band to a whole side, far. Right, three far copies in red over an object in black: one larger than it, one beside it, one whose edges crossed and were sorted."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left, an object as a square; around its left and its right edge a green band half a side wide to each side, near, and beyond it a pale orange band to a whole side, far. Right, three far copies in orange over an object in black: one larger than it, one beside it, one whose edges crossed and were sorted."}}
 draw.rings()
 
 # %% [markdown]
@@ -523,9 +532,9 @@ draw.rings()
 #
 # *difficulty ●●○ · 20 minutes · 7 lines*
 #
-# Make both copies of boxes. `moves` in [-1, 1) are the random numbers. A near edge moves by `moves` times half a
-# side times `scale`. A far edge moves in the same direction, by 1 + |`moves`| instead of |`moves`|. Keep edges in [0, 1]. Edges
-# that have crossed change places.
+# Make both copies of boxes. `moves` in [-1, 1) are the random numbers, `moves[0]` of the near copies and `moves[1]` of
+# the far ones. A near edge moves by its number times half a side times `scale`. A far edge moves in the direction of its
+# number's sign, by 1 + |number| instead of |number|. Keep edges in [0, 1]. Edges that have crossed change places.
 
 
 # %% tags=["exercise"]
@@ -579,7 +588,7 @@ for name, each in (("near", near), ("far", far)):
     overlaps = box_iou(cxcywh_to_xyxy(each), cxcywh_to_xyxy(seven.boxes))
     print(f"{name:4}: mean IoU with the seven {overlaps.mean():.2f}")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "The green seven twice, its true box in black. Left, eight near copies in green, which overlap it well or partly. Right, eight far copies in red: some much larger, some beside it, some small ones that crossed."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The green seven twice, its true box in black. Left, eight near copies in green, which overlap it well or partly. Right, eight far copies in orange: some much larger, some beside it, some small ones that crossed."}}
 draw.pairs(
     128 * cxcywh_to_xyxy(seven.boxes[0]),
     128 * cxcywh_to_xyxy(near[:8]),
@@ -588,7 +597,7 @@ draw.pairs(
 
 # %% [markdown]
 # *Figure {{n}}.7. What to see: eight copies of each kind. A near copy (green) can be a poor box, too; still it must find the
-# seven. A far one (red) must leave the seven to others, although part of it may lie inside.*
+# seven. A far one (orange) must leave the seven to others, although part of it may lie inside.*
 #
 # **Before you run**: a far copy's left edge moves inwards or outwards with equal probability, and so does its right edge. If both move
 # inwards, they cross. Which share of far copies has at least one crossed pair?
@@ -601,13 +610,13 @@ share = (crossed[:, 2:] < 0).any(-1).float().mean()
 print(f"counted: {share:.2f}   by hand: 1 - (3/4)^2 = {1 - 0.75**2:.4f}")
 
 # %% [markdown]
-# The official code does not sort them. Its negative sides are cut off at 0.001 on the way through the inverse sigmoid, so that nearly
-# half of all far copies are slivers, which should be easy to tell from objects. The library sorts; the option `crossed_edges` restores the
-# official reading.
+# The official code does not sort crossed edges. A negative side is then raised to 0.001 on the way through the inverse
+# sigmoid. So nearly half of its far copies are slivers, which are probably too easy to tell from objects. The library
+# sorts; the option `crossed_edges` restores the official reading.
 #
 # In a group all near copies come first, then all far ones. The number of groups follows from a budget of
-# pairs (100 in DINO, 20 in our recipe) divided by $N$. A far copy is not in the list of matches, so that its label in the
-# class loss is "none", and there is no box loss for it:
+# pairs (100 in DINO, 20 in our recipe) divided by $N$ and rounded down. A far copy is not in the list of matches. So the
+# class loss asks it for "nothing", and there is no box loss for it:
 
 # %%
 dino.train().backbone.eval()
@@ -626,7 +635,7 @@ print("must find an object:", matched, "  must say nothing:", rest)
 # DINO is a two-stage detector: the best tokens propose the boxes that queries start from ({{chapter refinement}}). There, position
 # *and* content came from the proposal. In **pure** selection the content is the chosen
 # token itself. DINO's authors call this ambiguous, since a token may hold several objects or part of one. They take only
-# the box from the picture; the contents stay learned. This is **mixed** selection. We ask for the queries of two pictures:
+# the box from the picture; the contents stay learned. This is **mixed** selection. We compare the queries of two pictures:
 
 # %%
 for pure in (False, True):
@@ -640,7 +649,8 @@ for pure in (False, True):
 
 
 # %% [markdown]
-# The learned content number $k$ goes to the $k$-th best proposal of any picture. So it can know no more than a rank.
+# The learned content number $k$ goes to the $k$-th best proposal of any picture. So it says nothing of the picture, only
+# of the rank.
 #
 # Two more differences to the first stage of Deformable DETR: tokens are chosen by their best *class*, not by the logit of
 # "object", and only the chosen ones are trained, with their real classes:
@@ -657,21 +667,22 @@ assert not queries.references.requires_grad and trained.boxes.requires_grad
 #
 # In {{chapter refinement}} the gradient is cut at every box: the loss of layer $i$ trains head $i$, not the heads before
 # it. But the box of layer $i$ starts from the box of layer $i-1$. If the start could be better, why should the earlier head
-# not learn of it? DINO lets each loss reach *one* head further back. The layers still look around boxes that are cut off.
+# not learn of it? DINO lets each loss reach *one* head further back. The box that a layer looks around stays detached.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three heads above three boxes above three losses. Each loss flows back, purple, to its box and its head, and also to the box before it and so to the head before. Orange arrows lead from each box to the next, labelled start of; dashed ones lead from each box to the next head, labelled where to look, and are cut by red bars. Below: no further, loss 3 does not reach head 1."}}
 draw.twice()
 
 # %% [markdown]
 # *Figure {{n}}.8. What to see: loss 2 flows into head 2, and through the start of box 2 into head 1. Loss 3 reaches head
-# 2 but not head 1, because box 2 as the start of box 3 was made from a reference that is cut.*
+# 2 but not head 1, because the start of box 3 is made by head 2 from a box 1 that is cut.*
 #
 # In a formula: with $\bar b$ for a box that is cut from the graph,
 #
 # $$b_i = \sigma\big(\sigma^{-1}(\bar b_{i-1}) + \Delta_i\big), \qquad
 # b_i^{\,\text{loss}} = \sigma\big(\sigma^{-1}(b_{i-1}) + \Delta_i\big)$$
 #
-# Both have the same value. The second, which the loss sees, starts from a box that still has a gradient, by $\Delta_{i-1}$.
+# Both have the same value. The second, which the loss sees, starts from a box that still carries the gradient of
+# $\Delta_{i-1}$.
 #
 # ## Exercise {{n}}.4  Look forward twice
 #
@@ -760,7 +771,8 @@ for i, layer in enumerate([*output.auxiliary, output]):
 # | sides of far copies | may be negative, then cut off at 0.001 | edges sorted | `crossed_edges` |
 # | code of a box | relative to the padded picture | to the picture | `padded_codes` |
 #
-# The first one means that a layer looks at one place and is judged by another. We measure both readings, with the same weights:
+# By the first row, the loss judges one box while the next layer looks around another. We measure both readings, with the
+# same weights:
 
 # %%
 for raw in (False, True):
@@ -772,13 +784,13 @@ for raw in (False, True):
         found = each(batch)
     apart = (found.auxiliary[0].boxes - found.auxiliary[1].references).abs().max()
     name = "published code:" if raw else "default:       "
-    print(name, "looks where it is judged:", bool(apart < 1e-5))
+    print(name, "the next layer looks around the judged box:", bool(apart < 1e-5))
 
 
 # %% [markdown]
-# The second one makes the class loss depend on how unequal a batch is: with $n$ objects in $B$ pictures, there are
-# $(2BN - n)/n$ places for "nothing" for each object to be found. For our batch, and for one of three equal
-# pictures:
+# By the second row, the class loss depends on how unequal a batch is: with $n$ objects in $B$ pictures, a group has
+# $(2BN - n)/n$ places that must say "nothing" for each one that must find an object. For our batch, and for three
+# pictures of equally many objects:
 
 # %%
 for counts in ([len(target.labels) for target in batch.targets], [8, 8, 8]):
@@ -788,8 +800,8 @@ for counts in ([len(target.labels) for target in batch.targets], [8, 8, 8]):
 # %% [markdown]
 # ## {{n}}.7 What it gains
 #
-# First the sizes. At full size both have exactly as many parameters as the published models, counted without
-# memory for them:
+# First the sizes. At full size both have exactly as many parameters as the published models. (On the "meta" device they
+# are counted without memory for them.)
 
 # %%
 with torch.device("meta"):
@@ -808,7 +820,7 @@ assert counts == [47_429_154, 46_893_182]
 # Then the digits. A study trains each member of the family for 300 steps on two maps, several seeds each, with the recipes that
 # the library ships (`python experiments/study.py members`, not run here). We compare each with the detector
 # nearest to it: DN-DETR with Deformable DETR that has refinement, since both learn their queries, and DINO with the
-# two-stage one.
+# two-stage one. `object_ap` is AP without classes: every digit is just an object.
 
 
 # %%
@@ -839,8 +851,8 @@ draw.gains(shown, titles)
 # stages a query is a rank among proposals. So its instability counts every change of rank and is of another kind than
 # that of learned queries.)*
 #
-# More was changed here than the noise: DN-DETR has boxes as queries and half the weight of the class loss, DINO has also
-# its selection and its gradient. And none of these recipes was tuned for it. So a second study changes the noise alone: the
+# More was changed here than the noise: DN-DETR has boxes as queries and half the weight of the class loss. DINO also
+# selects its queries in another way and looks forward twice. And no recipe was tuned for it. So a second study changes the noise alone: the
 # same two detectors without it, and DN-DETR with one group instead of five (`python experiments/study.py denoising`, not run
 # here).
 
@@ -872,7 +884,7 @@ print("trainings of the second study that are not finished:", len(card["missing"
 #
 # On COCO the papers report, on a scale of 0 to 100, with a ResNet-50:
 #
-# | detector | without | with | epochs |
+# | detector | before | after | epochs |
 # |:--|:--|:--|:--|
 # | DAB-DETR, dense attention, with denoising | 42.2 | 44.1 | 50 |
 # | DAB-Deformable-DETR, with denoising | 46.9 | 49.5 | 50 |
@@ -894,7 +906,7 @@ draw.family()
 #
 # | often said | what is right |
 # |:--|:--|
-# | DN-DETR is built on Deformable DETR and has 48.6 AP | It is built on DAB-DETR, whose attention is dense (44.1 AP). 48.6 belongs to a variant whose *encoder* alone is deformable, after 50 epochs; with a deformable decoder too it is 49.5. |
+# | DN-DETR is built on Deformable DETR and has 48.6 AP | It is built on DAB-DETR, whose attention is dense, and has 44.1 AP. 48.6 belongs to a variant whose *encoder* alone is deformable, after 50 epochs; with a deformable decoder too it is 49.5. |
 # | DINO is by the group of Deformable DETR | That group was at SenseTime, USTC and CUHK. DINO is by people of IDEA, HKUST and Tsinghua; five of its eight authors also wrote DN-DETR. |
 # | DINO is contrastive denoising and mixed query selection | And look forward twice. By its own table, two stages and settings gained more than all three. |
 # | It improves on Deformable DETR by 12 % | 49.0 is 12 % more than 43.8, but with 12 epochs against 50, and with two stages against none. Against two stages and refinement, 46.2 after 50 epochs in DINO's own table, it is 6 %. |
@@ -903,15 +915,15 @@ draw.family()
 #
 # ## Summary
 #
-# - Matching asks queries for changing objects. A noised object is a query whose object is known, so it needs none.
+# - Matching asks a query now for this object, now for that one. A noised query is made from its object, so it needs no matching.
 # - Groups give several copies; a mask keeps the answers from the learned queries; at inference all of it is left out.
 # - For this a query must be a box, from which each layer computes its position.
 # - DINO adds far copies that must say "nothing", learned contents at proposed boxes, and a gradient one head further back.
 # - What it gains here, if anything, is printed above with its interval; on COCO the papers report 1.9 AP to 2.6 AP for denoising.
 #
 # > **Differs from the paper.** DINO's paper names a noise of 1.0 for near and 2.0 for far copies, and its table of
-# > settings 0.4; its training scripts set 1.0, which is the default here. DN-DETR's instability counts objects per epoch,
-# > ours is a share between evaluations.
+# > settings 0.4; its training scripts set 1.0, which is the default here. DN-DETR's instability counts queries, from
+# > epoch to epoch; ours is a share of objects, from evaluation to evaluation.
 # >
 # > **Differs from the official code.** The four readings of the table in "Where the published code differs"; and the losses of DN-DETR are
 # > divided by the objects of all processes, where the official code counts those of one. Each reading has its option, and

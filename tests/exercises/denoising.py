@@ -42,7 +42,7 @@ def check_attention_mask(attention_mask):
     cpu = torch.device("cpu")
     found = attention_mask(2, 6, 4)
     yield "its shape, and True means forbidden"
-    expect(tuple(found.shape), (10, 10), "size + total, squared")
+    expect(tuple(found.shape), (10, 10), "size + learned, squared")
     expect(str(found.dtype), "torch.bool")
     expect(bool(found.diagonal().any()), False, "everybody may look at itself")
     yield "learned queries do not see noised ones"
@@ -52,9 +52,9 @@ def check_attention_mask(attention_mask):
     yield "everybody sees the learned queries"
     expect(found[:, 6:].any(), False, "nothing is forbidden in these columns")
     yield "three groups, and one"
-    for groups, size, total in ((3, 6, 5), (1, 4, 2)):
-        mask = denoising_mask(groups, size, total, cpu)
-        expect(attention_mask(groups, size, total), mask)
+    for groups, size, learned in ((3, 6, 5), (1, 4, 2)):
+        mask = denoising_mask(groups, size, learned, cpu)
+        expect(attention_mask(groups, size, learned), mask)
 
 
 @checks("denoising.3")
@@ -102,7 +102,11 @@ def check_look_forward_twice(look_forward_twice):
         assert boxes.requires_grad, f"the boxes of layer {layer} carry no gradient"
         found = torch.autograd.grad(boxes.sum(), weights, allow_unused=True, retain_graph=True)
         reached = [i for i, gradient in enumerate(found) if gradient is not None]
-        expect(reached, list(range(max(0, layer - 1), layer + 1)), "start is not cut, but is new")
+        expect(
+            reached,
+            list(range(max(0, layer - 1), layer + 1)),
+            "start: from the detached reference, itself not detached",
+        )
     yield "heads look around what is cut off"
     seen = []
 
