@@ -44,8 +44,8 @@ draw.two_attentions()
 # one grid of keys (grey) has moved (orange), and every query attends to all of them (thin lines). The places
 # were set by hand.*
 #
-# The same name for both has confused many readers, so here they are side by side. $N_s$ is the number of
-# shared keys, $HW$ the number of pixels of the map.
+# The same name for both has confused many readers, so here they are side by side. $HW$ is the number of pixels
+# of the map. DAT puts one key on every $r \times r$ pixels of it, so there are $N_s = HW / r^2$ shared keys.
 #
 # | | Deformable DETR | DAT |
 # |:--|:--|:--|
@@ -54,13 +54,13 @@ draw.two_attentions()
 # | how many | $K$ = 4 per query, head and level | $N_s = HW / r^2$, the same for all queries |
 # | how much each counts | softmax of a linear layer on the query | softmax of query · key, plus a position bias |
 # | keys | none | a projection of the features sampled there |
-# | how far they may go | no limit | $s/2$ cells of the grid |
+# | how far they may go | no limit | one cell of the grid |
 # | maps | several at once | one |
 # | cost grows with | $HW$ | $HW \cdot N_s$: the square of $HW$, if $r$ is fixed |
 # | its place | encoder and decoder of a detector | the last stages of a backbone |
 #
-# So a step from the left column to the right one gives something up (the linear cost, the points of one's
-# own) and gains something (real keys, and many of them). Is it a good bargain? The paper's argument begins
+# So a step from the left column to the right one gives something up (the linear cost, and points that belong to
+# one query alone) and gains something (real keys, and many of them). Is it a good bargain? The paper's argument begins
 # with an observation, which we can check.
 
 # %% tags=["hide-input"]
@@ -89,12 +89,13 @@ _ = torch.set_grad_enabled(False)
 # %% [markdown]
 # ## {{n}}.1 Do queries attend alike?
 #
-# "Different queries have similar attention maps in visual attention models" (section 3.2): if that is so, keys
-# of one's own are a luxury. The paper takes this from two studies of large models
+# "Different queries have similar attention maps in visual attention models" (section 3.2). If that is so,
+# keys that belong to one query alone are a luxury. The paper takes this from two studies of large models
 # {cite}`cao2019gcnet,zhou2021deepvit`. We measure it on a small one.
 #
 # The small model tells handwritten digits apart, one per picture of 48 x 48 pixels, on darkened
-# photographs. It is a DAT in miniature: three stages of two blocks, with maps of 12 x 12, 6 x 6 and 3 x 3.
+# photographs. It is a DAT in miniature, which leaves out the first of DAT's four stages: stages 2, 3 and 4 have two
+# blocks each, and maps of 12 x 12, 6 x 6 and 3 x 3.
 # `python experiments/dat.py` trained it, 300 steps on one core, in many variants; we shall need most of
 # them later. The variant for this section has **dense** attention in the second block of its last two
 # stages. Pictures, weights and results are in the repository.
@@ -107,7 +108,7 @@ SMALL = DATConfig(
     heads=(1, 2, 4, 8),
     groups=(1, 1, 2, 4),
     window=3,
-    image_size=96,
+    image_size=96,  # at DAT's stride of 4; here 48 at stride 2, which gives the same maps
 )
 
 
@@ -152,7 +153,7 @@ def dense_scores(model, images, stage):
 scores = {stage: dense_scores(dense, images, stage) for stage in (3, 4)}
 print({stage: tuple(x.shape) for stage, x in scores.items()})
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "A picture of one digit, and beside it two rows of five maps in shades of green: the attention of five queries, each marked by a blue cross. Above, maps of 6 by 6 cells, which differ from query to query. Below, maps of 3 by 3 cells; all five look most at the middle column."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A picture of one digit, and beside it two rows of five maps in shades of green: the attention of five queries, each marked by a blue cross. Above, maps of 6 by 6 cells, which differ from query to query. Below, maps of 3 by 3 cells; all five look most at the middle cell."}}
 draw.alike(
     pictures[2],
     {f"stage {stage}": x[2].softmax(-1).mean(0).numpy() for stage, x in scores.items()},
@@ -160,22 +161,24 @@ draw.alike(
 
 # %% [markdown]
 # *Figure {{n}}.2. What to see: one picture, and where five of its queries (blue crosses) look, on average over the
-# heads; darker is more. In stage 3 the maps differ from query to query. In stage 4 all five
-# look most at the same column.*
+# heads; darker is more. In stage 3 the maps differ, the one in the middle most. In stage 4 all five look most at
+# the middle cell.*
 #
-# Looking at one picture is not measuring. A fair measure takes the scores of one head and removes from each
-# query its mean, which the softmax ignores. What is left varies over the keys. If all queries attend alike, it is
-# the same row for every query, so it equals its average over the queries. We therefore take the part of its
-# variance that this average holds: **1 where all queries attend alike, $1/Q$ where they have nothing in
-# common** (0.028 for 36 queries, 0.11 for 9).
+# Looking at one picture is not measuring. For a number, take the scores of one head: one row per query, one
+# column per key. The softmax ignores a row's mean, so we subtract it. If all queries attend alike, the rows are
+# now equal, and each equals the average row. If they do not, the average row is smaller than the rows, because
+# they cancel each other. So we measure **the mean square of the average row, divided by the mean square of all
+# rows**. It is 1 where all queries attend alike.
 #
 # By hand, with two queries and two keys: rows (1, -1) and (1, -1) have the average (1, -1), so the part is
-# 1. Rows (1, -1) and (-1, 1) have the average (0, 0), so it is 0.
+# 1. Rows (1, -1) and (-1, 1) want opposite things. Their average is (0, 0), so the part is 0. Between the two lie
+# rows that have nothing to do with each other: $Q$ rows at random do not cancel completely, and the part is about $1/Q$,
+# which is 0.028 for the 36 queries of stage 3 and 0.11 for the 9 of stage 4.
 
 
 # %%
 def shared_part(scores):
-    """The part of the scores' variance over keys that all queries have in common."""
+    """The part of the scores (..., Q, N) that all queries have in common, 0 to 1."""
     scores = scores - scores.mean(-1, keepdim=True)
     return (scores.mean(-2).square().mean() / scores.square().mean()).item()
 
@@ -199,10 +202,12 @@ for name, model in (("random weights", untrained), ("trained", dense)):
 assert parts[0] < 0.2 and parts[1] > 0.5
 
 # %% [markdown]
-# With random weights more than half is shared in both stages. Training has changed this network in two ways: in stage 3
-# hardly anything is shared any more, so each query has preferences of its own; in stage 4 two thirds are shared.
+# With random weights more than half is shared in both stages, so queries attend alike before anything is learned.
+# Training has changed stage 3: hardly anything is shared any more, so each query has preferences of its own. In
+# stage 4 nearly as much is shared as before.
 #
-# But that is one seed. The study has measured all of its seeds, on other pictures (those of its validation set):
+# But that is one network. The study has trained several, which differ in their seeds only, and has measured them on other pictures
+# (those of its validation set):
 
 
 # %% tags=["hide-input"]
@@ -237,15 +242,17 @@ for stage in (3, 4):
 # %% [markdown]
 # Here `shared` is the measure from above. `cosine` is the mean cosine of two queries' attention maps, which is what others
 # report; `keys` is the effective number of keys, $e^{\text{entropy}}$, that share a query's attention. The cosine is
-# high in both stages and hardly tells them apart. The reason is that the maps of stage 3 are nearly uniform, and such maps
-# always point in nearly the same direction. That is why we measure scores.
+# high in both stages and hardly tells them apart. The reason is that an attention map has no negative numbers, and in stage 3
+# it is spread over many keys. Such maps all point roughly in the direction of the uniform map, whatever their queries
+# prefer. That is why we measure scores.
 #
 # So the paper's premise is half right here. In the last stage queries do attend alike, with every seed. In the stage before,
-# it depends on the seed: of two networks that are equally good, one may share nearly half of its scores and the other hardly any.
-# DAT shares keys in both stages. (These are small networks on an easy task; the studies above measured large ones.)
+# it depends on the seed: one network shares nearly half of its scores, and another hardly any. (The one that we looked at lies
+# at the low end.) DAT shares keys in both stages. Our networks are small and their task is easy; the two studies that
+# the paper cites measured large ones.
 #
 # But look at what DAT shares: only *where the keys are*. Each query still weighs them for itself, so it does not have
-# to attend as the others do. It only has to find what it wants among the same places.
+# to attend as the others do. It only has to find what it needs at the same places.
 #
 # ## {{n}}.2 A grid of keys
 #
@@ -258,13 +265,14 @@ draw.the_module()
 # *Figure {{n}}.3. What to see: one group of DAT's attention. Blue depends on the queries, orange on what is sampled.
 # The places of the keys are decided once for the whole map, and used twice: to sample, and to read the bias.*
 #
-# Before they move, the $N_s$ keys stand on a grid of $H/r \times W/r$ cells. The text of the paper lets it span the map from corner
-# to corner. The authors' code puts key $i$ at $(i + 0.5) / H$ of the way from the *first pixel's centre* to the
-# *last pixel's centre*. We use the code's places, because its weights were trained with them; 0 and 1 are these two
-# centres. On a map of 14 x 14, which is the third stage for an image of 224 x 224:
+# Before they move, the $N_s$ keys stand on a grid of $H/r \times W/r$ cells. In the paper's text it spans the map from corner
+# to corner. The authors' code does something else. Of $n$ keys along an axis it puts key $i$ at $(i + 0.5) / n$ of the way from the *first
+# pixel's centre* to the *last pixel's centre*. We use the code's places, because its weights were trained with them. So in this
+# chapter a place of 0 is the centre of the first pixel, and 1 that of the last. On a map of 14 x 14 with $r = 1$, which is
+# DAT's third stage for an image of 224 x 224:
 
 # %%
-H = 14
+H = 14  # rows of the map, and of keys
 grid = (torch.arange(H) + 0.5) / H
 pixels = grid * (H - 1)  # 0 is the centre of the first pixel, 13 of the last
 print("first and last key, in pixels:", [round(x, 3) for x in pixels[[0, -1]].tolist()])
@@ -275,8 +283,9 @@ print("farthest shift, in pixels:", round(s / 2 / H * (H - 1), 3))
 # So even with $r = 1$ no key of this map stands on a pixel. Each samples between pixels from the start.
 #
 # And how far may a key go? The offset network's answer goes through a $\tanh$ and is multiplied by $s/2$ cells of the
-# grid. In all models $s = 2$: a key can move by **one cell** along each axis, and not by two, as the text's "largest value
-# for offset" suggests. A key never leaves its neighbourhood. (The detector's points may go anywhere.)
+# grid. In all models $s = 2$, so a key can move by at most **one cell** along each axis, here 0.929 of a pixel. (The paper's text calls $s$ "the
+# largest value for offset", which would be two cells; in its code $s$ counts half cells.) A key thus stays in its neighbourhood,
+# while the detector's points may go anywhere.
 
 # %% mystnb={"image": {"alt": "The running example with a grid of 8 by 8 green dots, the centres of a map's pixels, and 8 by 8 orange crosses, the keys, which stand closer together than the dots. A red square around one cross shows its reach of one cell to each side."}}
 # NBVAL_IGNORE_OUTPUT
@@ -342,13 +351,13 @@ print(tuple(theirs.shape), "equal to the library")
 # *difficulty ●●● · 30 minutes · 9 lines*
 #
 # Write the whole of it: groups, stride $r$ and range $s$, without loops over keys. This is the part of DAT
-# that one can carry over into a model of one's own. The checks begin with one group on a square map.
+# that you can carry over into a model of your own. The checks begin with one group on a square map.
 
 
 # %% tags=["exercise"]
 def key_places(query, convolution, norm, linear, groups, stride, s):
-    """query: (B, H, W, C). convolution: a depthwise nn.Conv2d of C / groups channels with that
-    stride and the padding. norm, linear: modules on C / groups channels; linear gives (y, x).
+    """query: (B, H, W, C). convolution: a depthwise nn.Conv2d of C / groups channels, which has
+    that stride and its padding already. norm, linear: modules on C / groups channels; linear gives (y, x).
 
     Returns (B, groups, N, 2) as (x, y), row by row, in parts of the way from the first to the last
     pixel's centre.
@@ -434,6 +443,7 @@ centres = torch.cartesian_prod(torch.linspace(0, 1, H), torch.linspace(0, 1, W))
 key, value = (
     layer(sample(feature, centres[None, None])) for layer in (attention.key, attention.value)
 )
+# mix: scores plus bias, softmax, sum of values
 mixed = attention.mix(attention.query(feature), key, value, centres[None, None])
 
 
@@ -448,7 +458,7 @@ torch.testing.assert_close(heads(mixed), dense_one)
 print("keys on all pixels: dense attention")
 
 # %% [markdown]
-# So DAT with $r = 1$ is dense attention whose keys have been pushed about. It is not sparse; remember this
+# So DAT with $r = 1$ is dense attention whose keys have moved a little. It is not sparse; remember this
 # when we count.
 #
 # ## {{n}}.5 A position bias between the cells
@@ -471,8 +481,9 @@ bias = (1 - part) * table[low] + part * table[low + 1]
 print(f"difference {difference:.3f}, cell {cell:.3f}, bias {bias:.2f}")
 
 # %% [markdown]
-# (Note the sign: query minus key. And note that a difference is counted as a *part of the map*, so the same table can be read
-# on a map of any size. The authors' model knows one size only.)
+# Two things to note. The sign is query minus key. And a difference is counted as a *part of the map*: -1 and 1 fall on the
+# outermost cells of the table, whatever the map's size, so the same table can be read on any map. Neighbouring
+# rows of the three are then 1/3 of the map apart, which is 2/3 of a cell of the table and not a whole one as in Swin.
 #
 # ## Exercise {{n}}.2  Between the cells
 #
@@ -522,8 +533,8 @@ check("dat.2", position_bias)
 # {{solution}}
 
 # %% [markdown]
-# Now all parts are there. Put together, with the library's layers for the parameters, and its table for the bias that
-# you have just built; against the library's `DAttention`, with two groups and four heads:
+# Now all parts are there. Here they are put together and compared with the library's `DAttention`, with two groups and
+# four heads. The parameters are those of the library's layer, and so is the bias that you have just built:
 
 
 # %%
@@ -537,7 +548,7 @@ def my_attention(layer, x):
         part.flatten(1, -2)[0].unflatten(-1, (layer.num_heads, -1)).transpose(0, 1)
         for part in (query, layer.key(sampled), layer.value(sampled))
     )  # (M, tokens, D)
-    bias = layer.bias(places, (0, H, H, W))  # (M, HW, N)
+    bias = layer.bias(places, (0, H, H, W))  # (M, HW, N), for the queries of rows 0 to H
     weights = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + bias).softmax(-1)
     return layer.out((weights @ v).transpose(0, 1).flatten(1)).view(x.shape)
 
@@ -645,7 +656,7 @@ for row in counted["in_detectors"][:2]:
 #
 # ## {{n}}.7 The backbone
 #
-# DAT is Swin's pyramid with another second block in its last two stages.
+# DAT is Swin's pyramid. In its last two stages, each block with shifted windows is replaced by one with shared keys.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "A row of blocks: an image of 224 by 224, stage 1 and stage 2 with the letters W S, stage 3 with W D three times, and stage 4 with W D. Below them the maps, 56 by 56 to 7 by 7, and the channels, 96 to 768."}}
 draw.backbone()
@@ -690,8 +701,8 @@ for name, top1 in (
 # nothing of the kind was trained here.) At 224 x 224 a DAT costs 2 to 3 % more than the Swin of its size. At 800 x 1066,
 # with $r = 1$, it costs a third to a half more.
 #
-# **Any image size.** The authors' model takes 224 x 224 and nothing else: windows, masks and tables are made for it. Ours pads maps to whole windows and reads tables at parts of the map. The
-# small network shows it, on pictures that were resized:
+# **Any image size.** The authors' model takes 224 x 224 and nothing else: windows, masks and tables are made for it. Ours pads maps to whole windows, and
+# reads the tables of the position bias as above. The small network shows it, on pictures that were resized:
 
 # %%
 network = small_network("dat_glyphs")
@@ -702,7 +713,8 @@ for size in ((48, 48), (64, 40), (77, 131)):
 print("truth:", labels[:4].tolist())
 
 # %% [markdown]
-# It runs at all of them. That does not mean that it is as good: it was trained at 48 x 48, where digits have other sizes.
+# It runs at all of them. That does not make it good at all of them: it was trained at 48 x 48, where digits have other sizes.
+# (Even there it is wrong on three of these four. It was trained for a few seconds; the next section says how good it is.)
 #
 # **In a detector** it is one line: `backbone="dat_tiny"` in any model's configuration, or `model.backbone=dat_tiny` on the command line. The detector takes the maps of stages 2 to 4.
 
@@ -724,8 +736,14 @@ print(f"{sum(p.numel() for p in detector.parameters()):,} parameters")
 # did the same with the small network, in ten variants of about 0.32 million parameters. All have the same steps and
 # the same learning rate. The rate was chosen for the variant with windows only, so that DAT is not favoured.
 #
-# After 300 steps these networks are right on about half of the test pictures (guessing would be right on a tenth). So the
-# comparison says how fast they learn, not how good they would become.
+# After 300 steps these networks are right on somewhat more than half of the test pictures (guessing would be right on a tenth). So the
+# comparison says how fast they learn, not how good they would become. The variants:
+#
+# - "windows only" is a small Swin;
+# - "no offsets" leaves the keys on their grid ($s = 0$), "no position bias" leaves out the table, and "neither" has neither of them;
+# - "spatial reduction" is PVT's attention in the place of shared keys;
+# - "moved keys in all stages" and "in the last stage" put shared keys into more or fewer stages than DAT;
+# - "points of one's own" is Deformable DETR's attention in the place of shared keys, with four points per query and head.
 
 # %% tags=["hide-input"]
 tested = [name for name, *rest in results if rest == ["test", "accuracy"]]
@@ -745,12 +763,9 @@ draw.compared(accuracy, "DAT")
 # *Figure {{n}}.6. What to see: accuracy of each seed (dots) and the 95 % interval of their mean (bars). The dotted
 # line is DAT's mean.*
 #
-# "Windows only" is a small Swin; without offsets, keys stay on their grid ($s = 0$); without position bias, layers with shared keys have
-# none; "spatial reduction" is PVT's; "points of one's own" is Deformable DETR's attention, with four points per query
-# and head, in the place of shared keys.
-#
-# What may be *said* about them? `verdict` compares two groups of seeds, and claims an order only where the interval
-# of their difference leaves out zero. Beside it stands what the paper reports on ImageNet, one run per row:
+# What may be *said* about them? `verdict` compares two groups of seeds. It claims an order only where the 95 % interval
+# of their difference leaves out zero. Otherwise it names the end of that interval that is farther from zero: a larger difference, in
+# either direction, would not fit the seeds. Beside it stands what the paper reports on ImageNet:
 
 # %% tags=["hide-input"]
 paper = {  # accuracy of DAT-T minus that of this row, Tables 6 and 7
@@ -773,17 +788,18 @@ for name, values in accuracy.items():
 # to see an effect of the paper's size**: it neither confirms nor refutes it. It can only tell large effects, and only for
 # this task, digits in small pictures after a short training.
 #
-# Two cautions for the paper's column. Each of its rows is a single run, so three of its differences (0.003) might change
-# places with other seeds. And it does not say how many keys the first stages had where they moved in all stages; here they
+# Two cautions for the paper's column. Each of its rows is one accuracy without an interval, so nobody can tell whether 0.003 is more
+# than two seeds differ by. And it does not say how many keys the first stages had where they moved in all stages; here they
 # had one per pixel.
 #
-# One row has no counterpart in the paper's tables: **points of one's own**, the left column of our first table. The paper
-# writes that so few points are not enough in a backbone, "because of the unacceptable loss of information" (section 3.2;
-# its comparison is in an appendix that we do not have). The last row says what we can say about it.
+# The rows with a dash are not in those tables. One of them answers the question with which the chapter began: is the step
+# from Deformable DETR's points to DAT's keys a good bargain? The paper writes that so few points are not enough in a
+# backbone, "because of the unacceptable loss of information" (section 3.2; its comparison is in an appendix that we do not
+# have). If that loss were large in our small networks, the row **points of one's own** would say "better by".
 #
 # ## {{n}}.9 What it looks at
 #
-# Where do the keys go, and which of them are used? `record_shared_keys` tells it for each layer: the places, and how
+# Where do the keys go, and which of them are used? `record_shared_keys` returns it for each layer: the places, and how
 # much of each head's attention a key gets, on average over all queries.
 
 # %%
@@ -791,17 +807,17 @@ looked = record_shared_keys(network, images)
 for name, keys in looked.items():
     print(name, "places", tuple(keys.places.shape), "attention", tuple(keys.attention.shape))
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Four pictures of a digit, each with 36 orange discs over it. The discs stand near a regular grid, not closer on the digit than elsewhere. But those that lie on the digit are much larger than the others."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Four pictures of a digit, each with 36 orange discs over it. The discs stand near a regular grid, not closer on the digit than elsewhere. But many of those that lie on the digit are much larger than the others."}}
 keys = looked["body.stage3.blocks.1.attention"]
 attention = keys.attention.unflatten(1, (2, -1)).mean(2)  # of the heads of each group
-told = network(images).argmax(1)
-titles = [f"a {labels[i]}, told: {told[i]}" for i in range(4)]
+predicted = network(images).argmax(1)
+titles = [f"a {labels[i]}, predicted: {predicted[i]}" for i in range(4)]
 draw.shared_keys(pictures[:4], keys.places[:4, 1].numpy(), attention[:4, 1].numpy(), titles)
 
 # %% [markdown]
 # *Figure {{n}}.7. What to see: the keys of stage 3 (second group) over four test pictures; a disc's area is the attention
-# that its key gets. The places stay near their grid, since none can leave its neighbourhood. The large discs lie on the
-# digit, also where the network tells the wrong one.*
+# that its key gets. The places stay near their grid, since none can leave its neighbourhood. Most of the large discs lie on the
+# digit, also where the prediction is wrong.*
 #
 # The paper shows such pictures (its Fig. 5) and concludes that the attention "learns to place the keys mostly in the foreground".
 # Here the foreground is known: it is the digit's ink. So we can ask two questions that one picture mixes up. Which part of
@@ -827,9 +843,9 @@ for group in range(2):
     print(f"attention on them: {attended:.2f}")
 
 # %% [markdown]
-# The **attention** has found the digit: it falls on ink about twice as often as the keys do. The places have hardly changed
-# anything: about as many keys stand on ink after moving as before. So in this network it is the weights that look at the foreground.
-# Over all seeds, and beside the networks whose keys cannot move:
+# The **attention** has found the digit: about half of it falls on ink, where not even a quarter of the keys stand. The
+# moves have hardly helped: as many keys stand on ink after moving as before. So in this network it is the weights that find the
+# foreground, not the places. Over all seeds, and beside the networks whose keys cannot move:
 
 # %% tags=["hide-input"]
 for name in ("DAT", "no offsets"):
@@ -839,7 +855,7 @@ for name in ("DAT", "no offsets"):
     before, after, attended = (f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in parts)
     print(f"{name:<11} before {before}, after {after}, attention {attended}")
 pair = (final(name, "attention on ink", "val") for name in ("DAT", "no offsets"))
-print("attention on ink, DAT against no offsets, as if more were better:", verdict(*pair))
+print("attention on ink, DAT against no offsets (more is called better):", verdict(*pair))
 
 # %% [markdown]
 # This shows how to read such figures: a large disc in the foreground says that a key there is *used*, not that it *moved* there. To say
@@ -859,8 +875,8 @@ draw.offsets_over_training(curves)
 
 # %% [markdown]
 # *Figure {{n}}.8. What to see: how far keys are from their grid, on average, in pixels of their map; one line per seed.
-# With random weights they are off their grid already, since nothing starts at zero here. (Deformable DETR's layer for
-# offsets starts with zero weights.)*
+# With random weights they are off their grid already, since the last layer of the offset network does not start at
+# zero. (Deformable DETR's layer for offsets has weights of zero at the start.)*
 
 # %% [markdown]
 # ## Summary
@@ -869,16 +885,16 @@ draw.offsets_over_training(curves)
 #   moved places, weighed by dot products.
 # - Its reason is that queries attend alike. In a small dense model they do so in the last stage; in the one before, it
 #   depends on the seed.
-# - A small network moves a grid of keys by at most $s/2$ cells, and a table of position bias is read between its cells.
+# - A small network moves each key of a grid by at most one cell, and a table of position bias is read between its cells.
 # - With $r = 1$, as released, it costs what dense attention costs and a little more. The offset network of the paper's example
 #   takes 0.63 %, not 6 %.
-# - What the parts gain in the paper is too little for our small study to see. In its networks it is the attention that
+# - Differences as small as the paper's are too small for our study to see. In its networks it is the attention that
 #   finds the digits, much more than the places of the keys.
 #
 # > **Differs from the paper.** The example after formula (10) is ten times too large. A norm follows the depthwise convolution, which has 3 x 3 in stage 4. The grid spans $(i + 0.5)/H$ of the way between the outer pixels' centres, not corner to corner, and keys move by $s/2$ cells. $r$ is 1 in all released
 # > models; the text's example has 2. Queries come from a layer with a bias.
 # >
-# > **Differs from the official code.** Any image size, by padding that is no key and by tables read at parts of the map; at 224 x 224 the numbers are the same. The authors' current repository holds DAT++, another network {cite}`xia2023dat`.
+# > **Differs from the official code.** Any image size, by padding whose pixels are never keys, and by tables that are read at parts of the map; at 224 x 224 the numbers are the same. The authors' current repository holds DAT++, another network {cite}`xia2023dat`.
 #
 # ## Further reading
 #

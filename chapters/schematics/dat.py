@@ -27,10 +27,10 @@ def two_attentions() -> None:
     """Private points of three queries, and keys that all three share; places set by hand."""
     _, (left, right) = plt.subplots(1, 2, figsize=(7, 3.6))
     picture = running_example()
-    queries = np.array([[30, 60], [68, 52], [98, 96]])
+    queries = np.array([[20, 76], [78, 48], [108, 92]])
     around = np.array([[-13, -10], [14, -7], [9, 13], [-10, 14]])
     for axes, title in (
-        (left, "Deformable DETR: points of one's own"),
+        (left, "Deformable DETR: each query's own points"),
         (right, "DAT: shared keys"),
     ):
         pale(axes, picture)
@@ -49,7 +49,7 @@ def two_attentions() -> None:
         arrow(right, tuple(start), tuple(end), colour=QUIET)
     for query in queries:
         for key in moved:
-            right.plot(*np.stack([query, key]).T, color=QUERY, linewidth=0.5, alpha=0.5)
+            right.plot(*np.stack([query, key]).T, color=QUERY, linewidth=0.5, alpha=0.6)
     right.plot(*grid.T, "x", color=QUIET, markersize=5)
     right.scatter(*moved.T, s=34, color=POINT, edgecolor="black", linewidth=0.5, zorder=3)
     plt.show()
@@ -57,7 +57,8 @@ def two_attentions() -> None:
 
 def the_module() -> None:
     """What flows in DAT's attention, with shapes; one group."""
-    axes = canvas(7, 3.7)
+    axes = canvas(7, 2.95)
+    axes.set(ylim=(0.7, 3.65))
 
     def label(x: float, y: float, text: str, colour: str, side: str = "center") -> None:
         axes.text(x, y, text, fontsize=8, color=colour, ha=side)
@@ -78,18 +79,18 @@ def the_module() -> None:
     block(axes, 3.2, 1.1, "sample", POINT, 0.95)
     arrow(axes, (3.68, 1.1), (4.3, 1.1), "$N_s$ x C", POINT)
     block(axes, 4.75, 1.1, "$W_k$, $W_v$", POINT, 0.9)
-    arrow(axes, (5.2, 1.15), (5.6, 1.4), "", POINT)
-    label(5.35, 0.98, "k, v", POINT, "left")
-    arrow(axes, (3.66, 2.0), (4.05, 2.0), "", QUERY)
-    block(axes, 4.75, 2.0, "bias table, read\nbetween its cells", QUIET, 1.45, 0.6)
-    arrow(axes, (5.3, 1.74), (5.5, 1.63), "", QUIET)
-    label(4.75, 1.5, "HW x $N_s$", QUIET)
-    axes.plot([1.55, 1.55, 5.95], [3.16, 3.45, 3.45], color=QUERY, linewidth=1.4)
-    arrow(axes, (5.95, 3.45), (5.95, 1.82), "", QUERY)
-    label(6.02, 2.6, "q, HW x C", QUERY, "left")
-    block(axes, 5.9, 1.55, "attend", QUIET, 0.8)
-    arrow(axes, (6.3, 1.55), (6.48, 1.55), "")
-    block(axes, 6.72, 1.55, "$W_o$", QUIET, 0.5)
+    arrow(axes, (5.2, 1.15), (5.6, 1.42), "", POINT)
+    label(5.45, 1.1, "k, v", POINT, "left")
+    arrow(axes, (3.66, 2.0), (3.97, 2.0), "", QUERY)
+    block(axes, 4.6, 2.0, "bias table, read\nbetween its cells", QUIET, 1.25, 0.6)
+    arrow(axes, (5.23, 1.9), (5.6, 1.68), "", QUIET)
+    label(4.6, 1.53, "HW x $N_s$", QUIET)
+    axes.plot([1.55, 1.55, 5.98], [3.16, 3.45, 3.45], color=QUERY, linewidth=1.4)
+    arrow(axes, (5.98, 3.45), (5.98, 1.82), "", QUERY)
+    label(6.05, 2.6, "q, HW x C", QUERY, "left")
+    block(axes, 5.98, 1.55, "attend", QUIET, 0.75)
+    arrow(axes, (6.36, 1.55), (6.53, 1.55), "")
+    block(axes, 6.75, 1.55, "$W_o$", QUIET, 0.45)
     plt.show()
 
 
@@ -167,8 +168,7 @@ def compared(values: dict[str, list[float]], first: str) -> None:
     axes.axvline(np.mean(values[first]), color=QUIET, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    every = np.concatenate(list(values.values()))
-    axes.set(xlabel="accuracy on test", xlim=(every.min() - 0.05, every.max() + 0.05))
+    axes.set(xlabel="accuracy on test")
     plt.show()
 
 
@@ -199,6 +199,6 @@ def offsets_over_training(curves: dict[str, dict[int, list[float]]]) -> None:
         for seed, lengths in enumerate(zip(*(by_step[step] for step in steps), strict=True)):
             label = name if seed == 0 else None
             axes.plot(steps, lengths, color=f"C{number}", linewidth=1, label=label)
-    axes.set(xlabel="step", ylabel="pixels of the map", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="mean offset, in pixels", ylim=(0, None))
     axes.legend()
     plt.show()
