@@ -61,7 +61,6 @@ from deformable_detr import Batch, DeformAttn
 from deformable_detr.boxes import cxcywh_to_xyxy
 from deformable_detr.data.coco import CocoDataset, collate
 from deformable_detr.data.transforms import digits_eval_transform
-from deformable_detr.evaluation.intervals import interval
 from deformable_detr.exercises import check
 from deformable_detr.layers.dat_attention import KeyPlaces
 from deformable_detr.layers.sampling import bilinear_sample
@@ -92,8 +91,8 @@ for letter, source in sources.items():
 # Five verdicts are possible. **True** and **false** need no words. **True, with a condition** means that the sentence
 # leaves out something without which it is false. **Not confirmed here** means that we tried it with small models on the
 # digits, and it was otherwise or could not be seen. This refutes nothing on COCO. **Not testable here** means that the
-# evidence would take more than we have: weeks of training, or a definition of what was measured. The last two are not a
-# soft "false".
+# evidence would take more than we have: weeks of training, or a definition of what was measured. Neither of the last two
+# means "false".
 #
 # Before you run: who will have most false sentences, and will the inventors have any?
 
@@ -108,8 +107,8 @@ for letter, counter in counts.items():
 draw.verdicts(counts)
 
 # %% [markdown]
-# *Figure {{n}}.2. Verdicts by source. "True, with a condition" is the most frequent verdict of all: what is
-# repeated most often was usually true of something.*
+# *Figure {{n}}.2. Verdicts by source. "True, with a condition" is the most frequent verdict of all: most
+# sentences are true of something, and do not say of what.*
 #
 # Do not read this as a ranking. We chose these sentences because something could be learned from them. Sentences that
 # everybody knows to be true are rarely among them.
@@ -189,8 +188,9 @@ print(
 # (This is also **[D3]**, where the paper on DAT says of Deformable DETR that its attention *"comes from simply learned
 # linear projections"*. True.)
 #
-# **[D1]** *"the additional overhead is 5.08M Flops, which is only 6.0% of the whole module"*. So the paper on DAT says of
-# the network that moves its keys. The formula stands directly above the sentence, as its Eq. 10:
+# **[D1]** *"the additional overhead is 5.08M Flops, which is only 6.0% of the whole module"*. This is what the paper on DAT
+# says about the small network that moves its keys ({{chapter dat}} builds it). The formula stands directly above the
+# sentence, as Eq. 10:
 #
 # $$\Omega = \underbrace{2HWN_sC + 2HWC^2 + 2N_sC^2}_{\text{attention}} + \underbrace{(k^2 + 2)N_sC}_{\text{offset network}}$$
 #
@@ -253,11 +253,10 @@ print(
 
 # %% tags=["hide-input"]
 assert counted == 27 * 49 * 384 and round(counted / 1e5, 2) == 5.08
-print("the digits of 5.08 are right, the decimal point is not")
 
 # %% [markdown]
 # It is 0.508 M, and a share of 0.6 %. The digits agree, but the decimal point has moved, and the 6.0 % has followed it.
-# The conclusion of the authors (the network costs little) is not weakened by this. On the contrary, it costs a tenth of what they say.
+# This does not weaken the authors' conclusion that the network costs little: it costs a tenth of what they say.
 
 # %% [markdown]
 # ## {{n}}.3 Costs
@@ -270,7 +269,8 @@ print("the digits of 5.08 are right, the decimal point is not")
 # %%
 M, C = 8, 256
 for scales, points in ((1, 4), (4, 16)):
-    print(f"{scales} scale(s), {points:2} points per head: {5 * points + 3 * M * points} < {C}?")
+    terms = 5 * points + 3 * M * points
+    print(f"{scales} scale(s), {points:2} points per head: {terms} < {C} is {terms < C}")
 
 # %% [markdown]
 # On one scale it holds, on four it does not. The paper's formula is derived for one scale, and says so. The detector
@@ -278,7 +278,8 @@ for scales, points in ((1, 4), (4, 16)):
 #
 # **[P4]** *"in DETR decoder [...] the complexity becomes O(NKC²), which is irrelevant to the spatial size HW"*. The
 # formula is right if the samples are projected after they have been read. The official code projects all $HW$ pixels
-# first, and so does our library. A study has counted what that costs ({{chapter linear_really}}):
+# first, and so does our library. A study has counted what that costs ({{chapter linear_really}}). Beside it stands our own
+# count of the other order: the $K$ samples of each head are read with all $C$ channels, and projected then.
 
 # %%
 with (DATA / "results/cost.csv").open(encoding="utf-8") as opened:
@@ -287,7 +288,7 @@ decoder = {
     int(r["at"]): int(r["value"]) for r in rows if r["configuration"] == "deformable, decoder"
 }
 K, N = 4, 300
-projected_late = N * C * (C + 3 * M * K + K * C + 5 * M * K)  # each head reads all C channels
+projected_late = N * C * (C + 3 * M * K + K * C + 5 * M * K)
 for pixels in (64, 1024, 20736):
     print(f"{pixels:6,} pixels: {decoder[pixels] / 1e6:7.1f} M multiply-adds as coded")
 print(f"any number:    {projected_late / 1e6:7.1f} M if samples are projected")
@@ -303,8 +304,8 @@ draw.decoders(list(decoder), list(decoder.values()), projected_late)
 # both orders of work are linear.
 #
 # **[P15]** *"the runtime speed is much faster (1.6×) than DETR-DC5, and is just 25% slower than Faster R-CNN + FPN"*.
-# Where could this be checked without a V100? In the tables that the authors themselves have published: one in the paper,
-# and one in the README of their code, which was measured again after a move to another code base.
+# The seconds were measured on a V100, which we do not have. But the authors have published two tables: one in the
+# paper, and one in the README of their code, which they measured again after a move to another code base.
 
 # %%
 published = tomllib.loads((DATA / "published.toml").read_text(encoding="utf-8"))
@@ -414,9 +415,9 @@ check("claims_judged.2", times_fewer)
 # {{solution}}
 
 # %% [markdown]
-# The curves come from the study of DETR, in which dense and deformable attention look at the same map. The dense
-# detector has eight times as many steps ({{chapter ten_times_faster}} has the curves in full, and how the learning rates were
-# chosen).
+# The curves come from the study of DETR, in which dense attention ("DETR") and deformable attention ("one map") look at the
+# same map. The dense detector has eight times as many steps, and was trained with two learning rates, of which the better one
+# counts ({{chapter ten_times_faster}} has the curves in full). A verdict takes two finished trainings of each side.
 
 
 # %%
@@ -432,20 +433,24 @@ def curve(study, configuration):
 
 
 print(f"[P14] {findings['P14']['verdict']}: {findings['P14']['value']}")
-for name in ("one map", "DETR"):
+for name in ("one map", "DETR", "DETR, 0.0005"):
     found = curve("detr", name)
     images = max(found, default=0)
-    if len(found[images]) > 1:
-        print(f"{name:8} after {images:6,} images: AP {interval(found[images])}")
+    aps = found[images]
+    print(f"{name:12}  finished trainings: {len(aps)}", end="")
+    if aps:
+        print(f", AP {mean(aps):.2f} in the mean after {images:,} images", end="")
+    print()
 
 # %% [markdown]
-# Where the rival has learned nothing useful, there is no factor. "Infinitely many times fewer" would be the wrong
-# conclusion: it may learn the day after tomorrow. So the function returns `None`, and the verdict is that this cannot be
-# tested here. (And if there were a factor, it would be one for digits on 128 × 128 pixels and small models. It could not
-# confirm the paper's, nor refute it.)
+# There is a factor only if the dense detector learns something useful in its time, here an AP of 0.3. If it does not,
+# "infinitely many times fewer" would be the wrong conclusion, because it may still learn with more steps. So your function
+# returns `None`, and the verdict is "not testable here". And a factor, if there is one, is a factor for digits on 128 × 128 pixels and
+# small models: it could not confirm the paper's, nor refute it. (Once your function passes, call
+# `times_fewer(curve("detr", "one map"), curve("detr", "DETR"))`.)
 #
-# Three more sentences of the paper were tried in the same way, each against the same base. Here the verdict is left to
-# the data: an ordering is claimed only if the interval of the difference leaves out zero.
+# Three more sentences of the paper were tried on the digits, by changing one thing of the same detector at a time. The
+# data decide the verdict: an ordering is claimed only if the interval of the difference of AP leaves out zero.
 
 # %%
 for name in ("P9", "P17", "P18"):
@@ -455,11 +460,13 @@ for name in ("P9", "P17", "P18"):
 # %% [markdown]
 # **[P9]** is *"The system is robust to the choice of b0w and b0h"*, **[P17]** *"Increasing the number of sampling points K
 # can further improve 0.9% AP"*, and **[P18]** *"Using multi-scale inputs [...] 1.7% AP, especially on small objects with
-# 2.9% APS"*. ({{chapter what_matters}} discusses them. A gain that the interval shows counts as "true, with a condition",
-# namely at this scale. "Not testable here" stands there as long as there are too few trainings.)
+# 2.9% APS"*. P17 and P18 promise a gain. If the interval shows one, the sentence counts as "true, with a condition",
+# namely at this scale. P9 promises that nothing happens. If the interval has zero in it, it counts as
+# "true, with a condition" too: robust, up to the difference that is printed. With too few trainings it says "not testable
+# here". ({{chapter what_matters}} discusses all three.)
 #
-# **[P16]**, *"adding FPNs will not improve the performance"*, is a different case. It says that nothing happens, and
-# that is hard to show. The paper has one training of each: 43.8 without, 43.8 and 43.9 with. A user who trained the
+# **[P16]**, *"adding FPNs will not improve the performance"*, also says that nothing happens, and this one we did not
+# train. The paper has one training of each: 43.8 without, 43.8 and 43.9 with. A user who trained the
 # same model twice got 44.1 and 44.3 ([issue 14](https://github.com/fundamentalvision/Deformable-DETR/issues/14) of the
 # official code), and the authors 44.5. So differences below half a point of AP cannot be seen in single
 # trainings. The sentence may well be true.
@@ -530,7 +537,8 @@ print("the base model by Fig. 3 of the paper:", long)
 # says that longer training brings 3.1 AP, when it brings 1.5; and it hides what two small changes of the model bring.
 #
 # **[N3]** *"higher AP (43.8 vs 42.0 for DETR-DC5)"* has lost a label in the same way: 42.0 is plain DETR, DETR-DC5 has
-# 43.3. **[N9]**, *"DN-DETR | [...] | Deformable DETR | 48.6"*, is harder to see. The figure is DN-DETR's. But:
+# 43.3. **[N9]**, *"DN-DETR | [...] | Deformable DETR | 48.6"*, is harder to see. The figure does come from the authors of
+# DN-DETR. But of which of their models?
 
 # %%
 for row in published["dn_detr"]["rows"]:
@@ -542,7 +550,7 @@ for row in published["dn_detr"]["rows"]:
 # also makes **[N12]** false, that *"Every major DETR variant since 2020 builds on Deformable DETR's deformable
 # attention"*.
 #
-# **[N10]** *"DINO [...], introduced by the same group in 2022"*. The same group as Deformable DETR's, as the article has it.
+# **[N10]** *"DINO [...], introduced by the same group in 2022"*. The article means the group of Deformable DETR.
 # What would make this false? That nobody is an author of both papers. We can ask this book's own bibliography:
 
 # %%
@@ -602,7 +610,7 @@ for name, value in zip(
 ):
     print(f"{name:9} the best box of each digit overlaps with it by {value:.2f} (IoU)")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "One picture with several digits, three times. With the plain and with the mirrored boxes there is a blue box on each white dashed one. With the averaged boxes most blue boxes lie between the digits."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "One picture with several digits, three times. With the plain and with the mirrored boxes there is a blue box on each white dashed one. With the averaged boxes many blue boxes lie beside the digits."}}
 shown = 8
 true = cxcywh_to_xyxy(dataset[shown][1].boxes)
 kinds = dict(zip(("plain", "mirrored", "averaged"), plain_mirrored_averaged(shown), strict=True))
@@ -613,12 +621,13 @@ for name, kind in kinds.items():
 draw.three_views(dataset.load_image(dataset.image_ids[shown]), best, 128 * true.numpy())
 
 # %% [markdown]
-# *Figure {{n}}.4. True boxes (white, dashed), and for each the box that fits best (blue). In each view alone every digit
-# has its box. The mean of two boxes that belong to different digits lies somewhere between them.*
+# *Figure {{n}}.4. One of the pictures. True boxes (white, dashed), and for each the box that fits best (blue). In each view
+# alone every digit has its box. The mean of two boxes that belong to different digits fits neither.*
 #
-# A query has no object of its own. In this two-stage detector query 0 starts from the best proposal, query 1 from the
-# second best, and so on. In the mirror image the ranks are others, so the same query finds another digit. Detections of several views must first be brought together object by object. The library
-# does it with `--tta`, by weighted fusion or suppression of overlapping boxes.
+# The reason is that no query belongs to an object. In this two-stage detector query 0 starts from the best proposal, query 1
+# from the second best, and so on. In the mirror image the proposals have other ranks, so the same query finds another digit.
+# Detections of several views must therefore first be brought together object by object. The library does it with `--tta`, by
+# weighted fusion or suppression of overlapping boxes.
 #
 # ### What it looks at
 #
@@ -633,9 +642,11 @@ for name in ("P11", "P12", "N15"):
 
 # %% [markdown]
 # The first was confirmed. The second was not, on our detector: its last layer puts 2.5 times as much weight near the
-# border as equal weights would. (That the paper saw something else on COCO is quite possible. Its sentence rests on a
-# few pictures, and it offers a guess as the reason, and says so.) **[N15]**, *"sampling points often cluster on object
-# boundaries and corners"*, is right in later layers, but the effect is small: some hundredths of a rank.
+# border as equal weights would. (On COCO the paper may well have seen something else. Its sentence rests on a few
+# pictures.) **[N15]** is *"sampling points often cluster on object boundaries and corners"*. For it, all
+# pixels were ranked by the strength of the edge there, from 0 to 1, and the ranks at a query's points were compared with those at the points
+# of another query, moved to the same box. The three numbers are the differences in the decoder's three layers: right in
+# the later ones, but small, some hundredths of the whole range.
 
 # %% tags=["hide-input"]
 layer = json.loads((DATA / "results/looking.json").read_text())["decoder"]["layers"][-1]
@@ -666,7 +677,7 @@ display(Markdown("\n".join(lines)))
 #
 # - Ask first what would make a sentence false. Then compute exactly that.
 # - The operation's descriptions are mostly right, with a condition: one head, one scale, samples projected late.
-# - Figures are copied rightly and labelled wrongly: 46.9 is two-stage at 50 epochs, 48.6 has a deformable encoder only,
+# - Figures are copied correctly and labelled wrongly: 46.9 is two-stage at 50 epochs, 48.6 has a deformable encoder only,
 #   5.08 is 0.508.
 # - Ten times fewer epochs are six times fewer GPU hours, and large objects paid for it.
 # - "No difference" is a claim as well. It needs repeats, and an interval.

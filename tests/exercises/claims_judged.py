@@ -42,6 +42,11 @@ def check_row(row_of):
     yield "figures that no row has"
     given = row_of({"ap": 46.9, "small": 28.0, "large": 61.6, "epochs": 150}, ROWS)
     expect(given, (None, []), "None, and nothing to compare with")
+    given = row_of({"ap": 46.9, "small": 29.6, "large": 58.0}, ROWS)
+    expect(given, (None, []), "three figures must agree, not two")
+    yield "figures that were rounded"
+    rounded = {"ap": 46.94, "small": 29.57, "large": 61.6, "epochs": 150}
+    expect(row_of(rounded, ROWS), ("C", ["epochs"]), "within 0.05")
 
 
 @checks("claims_judged.2")
@@ -74,12 +79,12 @@ def _overhead(taps=lambda k: k * k + 2, places=lambda pixels, keys: keys, alone=
     return overhead
 
 
-def _row(keys=("ap", "small", "large"), labels=True, every=False, nearest=False):
+def _row(keys=("ap", "small", "large"), labels=True, every=False, nearest=False, within=0.05):
     def row_of(claim, rows):
         def gap(row):
             return max(abs(row[key] - claim[key]) for key in keys)
 
-        fitting = [row for row in rows if gap(row) < 0.05]
+        fitting = [row for row in rows if gap(row) <= within]
         if nearest:
             fitting = [min(rows, key=gap)]
         if not fitting:
@@ -115,6 +120,8 @@ WRONG = {
     ],
     "claims_judged.3": [
         ("AP alone", _row(keys=("ap",))),
+        ("two figures of three", _row(keys=("ap", "small"))),
+        ("equal to the last digit", _row(within=0)),
         ("labels not compared", _row(labels=False)),
         ("labels that are not given count as wrong", _row(every=True)),
         ("the nearest row, whatever it says", _row(nearest=True)),
