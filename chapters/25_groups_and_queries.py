@@ -12,7 +12,7 @@
 # # {{n}}. Groups and queries: Group DETR, Efficient DETR
 #
 # You will be able to
-# - **say** why a matching of one query per object teaches so few queries to say yes,
+# - **say** why a matching of one query per object leaves few queries that learn from an object,
 # - **build** groups of queries, and **show** that each group is a detector of its own,
 # - **count** what groups add to a training step, and that they add nothing afterwards,
 # - **make** queries of the encoder's best tokens, with one layer of decoder behind them,
@@ -91,12 +91,12 @@ draw.one_of_thirty(boxes, int(matches[9][0]))
 # The 29 others are told only that nothing is there, be it wood, a bright stone, or the seven that another one
 # has.*
 #
-# On COCO it is more extreme: there are 300 queries, and a picture has about seven objects. So most of what the
-# decoder hears is "no".
+# On COCO it is more extreme: there are 300 queries, and a picture has about seven objects. So nearly all queries
+# are trained as negatives.
 #
 # Why not simply match each object with several queries? Because then several queries would be taught to say
-# "seven, here", and nobody would be taught to leave it to another. The detector would report every object
-# several times, and would need the suppression of duplicates that DETR got rid of. The authors of Group DETR
+# "seven, here", and none would be taught to leave it to another. The detector would report every object
+# several times, and would need the non-maximum suppression that DETR got rid of. The authors of Group DETR
 # tried it {cite}`chen2023group`: on Conditional DETR {cite}`meng2021conditional`, after 12 epochs on COCO, the
 # AP falls from 32.6 to 8.4.
 #
@@ -171,8 +171,8 @@ draw.mask_and_folding(mask, K)
 # *Figure {{n}}.3. What to see: left, the mask; a query looks within its group only. Right, the same without a
 # mask: the groups are put beside the pictures of the batch, as if each were a picture of its own.*
 #
-# The second form is the one to use. With the mask, all $(KN)^2$ products are computed, and most are thrown
-# away; folded, there are only $K N^2$. Both give the same numbers:
+# The second form, **folding**, is the one to use. With the mask, all $(KN)^2$ products are computed, and most are
+# thrown away; folded, there are only $K N^2$. Both give the same numbers (`mix` is self-attention between queries):
 
 # %%
 attention = DenseAttention(C, num_heads=2).eval()
@@ -192,9 +192,9 @@ print("mask, folding and library give the same", tuple(library.shape))
 
 # %%
 by_hand = []
-grouped = dataclasses.replace(output, groups=3)  # this is how the library is told
+grouped = dataclasses.replace(output, groups=3)  # the library then matches three groups of ten
 for start in range(0, 30, 10):
-    part = output.queries(start, start + 10)
+    part = output.queries(start, start + 10)  # what these ten queries predict
     by_hand.append([(q + start, o) for q, o in HungarianMatcher()(part, batch.targets)])
 for image, (queries_found, objects) in enumerate(HungarianMatcher()(grouped, batch.targets)):
     assert torch.equal(queries_found, torch.cat([group[image][0] for group in by_hand]))
@@ -333,7 +333,7 @@ print("the GIoU loss is the mean of five groups' losses")
 # K times as many queries. Is training K times as slow, then?
 #
 # **Before you run**: at full size (ResNet-50, 800 × 1066 pixels, 300 queries per group), by how much do 11
-# groups raise the multiply-adds of a training step's forward pass? By a tenth, by half, or eleven times?
+# groups raise the multiply-adds of a training step's forward pass? By about a tenth, by half, or to eleven times?
 
 
 # %%
@@ -411,7 +411,7 @@ del shipped.output
 
 # %% [markdown]
 # After one layer four fifths of the AP are there, although this detector was trained with two more layers to
-# rely on. That is the thought of Efficient DETR {cite}`yao2021efficient`: make the start good enough, and one
+# rely on. That is the idea of Efficient DETR {cite}`yao2021efficient`: make the start good enough, and one
 # layer will do. It has 3 layers in the encoder and 1 in the decoder, where Deformable DETR has 6 and 6.
 #
 # What makes the start good? Compare where queries come from:
@@ -572,24 +572,25 @@ for name, (member, options) in sizes_of.items():
 
 # %% [markdown]
 # The encoder's cost is halved, and the decoder's nearly gone. With two heads there are 32,896,382 parameters,
-# which is what the shape has in the code of others; the shared head saves one pair of heads.
+# exactly as many as Sparse DETR's official code has when it is set to 3 and 1 layers and to these queries. The shared
+# head saves one pair of heads.
 #
 # **What is uncertain.** There is no official code of Efficient DETR. What stands here is built from the paper
-# and from what others took over: the authors of Sparse DETR have its queries and its class-specific first stage
-# as options in their code, with heads of their own, and with six layers. Three things we could not settle: how
+# and from what others took over: the code of Sparse DETR has its queries and its class-specific first stage
+# as options, with separate heads and with six layers. Three things we could not settle: how
 # the positions of queries are made (here from the boxes, as in two stages), how 300 proposals become 100 (the
 # paper is said to lower their number during training; here there are 100 from the start), and how the loss of
 # the dense part is weighted.
 #
 # ## {{n}}.6 What both gain
 #
-# All members of the family were trained on the digits for 300 steps, with the same recipe, the same pictures
-# and the same seeds (`python experiments/members.py`, not run here). None was tuned. Group DETR has learned
-# queries, so its counterpart is Deformable DETR with learned queries and refinement. It has five groups.
-# Efficient DETR's counterpart is Deformable DETR in two stages.
+# All members of the family were trained on the digits for 300 steps on two maps, with the same pictures, seeds
+# and learning rates (`python experiments/members.py`, not run here). None was tuned. Group DETR has five groups of
+# learned queries, so we compare it with Deformable DETR with learned queries and refinement. Efficient DETR we
+# compare with Deformable DETR in two stages.
 #
-# AP lies between 0 and 1. An interval holds the true mean with 95 % confidence. "Better" and "worse" are said
-# only where the interval of the difference leaves out zero; elsewhere the size of a difference is given that
+# AP lies between 0 and 1. In brackets stands a 95 % confidence interval for the mean over seeds. "Better" and "worse"
+# are said only where the interval of the difference leaves out zero; elsewhere the size of a difference is given that
 # could have been missed.
 
 # %%
@@ -629,12 +630,16 @@ draw.seeds_and_costs(
 
 # %% [markdown]
 # *Figure {{n}}.7. What to see: AP over the cost of inference; one dot per seed, a bar for the interval of the
-# mean. Group DETR costs at inference what its counterpart costs (but for a fiftieth of a per cent: the
-# reference points of all groups), so these two stand on one line.*
+# mean. Group DETR costs at inference what Deformable DETR with refinement costs (to 0.02 %); the two are drawn side by
+# side to be told apart.*
+#
+# Efficient DETR is not cheaper *here*, but dearer. The detectors of the digits are small: Deformable DETR has two
+# encoder layers and three decoder layers among them, not six and six. So the third encoder layer of Efficient DETR costs
+# more than the two decoder layers that it does without. It saves only where the encoder was deep.
 #
 # Groups cost training time, and are said to make the matching more stable. Instability is the share of objects
-# that were given to another query between step 150 and step 300 ({{chapter denoising}}). For both, "better"
-# means less:
+# that were given to another query between step 150 and step 300 ({{chapter denoising}}); `cpu_seconds` are those of the whole
+# training. For both, "better" means less:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -681,15 +686,14 @@ for ours, base in PAIRS.items():
 #
 # ## Summary
 #
-# - One query per object teaches few queries to say yes. Several per object would teach duplicates.
+# - With one query per object few queries learn from objects. With several per object they would learn to report duplicates.
 # - Group DETR does the matching K times, in groups that share all weights and do not see each other; one group
 #   is kept.
 # - A group says what it would say alone, and the loss is the groups' mean. Training costs a little more,
 #   inference nothing.
-# - Efficient DETR makes queries of the encoder's best tokens, by class, and needs one decoder layer and one
+# - Efficient DETR makes queries of the encoder's best tokens, by class, and has one decoder layer and one
 #   head.
-# - What both gain in 300 steps on the digits stands in the tables above, with intervals; on COCO it is for
-#   their papers to say.
+# - What both gain in 300 steps on the digits is printed above, with intervals; the COCO figures are the papers'.
 #
 # > **Differs from the paper.** Group DETR: the paper's groups have 300 queries each and K = 11; the digits' recipe has 30
 # > and 5. Efficient DETR: 100 proposals from the start, positions from boxes, equal weights of both parts.

@@ -69,7 +69,7 @@ def check_queries_from_tokens(queries_from_tokens):
     content, references = queries_from_tokens(logits, moved, usable, memory, 4)
     expect(content, rows(memory, best), "a token's score is that of its best class")
     yield "tokens that are not usable come last"
-    spoiled = logits.clone()
+    spoiled = logits - 10.0  # so low that 0 is not last
     spoiled[:, 2] = 50.0
     some = usable.clone()
     some[:, 2] = False
@@ -111,13 +111,13 @@ def _greedy(cost, groups):
     return torch.cat(queries), torch.arange(cost.shape[1]).repeat(groups)
 
 
-def _tokens(score=None, usable_counts=True, detach=(False, True), per_image=True):
+def _tokens(score=None, blank=-torch.inf, detach=(False, True), per_image=True):
     """The selection with one thing wrong."""
 
     def select(logits, boxes, usable, memory, num_queries):
         scores = (score or (lambda x: x.max(-1).values))(logits)
-        if usable_counts:
-            scores = scores.masked_fill(~usable, -torch.inf)
+        if blank is not None:
+            scores = scores.masked_fill(~usable, blank)
         chosen = scores.topk(num_queries, 1).indices
         chosen = chosen if per_image else chosen[:1].expand_as(chosen)
         places = chosen.unsqueeze(-1)
@@ -142,7 +142,8 @@ WRONG = {
     "groups_and_queries.3": [
         ("class 0 alone", _tokens(lambda logits: logits[..., 0])),
         ("the sum over classes", _tokens(lambda logits: logits.sum(-1))),
-        ("tokens that are not usable", _tokens(usable_counts=False)),
+        ("tokens that are not usable", _tokens(blank=None)),
+        ("0 for tokens that are not usable", _tokens(blank=0.0)),
         ("the tokens of the first picture for all", _tokens(per_image=False)),
         ("contents detached", _tokens(detach=(True, True))),
         ("references with gradient", _tokens(detach=(False, False))),
