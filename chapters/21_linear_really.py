@@ -28,8 +28,8 @@
 # "The complexity of deformable attention is linear in the number of pixels." You read this sentence in the
 # paper {cite}`zhu2021deformable`, and in every article about it. It is a sentence about a formula. But nobody
 # waits for a formula: one waits for a processor. So this chapter asks the same question three times: on paper,
-# with an instrument that counts while the code runs, and with a clock. The three answers agree in the
-# exponent and in little else.
+# with an instrument that counts while the code runs, and with a clock. All three answer "linear", and they
+# agree in little else.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The green seven on wood under a grid of 16 by 16 cells, three times; one cell is framed in blue. Left, all cells are green. Middle, only a square of 8 by 8 cells, which the framed cell belongs to, is green. Right, no cell is green, and 32 orange points lie in four rings around the framed cell."}}
 import matplotlib.pyplot as plt
@@ -39,10 +39,10 @@ plt.style.use("book.mplstyle")
 draw.what_each_reads()
 
 # %% [markdown]
-# *Figure {{n}}.1. What to see: the running example as 16 x 16 tokens, one of which asks (blue). In dense attention
-# its bill grows with the picture (green: the tokens that it reads). In a window of 8 x 8 it does not, and neither
-# does it with M x K = 8 x 4 points. So with all tokens asking, dense attention is quadratic, and both others are
-# linear. We compare all three, because windows are the honest rival: they are linear too, and simpler.*
+# *Figure {{n}}.1. What to see: the running example as 16 x 16 tokens, one of which is the query (blue). In dense
+# attention the cost of this one query grows with the picture (green: the tokens that it reads). In a window of 8 x 8 it does
+# not, and neither does it with M x K = 8 x 4 points. So with all tokens as queries, dense attention is quadratic, and
+# both others are linear. We compare all three, because windows are linear too, and simpler.*
 
 # %% tags=["hide-input"]
 import csv
@@ -229,7 +229,7 @@ for stride in (32, 16, 8):
     print(f"stride {stride:2}: {tokens:6,} tokens, pairs cost {tokens / bend:.2f} of the rest")
 
 # %% [markdown]
-# So in DETR as it is, at stride 32, the pairs cost a third of the rest, and replacing them saves little. Only at the
+# So in DETR as it is, at stride 32, the pairs cost a third of the rest: without them a layer would cost a quarter less. Only at the
 # finer strides that small objects need do they become the largest item of the bill. This is where a linear cost
 # matters.
 #
@@ -241,7 +241,7 @@ for stride in (32, 16, 8):
 
 # %%
 def multiply_adds(call):
-    """What the matrix products of a call cost, and its samples of deformable attention."""
+    """What a call's matrix products cost, and its samples of deformable attention, if any."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops() // 2
@@ -291,7 +291,11 @@ def table(name):
 
 counted = table("cost")
 KINDS = ("dense", "windowed", "deformable", "deformable of 4 levels")
-METRICS = {"multiply_adds": "multiply-adds", "bytes_moved": "bytes moved", "peak_bytes": "held"}
+METRICS = {
+    "multiply_adds": "multiply-adds",
+    "bytes_moved": "bytes moved",
+    "peak_bytes": "bytes held",
+}
 
 
 def curve(name, metric):
@@ -326,13 +330,13 @@ for name in KINDS:
     print(f"{name:24}", *(f"{slopes[name, metric]:14.2f}" for metric in METRICS))
 
 # %% [markdown]
-# So this half of the claim stands: by count, deformable attention is linear in all three currencies. So are windows.
+# So this half of the claim stands: by count, deformable attention is linear in all three respects. So are windows.
 # The dense exponents are below 2 only because the projections, which are linear, still have their share.
 #
 # ## {{n}}.3 Bytes
 #
-# Multiply-adds are one currency; processors often wait for another one. Divide the multiply-adds by the bytes that
-# were moved for them: the more work per byte, the less a processor waits for its memory
+# A processor does not only multiply. It often waits for its memory. So we divide the multiply-adds by the bytes that
+# were moved for them: the more work per byte, the less a processor waits
 # {cite}`williams2009roofline`.
 
 # %%
@@ -351,7 +355,7 @@ ours = counted["deformable, encoder", "peak_bytes"][20_736][0]
 print(f"{held / 2**30:.1f} GiB for one dense layer, {ours / 2**30:.2f} GiB for a deformable one")
 
 # %% [markdown]
-# But here the textbook argument against dense attention has aged. The matrix need not be held. Attention that works
+# But the textbook argument against dense attention, its memory, is out of date. The matrix need not be held. Attention that works
 # block by block ({cite}`dao2022flash`; {{chapter attention_on_images}} builds it) computes the same numbers
 # without it, and PyTorch does so by itself unless one asks for the weights. We measure what is alive during a call:
 
@@ -359,7 +363,7 @@ print(f"{held / 2**30:.1f} GiB for one dense layer, {ours / 2**30:.2f} GiB for a
 x = torch.randn(1, 1024, C)
 dense, y = DenseAttention(C, M).eval(), x + 0
 for text, wanted in (("with its weights", True), ("without", False)):
-    with LiveTensors([]) as live:
+    with LiveTensors([]) as live:  # [] : the inputs are not counted
         dense(x, y, x, need_weights=wanted)
     print(f"1,024 tokens, {text:17}: {live.peak / 2**20:5.1f} MiB held")
 
@@ -376,7 +380,8 @@ for text, wanted in (("with its weights", True), ("without", False)):
 # operator was given and of all that it returned. One rule: an operator that only returns **views** (a transpose, a
 # reshape) moves nothing. A view shares its storage with a tensor that the operator was given;
 # `tensor.untyped_storage().data_ptr()` tells storages apart. Tensors may also stand in lists (`torch.cat`):
-# `tree_leaves((args, kwargs))` gives you everything, one by one.
+# `tree_leaves((args, kwargs))` gives you everything, one by one. (By this rule an operator that works in place moves
+# nothing either. That is a fault of the instrument, which we accept.)
 
 
 # %% tags=["exercise"]
@@ -426,7 +431,7 @@ check("linear_really.2", Traffic)
 # %% [markdown]
 # ## {{n}}.4 By the clock
 #
-# Now the answer that one waits for. We time one call on one core. A time is the least of several runs, because
+# Now the answer that users feel. We time one call on one core. A time is the least of several runs, because
 # everything that disturbs a run makes it longer and nothing makes it shorter. We count the seconds for which *this*
 # process had the core, so other programs hardly matter.
 
@@ -481,8 +486,8 @@ draw.clocked({"one attention layer": alone, "encoder of six layers": encoders})
 
 # %% [markdown]
 # *Figure {{n}}.3. What to see: time **per token**. A linear cost is a level line, a quadratic one rises. Each curve is
-# drawn once per repeat. At the left end all curves of linear attention are high: a call has a price
-# even when there is hardly anything to do.*
+# drawn once per repeat. At the left end the linear kinds cost most per token, because a call has a fixed price, which a
+# few tokens must share.*
 #
 # Where do dense and deformable attention cross? Between two measured sizes we interpolate on logarithmic axes.
 
@@ -528,9 +533,14 @@ counts = {name: curve(name, "multiply_adds")[1][-1] for name in KINDS}
 by_count = counts["dense"] / counts["deformable"]
 print(f"20,736 tokens: dense costs {by_count:.0f} times the multiply-adds of deformable attention")
 print(f"               and takes {last['dense'] / last['deformable']:.0f} times the time")
+for name in ("dense", "deformable"):
+    exponents = [slope(*run) for run in alone[name]]
+    print(f"exponent of the time from 1,024 tokens on, {name}: {summary(exponents, 2)}")
 
 # %% [markdown]
-# ### Why there?
+# So far from the crossing the clock agrees with the count: the exponents are close to those of the multiply-adds.
+#
+# ### Why do they cross?
 #
 # We take the deformable layer apart at 1,024 tokens, and set the share of each step in the multiply-adds beside its
 # share in the time.
@@ -573,7 +583,7 @@ for name, (_, work) in steps.items():
         print(f"{name:25} {work / spent[name] / 1e9:5.1f} billion multiply-adds per second")
 
 # %% [markdown]
-# A multiply-add costs several times as much when it belongs to a sample as when it belongs to a matrix product. There
+# A multiply-add takes several times as long when it belongs to a sample as when it belongs to a matrix product. There
 # are two suspects: **irregular access**, since a sample may lie anywhere in memory, and **less work per number read**,
 # since a matrix product uses each number that it loads again and again, and a sample uses it once. We can
 # tell them apart: the same operator with the same amount of work reads near its query or anywhere on the map.
@@ -598,15 +608,16 @@ for side in (32, 128):
 
 # %% [markdown]
 # On the processor that made this page, disorder costs something, but much less than the factor between samples and
-# matrix products (both maps fit into its caches). So here the second suspect did most of it, together with the
-# steps that no count mentions: **constant factors**. The paper itself names the first suspect ("unordered memory access") as the price on the
-# GPUs of its time. This chapter has not measured a GPU.
+# matrix products. (Both maps fit into its caches.) So here the second suspect did most of it, together with the
+# steps that no count mentions. All of these are **constant factors**: they move the crossing, not the exponent. The paper
+# itself names the first suspect ("unordered memory access") as the price on the GPUs of its time. This chapter has not
+# measured a GPU.
 #
 # Published figures show the same gap between counting and waiting. On COCO the official README reports 173 billion
-# multiply-adds and 15.0 images per second for Deformable DETR; 180 and 25.6 for Faster R-CNN with FPN. The same bill,
-# and one of them is 1.7 times as fast.
+# multiply-adds and 15.0 images per second for Deformable DETR; 180 and 25.6 for Faster R-CNN with FPN. The counts
+# are nearly the same, and one of them is 1.7 times as fast.
 #
-# ## {{n}}.5 The honest rival
+# ## {{n}}.5 Windows, the fair rival
 #
 # Windows {cite}`liu2021swin` are linear as well. They are built from matrix products alone, so they should like the
 # processor better. Are they quicker?
@@ -642,7 +653,7 @@ draw.three_orders()
 # with $W'$, and the letters are the width of what passes. The later one projects, the fewer products there are, but
 # the more channels must be read: all $C$, not the head's own $D$.*
 #
-# Reading, weighing and adding are linear, and so is a projection without bias. So they may change places. The paper
+# Reading, weighing and adding are linear in the map's values, and so is a projection without bias. So they may change places. The paper
 # uses this for its second order ("samples first"). One step further, "sums first", there is only one projection per
 # query and head. To let every head read all channels, we make each head a query of its own, on a map with one
 # head:
@@ -709,9 +720,9 @@ for side in (16, 64, 104):
     )
 
 # %% [markdown]
-# Here count and clock agree. Why does the code project first, then? In training one has many queries and needs
-# gradients of the values, and a projection of all tokens is one large matrix product, which processors like. It is
-# also the same code for encoder and decoder. But whoever runs a detector with few queries on large maps can have this.
+# Here count and clock agree. Why does the code project first, then? The authors do not say. It is the same code for
+# encoder and decoder, and in an encoder, with as many queries as tokens, projecting first is right. If you run a decoder
+# with few queries on large maps, "sums first" is worth a try.
 #
 # ## Exercise {{n}}.3  Which order?
 #
@@ -797,16 +808,15 @@ for name, values in parts.items():
     print(f"{name.replace(chr(10), ' '):22} {sum(values.values()):5.0f} thousand per pixel", shares)
 
 # %% [markdown]
-# So Deformable DETR is not the cheaper detector of the two that the paper compares first. It is the one that can
-# **afford** fine maps: it has about twenty times DETR's tokens, for about twice the cost. And now its encoder, linear as
-# it is, is half of the whole bill. {{chapter fewer_tokens}} is about that half.
+# So Deformable DETR is not cheaper than DETR: it costs about twice as much. But it can **afford** fine maps: for twice the
+# cost it has about twenty times DETR's tokens. And its encoder, although linear, is half of the whole bill. {{chapter fewer_tokens}} is about that half.
 #
 # ## {{n}}.8 What "linear" does not say
 #
 # - **Nothing about constants.** By count the deformable layer is always the cheaper one, and by the clock it is so only
 #   from the crossing on.
-# - **Nothing about image size as you think of it.** Linear in the tokens means: twice the side, four times the cost. Half
-#   the stride does the same.
+# - **Nothing about the side of the image.** The cost is linear in the tokens. Twice the side means four times the tokens, and
+#   four times the cost. Half the stride does the same.
 # - **Nothing about the width.** In $C$ the cost is quadratic, as that of every layer with projections.
 # - **Nothing about a decoder as it is coded.** All tokens are projected in each of its layers, whether or not anybody
 #   reads them.
@@ -819,13 +829,13 @@ for name, values in parts.items():
 #   for the detector's four.
 # - By count, deformable and windowed attention are linear, dense attention is nearly quadratic, and deformable attention
 #   is the cheapest at every size.
-# - By the clock there is a crossing all the same: what is not counted, and samples that cost more per multiply-add than
-#   matrix products, put it at some hundred tokens on one machine.
+# - By the clock dense attention is quicker on small maps all the same, because some steps are not counted, and samples take
+#   longer per multiply-add than matrix products. On one machine the crossing lies in the hundreds of tokens.
 # - Fused dense attention has linear memory; its multiply-adds stay quadratic.
 # - Projecting after the sum makes the decoder's cost independent of the map; the code projects all tokens.
 #
 # > **Differs from the paper.** A.1 drops $5K + 3MK$, which one may at one level only, and its order "samples first"
-# > leaves out that each head must then read all channels. "Sums first" is ours. **Differs from the official code.**
+# > leaves out that each head must then read all channels. "Sums first" is not in the paper. **Differs from the official code.**
 # > Nothing: both project all tokens first, in the decoder too.
 #
 # ## Further reading

@@ -44,7 +44,8 @@ def what_each_reads() -> None:
 
 def three_orders() -> None:
     """One query and one head: where among reading, weighing and adding the projection stands."""
-    axes = canvas(7.4, 3.0)
+    axes = canvas(7.4, 2.6)
+    axes.set(ylim=(0.3, 2.9))
     rows = (
         ("tokens first\n(the code)", ("project", "read", "weigh, add"), "S", ("D", "D", "D")),
         (
@@ -66,8 +67,8 @@ def three_orders() -> None:
             block(axes, x, y, step, VALUE if strong else POINT, 1.1, 0.42, strong)
             axes.text(x + 0.74, y + 0.05, width, fontsize=8, color=VALUE, va="bottom", ha="center")
         arrow(axes, (5.83, y), (6.07, y), colour=VALUE)
-        axes.text(6.2, y, f"{products} product{'s' * (products != '1')}", va="center", fontsize=9)
-    axes.text(6.2, 2.85, "with W′", fontsize=8, color=QUIET)
+        plural = "s" * (products != "1")
+        axes.text(6.2, y, f"{products} product{plural}\nwith W′", va="center", fontsize=9)
 
 
 def counted(curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:

@@ -32,6 +32,10 @@ def check_traffic(Traffic):
     expect(moved(lambda: a.double()), (4 + 8) * 15, "element_size() of each tensor")
     expect(moved(lambda: torch.cat([a, a])), 4 * 2 * (15 + 15), "tensors in a list")
     expect(moved(lambda: a.sort(dim=1)), (4 + 4 + 8) * 15, "sort returns values and indices")
+    ordered, order = a.flatten().sort()
+    look_up = {"sorter": order}  # a tensor among the keyword arguments
+    found = moved(lambda: torch.searchsorted(ordered, ordered, **look_up))
+    expect(found, (4 + 4 + 8 + 8) * 15, "tensors in kwargs are read too")
     yield "views move nothing"
     expect(moved(lambda: a.T), 0, "a transpose has the storage of what it was made of")
     expect(moved(lambda: a.view(15)[3:].view(4, 3)), 0)
@@ -57,7 +61,13 @@ def check_three_bills(three_bills):
     expect([int(n) for n in three_bills(queries, 1, points, C, M)[1:]], [int(n) for n in found[1:]])
 
 
-def _traffic(size=lambda x: x.numel() * x.element_size(), views=False, lists=True, written=True):
+def _traffic(
+    size=lambda x: x.numel() * x.element_size(),
+    views=False,
+    lists=True,
+    written=True,
+    keywords=True,
+):
     """The instrument with one thing wrong."""
 
     class Traffic(TorchDispatchMode):
@@ -65,7 +75,7 @@ def _traffic(size=lambda x: x.numel() * x.element_size(), views=False, lists=Tru
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            leaves = tree_leaves((args, kwargs)) if lists else args
+            leaves = tree_leaves((args, kwargs if keywords else {})) if lists else args
             read = [x for x in leaves if isinstance(x, torch.Tensor)]
             new = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
             given = {x.untyped_storage().data_ptr() for x in read}
@@ -100,6 +110,7 @@ WRONG = {
         ("views are counted", _traffic(views=True)),
         ("lists are overlooked", _traffic(lists=False)),
         ("only what is read", _traffic(written=False)),
+        ("keyword arguments are overlooked", _traffic(keywords=False)),
     ],
     "linear_really.3": [
         ("the paper's count: no factor M", _bills(read_all=False)),
