@@ -26,10 +26,10 @@
 
 # %% [markdown]
 # A detector that is to be of use must leave the notebook in which it was trained: for a colleague's script, a server, a
-# phone. Three things go wrong on the way, and all three are silent. The picture is prepared in another way than in training.
-# The exported graph is right only for the size at which it was made. Or it is right, but nobody checked. This chapter takes
-# the shipped detector of digits out of the notebook in four ways, and checks each: as a file with all that belongs to it, as a graph for
-# another program, as an operator in somebody else's model, and as a service behind an address.
+# phone. Three things go wrong on the way, and none of them raises an error. The picture is prepared in another way than in training.
+# The exported graph is right only for the size at which it was made. Or the numbers were made smaller, and nobody measured what
+# that cost. This chapter takes the shipped detector of digits out of the notebook in four ways, and checks each: as a file with all
+# that belongs to it, as a graph for another program, as an operator in somebody else's model, and as a service behind an address.
 
 # %% tags=["hide-input"]
 import http.client
@@ -72,7 +72,7 @@ WORK = Path(temporary.name)
 # %% [markdown]
 # ## {{n}}.1 What must travel
 #
-# Between a picture and the sentence "a seven, here" lie six stations, and the network is only one of them.
+# On its way from a picture to the sentence "a seven, here" the data passes six stations, and the network is only one of them.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Six boxes in a row: picture; turn, resize, scale to 0..1; normalise, mask padding; network; scores, top k, pixel boxes; threshold, names. Bars below: the weights cover the network alone, an ONNX file everything from normalising to pixel boxes, our file or a detector in Python all but the picture."}}
 from schematics.out_of_the_notebook import frozen, travels
@@ -81,7 +81,8 @@ travels()
 
 # %% [markdown]
 # *Figure {{n}}.1. The stations from a picture to names, and what travels by itself in each form. What a bar does not cover
-# must be written again by whoever receives the file.*
+# must be programmed again by whoever receives the file. (An ONNX file's metadata can at least say how: names, threshold and
+# preparation are in it as text.)*
 #
 # Weights alone (`model.state_dict()`) say nothing of the other stations. So this library's files carry a **card** with them: how
 # pictures were prepared, at which size, from which score a detection is shown, and what the classes are called. `load_detector`
@@ -94,7 +95,8 @@ print(detector)
 # %% [markdown]
 # What if the card is lost? Then somebody guesses. The next cell measures four usual guesses on the 24 sample pictures, which are 128
 # pixels wide and high: the channels in the order of OpenCV (blue first), pixels from 0 to 1 that were not normalised, pictures that were
-# squeezed into another shape, and pictures that were enlarged to twice the size. The weights are the same, and no guess raises an error.
+# squeezed into another shape, and pictures that were enlarged to twice the size. (Boxes are always given in pixels of the original
+# picture, so enlarging by itself costs nothing in the comparison.) The weights are the same, and no guess raises an error.
 #
 # Before you run: which guess costs this detector nothing, and which one costs it nearly everything?
 
@@ -135,19 +137,22 @@ assert 0.1 < right - found["not normalised"] < right - found["squeezed to 128 x 
 print(f"from {right:.2f} to {found['enlarged to 256 x 256']:.2f} by the size alone")
 
 # %% [markdown]
-# Blue first costs nothing, because this detector's training changed the colours at random. That is luck of this detector: one
-# that has learned that grass is green would suffer. Without normalising it still finds most digits, only worse, and so nobody will ask
-# why. In pictures of twice the size it finds almost nothing, although to our eyes they are the same pictures: it has only seen digits of a
-# certain size, in maps of a certain size. Which guess is harmless cannot be guessed. So the preparation belongs into the
-# file, and the tests of this library check for every format that it goes out with the weights and comes in again
-# (`tests/test_preparation_travels.py`).
+# Blue first costs nothing, because this detector was trained with colours changed at random. That is luck: a detector
+# that has learned that grass is green would suffer. Without normalising it still finds most digits, so nobody will
+# look for the fault. In pictures of twice the size it finds almost nothing, although to our eyes they are the same pictures: it was
+# trained at 128 x 128 pixels only, where every map has one size. So nobody can tell beforehand which guess is harmless, and the
+# preparation belongs in the file. For every format that this library writes, a test checks that the preparation is still there when the
+# file is read again (`tests/test_preparation_travels.py`).
 #
 # ## {{n}}.2 A graph
 #
 # The network itself is Python code, and where there is no Python it must become data: a **graph**, which is a list of
 # operations on tensors. `torch.export` makes one. It runs the code once with tensors that have shapes but no numbers, and notes
-# each operation {cite}`ansel2024pytorch2`. Here is the heart of deformable attention ({{chapter deformable_attention}}) for one
-# level, one head and one point, and the graph that comes of it.
+# each operation {cite}`ansel2024pytorch2`. Which axes may have another length later, one says in `dynamic_shapes`; let us call those
+# axes **free**. In the next cell they are axes 0, 2 and 3 of the features (images, height and width), and axes 0 and 1 (images and
+# queries) of the other two.
+#
+# The module is the heart of deformable attention ({{chapter deformable_attention}}) for one level, one head and one point.
 # A reference $p$ in [0, 1] is moved by an offset $(\Delta x, \Delta y)$ in pixels, and `grid_sample` wants the place in units from -1 to 1:
 # $2 \, (p + (\Delta x / W, \Delta y / H)) - 1$. So the sizes W and H are part of the computation.
 
@@ -177,15 +182,15 @@ operations = [n.target.__name__ for n in program.graph.nodes if n.op == "call_fu
 print(*operations, sep="\n")
 
 # %% [markdown]
-# Everything that is no operation on tensors is gone: the class, the names of variables, the comment. An `if` is decided while
+# All that is not computing is gone: the class, the docstring, the names of variables. An `if` is decided while
 # the graph is made, and only the branch that was taken is in it. A loop becomes as many copies as it had rounds. That is no
-# loss for a detector, whose layers are the same for every picture. One thing, though, is different for every picture: the
-# size. The first two lines of the graph show what became of it: `sym_size.int` are H and W, as *names* of a number that is
-# read when the graph runs.
+# loss for a detector, whose layers are the same for every picture. But one thing may differ from picture to picture: the
+# size. The first two lines of the graph show what became of it. Each `sym_size.int` stands for one of H and W, as a *name*
+# (a symbol) for a number that is read when the graph runs.
 #
 # ## {{n}}.3 A size that freezes
 #
-# Now the same module as many people write it. It makes a tensor of the size and divides once by that.
+# Now the same module as many people write it. It makes a tensor of W and H, and divides both coordinates by it at once.
 
 
 # %%
@@ -201,8 +206,8 @@ same = torch.equal(Naive()(*inputs(3, 7, 6, 9)), Sample()(*inputs(3, 7, 6, 9)))
 print("in Python, the two are the same:", same)
 
 # %% [markdown]
-# The oldest way to export, tracing (`torch.jit.trace`, and ONNX's older exporter upon it), runs the code once with *numbers*
-# and notes what happens to tensors. The next cell traces both modules with maps of 8 x 12 and runs the traces at this size, and
+# The oldest way to export is tracing (`torch.jit.trace`, on which ONNX's older exporter stands). It runs the code once with real
+# numbers, and notes what happens to tensors; whatever else Python computed meanwhile goes in as a constant. The next cell traces both modules with maps of 8 x 12 and runs the traces at this size, and
 # then with maps of 6 x 9 and other numbers of images and queries.
 #
 # Before you run: the values lie between 0 and 1. How wrong can a frozen size be, and will anything complain?
@@ -220,28 +225,37 @@ for module in (Naive(), Sample()):
             f"{type(module).__name__:7} {size[2]} x {size[3]}: wrong by {given.sub(expected).abs().max():.2f}"
         )
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "The line offset / W, run once with W = 12, goes two ways. A trace notes the number, offset / 12, which at width 9 is wrong and silent. A program notes its origin, offset / width, which at width 9 is right."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The line offsets / torch.tensor([W, H]), run once with W = 12, goes two ways. torch.jit.trace notes the number, offset / 12, which at width 9 is wrong, without an error. torch.export notes where it came from, offset / width, which at width 9 is right."}}
 assert wrong["Naive", 6] > 0.3 and not any(w for k, w in wrong.items() if k != ("Naive", 6))
 frozen()
 
 # %% [markdown]
-# *Figure {{n}}.2. One line of code, run once while it is exported. What was noted, a number or where it came from, shows only
+# *Figure {{n}}.2. The line of `Naive`, run once while it is exported. Whether a number was noted or where it came from shows only
 # at another size.*
 #
-# At the size of the trace all is well, and that is the size at which people test. At the other size the result is wrong by more
-# than half of the values' range, without an error, because every shape still fits: only the offsets are divided by the wrong
-# width. (PyTorch does warn while it traces: "torch.tensor results are registered as constants". Among forty such warnings
-# nobody reads the one that matters; here all are hidden.) The module above it computes with H and W themselves, which a trace
-# follows.
+# At the size of the trace all is well, and that is the size at which people test. At the other size `Naive`'s trace is wrong by more
+# than half of the values' range. Nothing complains, because every shape still fits: only the offsets are divided by the wrong
+# width and height. (While it traces, PyTorch warns that "torch.tensor results are registered as constants", and adds that one can
+# often ignore this; the cell hides the warning.) `Sample` divides by H and W themselves, and these a trace follows.
 #
-# `torch.export` treats both modules well, as the first did above. And where the code really asks for a number, it refuses,
-# if the axis was called free:
+# `torch.export` gets `Naive` right, too:
+
+# %%
+program = torch.export.export(Naive(), inputs(2, 5, 8, 12), dynamic_shapes=shapes)
+given, expected = program.module()(*inputs(3, 7, 6, 9)), Naive()(*inputs(3, 7, 6, 9))
+print(f"Naive by torch.export, 6 x 9: wrong by {given.sub(expected).abs().max():.2f}")
+
+# %% tags=["hide-input"]
+assert torch.allclose(given, expected, atol=1e-6)
+
+# %% [markdown]
+# And where the code turns a free axis into a fixed number, here with `int`, it refuses:
 
 
 # %%
 class Asks(nn.Module):
     def forward(self, features, references, offsets):
-        H, W = (int(n) for n in features.shape[-2:])  # numbers, no names
+        H, W = (int(n) for n in features.shape[-2:])  # numbers instead of names
         grid = 2 * (references + offsets / torch.tensor([W, H]))[:, :, None] - 1
         return F.grid_sample(features, grid, align_corners=False)[..., 0]
 
@@ -254,8 +268,8 @@ except torch._dynamo.exc.UserError as error:
     print(lines[0].split(" If you")[0].strip(" -"))
 
 # %% [markdown]
-# So there are two rules. Say which axes are free, so that the exporter can refuse. And compare at a size at which nothing was
-# traced, because not everything is refused.
+# So there are two rules. Say which axes are free, so that the exporter can refuse. And compare at a size other than that of the
+# export, because not everything is refused.
 #
 # Where do sizes hide in a detector? In the normaliser of the offsets, as here; in the reference points of the encoder, one per
 # cell; in sine positions; in the start index of each level; and in the padding mask. Each of these must be computed from
@@ -309,17 +323,17 @@ check("out_of_the_notebook.1", cell_centres)
 # %% [markdown]
 # ## {{n}}.4 The whole detector as one file
 #
-# ONNX is a format for graphs that many programs run: onnxruntime on servers, phones and, as WebAssembly, in a browser. The
-# command is
+# ONNX is a file format for graphs, and many programs run it: onnxruntime, for example, on servers, on phones and in a browser.
+# The command is
 #
 # ```
 # deformable-detr export data/checkpoints/digits.safetensors --output digits.onnx --size 128 128 --top-k 20
 # ```
 #
-# and the function behind it is `to_onnx`. It goes the safe way, `torch.export` first with every axis free, and then into
-# ONNX's words. Before it puts the file in place, it runs it in onnxruntime at three sizes, of which only the first is the
-# one of the export, and compares all numbers with PyTorch's. If they were more than 0.001 apart, there would be no file.
-# (It takes about half a minute of a core.)
+# and the function behind it is `to_onnx`. It goes the safe way: first `torch.export`, with number, height and width of the images
+# free, and then each operation is translated into ONNX's. Before the file is put in place, onnxruntime runs it at three sizes, of
+# which only the first is the one of the export, and all numbers are compared with PyTorch's. If they were more than 0.001 apart,
+# no file would be written. (All this takes about half a minute on one core.)
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -350,14 +364,15 @@ print("TopK:", kinds["TopK"], "(the first stage's choice of proposals, and the b
 # There is no deformable attention in ONNX's list of operations. A file could name an operation of its own, but then everyone
 # who runs it would need a plug-in. So the operator is written out in plain operations: one `GridSample` per level, a product with the
 # weights and a sum, just as in {{chapter many_scales}}. `GridSample` has been in ONNX since version 16 of its operations (2022);
-# older programs cannot run the file. Where the sizes of the maps are only known as a tensor, so that the maps cannot be cut apart by
-# shape, the library writes gathers (`ops/onnx.py`).
+# older programs cannot run the file. (Within `with use_backend("gather"):` the export writes plain gathers instead, for programs whose
+# `GridSample` is missing or at fault.)
 #
 # Two things are lost. The file can only detect: it cannot be trained, and it has no hooks through which one could look at attention
 # weights ({{chapter looking}}). And a sample takes more steps than in our kernel, because plain operations write to memory what
-# the kernel keeps in registers ({{chapter making_it_fast}}). What that costs this detector is measured below.
+# the kernel keeps in registers ({{chapter making_it_fast}}). For a detector as small as this one the section on smaller numbers
+# measures what that costs.
 #
-# What the file knows besides is in its metadata, as JSON: the card travels here too.
+# The card travels too, as JSON in the file's metadata:
 
 # %%
 card = {entry.key: json.loads(entry.value) for entry in graph.metadata_props}
@@ -367,8 +382,9 @@ print(card["transforms"], card["threshold"], names[:3], "...")
 # %% [markdown]
 # ## {{n}}.5 Without PyTorch
 #
-# Whoever receives the file needs onnxruntime, NumPy and something that reads pictures. This is a whole client. It gives RGB from 0 to
-# 1 and the picture's size; the file normalises the pixels and masks the padding by itself.
+# Whoever receives the file needs onnxruntime, NumPy and something that reads pictures. The next cell is a whole client. It gives RGB from 0 to
+# 1 and the picture's size; the file normalises the pixels and masks the padding by itself. (This card says `digits`, which means that
+# pictures go in as large as they are. Where a card names a size, the client must resize first, as in training.)
 
 
 # %%
@@ -401,9 +417,9 @@ assert np.allclose(given["pixel_boxes"][0][shown], expected.boxes, atol=0.1)
 print("PyTorch finds the same:", ", ".join(expected.names))
 
 # %% [markdown]
-# The running example's seven is found, in the same place as by PyTorch. Is that proof enough? A single picture is not. On the 24
-# samples the AP of the file must be that of the detector, which keeps the 20 best as well. (`ap_of` is the function of the first
-# section, and `Prediction` the library's kind of answer.)
+# The running example's seven is found, in the same place as by PyTorch. But a single picture proves little. On the 24
+# samples the AP of the file must be that of the detector, which was measured in the first section with its 20 best detections as well.
+# (`ap_of` is the function of that section, and `Prediction` is what the library's `predict` returns.)
 
 
 # %%
@@ -433,9 +449,9 @@ print(f"PyTorch:  AP {right:.3f}")
 # *difficulty ●●○ · 20 minutes · 7 lines*
 #
 # Not every file has `scores` and `pixel_boxes` in it: exported without `--top-k`, it ends with logits and relative boxes. Write what is
-# missing in NumPy alone, for one image and focal scoring ({{chapter matching_and_loss}}): the `top_k` best pairs of a query and a
-# class by their sigmoids, best first; each pair's class; and the query's box in corners, in pixels. If there are fewer pairs than
-# `top_k`, return all.
+# missing in NumPy alone, for one image and a detector that was trained with the focal loss, where each class has a sigmoid of its own
+# ({{chapter matching_and_loss}}). Choose the `top_k` pairs of a query and a class with the highest scores, best first. Return their
+# scores, their classes, and their queries' boxes as corners in pixels. If there are fewer pairs than `top_k`, return all.
 
 
 # %% tags=["exercise"]
@@ -482,9 +498,9 @@ check("out_of_the_notebook.2", best_boxes)
 # ## {{n}}.6 Smaller numbers
 #
 # Weights in float32 take four bytes each. Two smaller forms are usual. **bfloat16** keeps float32's range and seven bits of its
-# fraction; it needs two bytes. **int8** keeps 256 steps: a tensor is stored as whole numbers from -128 to 127 and one scale, and
-# *dynamic* quantisation computes the scale of the activations, too, while the model runs {cite}`jacob2018quantization`. By hand, for four
-# weights:
+# fraction; it needs two bytes. **int8** has 256 steps and needs one byte: a tensor is stored as whole numbers from -128 to 127 and one
+# scale {cite}`jacob2018quantization`. Activations get such a scale, too; in *dynamic* quantisation it is computed while the model
+# runs. By hand, for four weights:
 
 # %%
 weights = torch.tensor([0.31, -0.52, 0.04, 0.89])
@@ -498,9 +514,10 @@ print(
 )
 
 # %% [markdown]
-# What does it gain for this detector, and what does it cost? bfloat16 is `--precision bf16` of every command, and
-# `in_precision` in Python ({{chapter training_at_every_size}}). int8 is onnxruntime's own tool, applied to the file: it
-# replaces the products of matrices and leaves convolutions and sampling as they are. First the file, and two measures:
+# What do smaller numbers gain for this detector, and what do they cost? A detector in bfloat16 is got with `--precision bf16` of
+# `evaluate` and `predict`, and with `in_precision` in Python ({{chapter training_at_every_size}}). For int8 we apply onnxruntime's own
+# tool to our file. It replaces the products of matrices, and leaves convolutions and sampling as they are. First the file in int8, and
+# a function each for time and size:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -564,30 +581,33 @@ assert max(aps.values()) - min(aps.values()) < 0.03
 print("largest difference of AP below 0.03:", max(aps.values()) - min(aps.values()) < 0.03)
 
 # %% [markdown]
-# The AP hardly moves; whether it would move on other pictures, 24 of them cannot say. The sizes shrink by less than the
+# The AP hardly moves, though 24 pictures are too few to tell small differences. The sizes shrink by less than the
 # numbers' widths promise, because not all is weights (an ONNX file also holds the graph, written out layer by layer) and
-# because not every layer is narrowed. And hardly any time is saved. A processor without instructions for such numbers must widen them
-# again, and in a small model the products are not what takes the time. On another processor this may differ, so measure on the machine
-# that will run it.
+# because not every layer is narrowed. Do not expect much time to be saved here, either. A processor without instructions for such
+# numbers must widen them again, and in a small model the products of matrices are not what takes the time. On another processor this
+# may differ, so measure on the machine that will run it.
 #
-# Two warnings. A score's value moves a little, so choose the threshold again. And coordinates bear less rounding than features do. An offset
-# of a few pixels may be rounded, as both small forms do; but a *location* in bfloat16 has eight bits, which in an image of 1,000 pixels
-# is a step of four. So the library keeps boxes and sampling locations in float32, whatever the precision.
+# Two warnings. Scores move a little, so choose the threshold again. And coordinates bear less rounding than features do. An offset
+# of a few pixels may be rounded, and both small forms do so. But a *location* between 0.5 and 1 has steps of 1/256 in bfloat16, and in
+# an image of 1,000 pixels that is a step of four pixels. So the library keeps boxes and sampling locations in float32, whatever the precision.
 #
-# One form is not run here, because it compiles for minutes: AOTInductor makes a program of `torch.export` into machine code, as
-# a package that C++ loads without Python. Our operator is called by its name there, so `import deformable_detr.ops` comes
-# before a package is loaded from Python.
+# One form is not run here, because compiling takes minutes: AOTInductor turns a program of `torch.export` into machine code, in
+# a package that runs without the model's Python code. Such a package calls our operator by its name, so `import deformable_detr.ops` must
+# come before it is loaded.
 #
 # ```python
+# from deformable_detr.export.program import make_graph, to_program
+#
+# program = to_program(make_graph(detector.model, top_k=20), size=(128, 128))
 # torch._inductor.aoti_compile_and_package(program, package_path="digits.pt2")
-# run = torch._inductor.aoti_load_package("digits.pt2")
+# run = torch._inductor.aoti_load_package("digits.pt2")  # run(images, sizes)
 # ```
 #
 # ## {{n}}.7 The operator in somebody else's model
 #
-# Sometimes not the detector is to travel but the operator: another library's model, with its own weights, on our kernel. For Hugging
-# Face's models this is one line. The next cell makes a small one with random weights, and runs it with its own operator and then with
-# ours.
+# Sometimes it is not the detector that is to travel but the operator: somebody else's model, with its own weights, is to run on our
+# kernel. For Hugging Face's models this is one line. The next cell makes a small one with random weights, and runs it with its own
+# operator and then with ours.
 
 # %%
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
@@ -616,14 +636,14 @@ print(count, "modules replaced; the outputs are the same")
 # %% [markdown]
 # At the end of the `with` the old operator is back. The official code, DINO and Mask2Former import a compiled extension by its name; for
 # them `install_official_names()` puts ours under that name, before their code is imported. mmcv's module has the same parameter names as
-# `MSDeformAttn`, so that `load_state_dict` takes its weights. The lines for each project are on the book's page of recipes, and each
-# is tested.
+# `MSDeformAttn`, so that `load_state_dict` takes its weights. The lines for each project are on the book's page of recipes
+# (`book/recipes.md`), and each is tested.
 #
 # ## {{n}}.8 Behind an address
 #
 # Most people will use a detector through a page or a program that sends a picture and gets JSON. Python's own `http.server` is enough to
-# see all that matters, in about thirty lines. `predict` takes a file's bytes, and raises a `ValueError` of one line where they are no
-# picture. The handler makes that an answer with status 400, because a stranger's broken file must not end the server.
+# see all that matters, in about forty lines. `predict` takes a file's bytes, and raises a `ValueError` of one line where they are not a
+# picture. The handler turns that into an answer with status 400, because the one who sent a broken file should learn what was wrong.
 
 # %%
 PAGE = """<!doctype html><title>Digits</title><input type=file accept="image/*"><pre></pre><script>
@@ -666,9 +686,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 # %% [markdown]
-# The next cell starts it on a free port of this machine, asks three things, and shuts it down: the page, the running example, and a
-# file that is no picture. The detector was loaded once, before the first request, and requests come one after the other: two at a time would
-# only fight for the same cores.
+# The next cell starts the server on a free port of this machine, makes three requests (the page, the running example, and a
+# file that is not a picture), and shuts it down. The detector was loaded once, before the first request. Requests are answered one after
+# the other: two at a time would only fight for the same cores.
 
 # %%
 server = HTTPServer(("127.0.0.1", 0), Handler)
@@ -708,11 +728,11 @@ plt.show()
 # %% [markdown]
 # *Figure {{n}}.3. What a client can draw from the answer: it knows the box, the name and the score, and needs nothing of this library.*
 #
-# `http.server` is for learning and for your own machine; its documentation says itself that it is not for the open network. A real service puts the same
-# three lines (bytes in, `predict`, JSON out) behind a web framework. Without any server there are pages that hold everything in one
-# file: `deformable-detr explain IMAGE --output explained.html` shows what the detector looked at, and `evaluate --report report.html` what
-# it gets wrong. And a detector that runs *in* the page would be the ONNX file of above with onnxruntime's build for browsers, which has to be
-# fetched from the network and so is not run here.
+# `http.server` is for learning and for your own machine; its documentation itself advises against using it in production. A real service
+# puts the same three steps (bytes in, `predict`, JSON out) behind a web framework. Sometimes no server is needed, because a page holds
+# everything in one file: `deformable-detr explain IMAGE --output explained.html` shows what the detector looked at, and
+# `deformable-detr evaluate DATA --report report.html` what it gets wrong. And a detector can run *in* a page: with the ONNX file from
+# above and onnxruntime's build for browsers. That build has to be fetched from the network, so it is not run here.
 #
 # ## Exercise {{n}}.3  An answer that does not break
 #
@@ -721,7 +741,8 @@ plt.show()
 # Write the function that you will want to keep between any framework and any detector. It gets a request's bytes, a function `detect`
 # from an RGB picture to a list, and a limit in bytes, and returns a status and a dict:
 # - more bytes than the limit: 413 and `{"error": ...}`, before anything is opened,
-# - what is no picture, or is cut short: 400 and `{"error": ...}`; `detect` is not called,
+# - not a picture, or one that is cut short: 400 and `{"error": ...}`; `detect` is not called,
+# - an error that `detect` itself raises goes through, whatever it is: it is no fault of the picture,
 # - else 200 and `{"detections": detect(picture)}`, where the picture is RGB and turned as its EXIF says (telephones store
 #   pictures lying on their side, with a note of how to turn them).
 
@@ -754,13 +775,13 @@ check("out_of_the_notebook.3", answer)
 # <details><summary>Hint 2</summary>
 #
 # `ImageOps.exif_transpose` returns the picture as it is meant to be seen. Put it and `convert` inside the `try`, but `detect`
-# outside, so that an error of the detector is not reported as one of the picture.
+# outside, so that an error of the detector is not reported as a fault of the picture.
 #
 # </details>
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# An empty body is no picture either, and PIL's `UnidentifiedImageError` is an `OSError`. The answer has the one key "error".
+# An empty body is not a picture either, and PIL's `UnidentifiedImageError` is an `OSError`. The answer has the one key "error".
 #
 # </details>
 #
@@ -777,25 +798,25 @@ temporary.cleanup()
 # | Does the receiver prepare pictures as in training? | one picture through both, *pixels* compared before the network |
 # | Are all sizes free that will vary? | run it at a size, a batch and a padding that were not traced |
 # | Does the file say the same as PyTorch? | the largest difference of all outputs, and AP on a data set |
-# | Was the threshold chosen for this form? | `evaluate --keep-threshold` again after quantising |
-# | Do names and ids travel? | the file's metadata, and not a list in someone's script |
+# | Was the threshold chosen for this form? | choose it again on the validation split, with this form's scores (for bf16: `evaluate --precision bf16 --keep-threshold`) |
+# | Do names and ids travel? | read them from the file's metadata, not from a list in a script |
 # | What does a broken picture do? | send one: the answer is one line, and the next request works |
 # | How long, how much memory, on *that* machine? | measure there, median of several, largest picture allowed |
-# | Which version is it? | weights, library and data named in the card |
+# | Which version is it? | name weights, library and data in a note beside the file, as `data/checkpoints/digits.json` does |
 #
 # ## Summary
 #
 # - Weights are one of six stations; the preparation is the one whose loss goes unnoticed.
-# - A trace notes numbers, a program of `torch.export` notes where they come from. Call axes free, and check at other sizes.
+# - A trace may note a number where `torch.export` notes where it came from. Say which axes are free, and check at other sizes.
 # - In ONNX the operator is one GridSample per level, with no plug-in; the file is compared with PyTorch before it is put in place.
 # - Smaller numbers cost this detector hardly any AP. What they gain depends on the processor; places stay in float32.
-# - A service is bytes in, one line of `predict`, JSON out, and an answer for what is no picture.
+# - A service is bytes in, one line of `predict`, JSON out, and a clear answer where the bytes are not a picture.
 #
 # > **Differs from the paper.** The paper ends with AP and images per second on one GPU. **Differs from the official code.** Its module calls
-# > a compiled extension, which no exporter knows, so it cannot be exported as it stands.
+# > a compiled extension, which exporters do not know, so it cannot be exported as it stands.
 #
 # ## Further reading
 #
 # - {cite}`ansel2024pytorch2`: how PyTorch captures a graph, with sizes as symbols.
 # - {cite}`jacob2018quantization`: whole numbers instead of floats, and training that expects them.
-# - {cite}`paszke2019pytorch`: why it was Python in the first place.
+# - {cite}`paszke2019pytorch`: why PyTorch's models are plain Python code in the first place.

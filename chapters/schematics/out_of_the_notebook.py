@@ -34,14 +34,27 @@ def travels() -> None:
 
 
 def frozen() -> None:
-    """The same line of code in a trace, where the size is a number, and in a program, where it is
-    a name."""
+    """The same line of code by a trace, where the size is a number, and by torch.export, where it
+    is a name."""
     axes = canvas(7.6, 2.5)
     rows = (
-        (1.95, "a trace notes\nthe number", "offset / 12", CUT, "at width 9:\nwrong, and silent"),
-        (0.65, "a program notes\nits origin", "offset / width", VALUE, "at width 9:\nright"),
+        (
+            1.95,
+            "torch.jit.trace\nnotes the number",
+            "offset / 12",
+            CUT,
+            "at width 9:\nwrong, no error",
+        ),
+        (
+            0.65,
+            "torch.export notes\nwhere it is from",
+            "offset / width",
+            VALUE,
+            "at width 9:\nright",
+        ),
     )
-    block(axes, 0.95, 1.3, "offset / W\nrun once with\nW = 12", QUERY, width=1.6, height=0.9)
+    line = "offsets /\ntorch.tensor([W, H])\nrun once with W = 12"
+    block(axes, 0.95, 1.3, line, QUERY, width=1.7, height=0.9)
     for y, how, noted, colour, later in rows:
         arrow(axes, (1.8, 1.3), (2.45, y))
         block(axes, 3.2, y, how, QUIET, width=1.45, height=0.65)

@@ -115,9 +115,21 @@ def check_answer(answer):
     yield "a picture that is to be turned"
     answer(_png(turned=True), detect, 100_000)
     expect(seen[-1].size, (10, 20), "ImageOps.exif_transpose")
+    yield "an error of the detector goes through"
+
+    def failing(image):
+        raise OSError("the weights are gone")
+
+    try:
+        answer(_png(), failing, 100_000)
+    except OSError:
+        raised = True
+    else:
+        raised = False
+    expect(raised, True, "detect stands outside the try: its error is no fault of the picture")
 
 
-def _answer(turn=True, limit_first=True, read=True, status=400):
+def _answer(turn=True, limit_first=True, read=True, status=400, catch=False):
     def answer(body, detect, limit):
         from PIL import ImageOps
 
@@ -127,11 +139,12 @@ def _answer(turn=True, limit_first=True, read=True, status=400):
             image = Image.open(io.BytesIO(body))
             image = ImageOps.exif_transpose(image) if turn else image
             image = image.convert("RGB") if read else Image.new("RGB", image.size)
+            found = detect(image) if catch else None
         except OSError:
             return status, {"error": "no picture"}
         if len(body) > limit:
             return 413, {"error": "too large"}
-        return 200, {"detections": detect(image)}
+        return 200, {"detections": found if catch else detect(image)}
 
     return answer
 
@@ -171,5 +184,6 @@ WRONG = {
         ("opened before it is measured", _answer(limit_first=False)),
         ("its pixels are never read", _answer(turn=False, read=False)),
         ("all is well", _answer(status=200)),
+        ("detect inside the try", _answer(catch=True)),
     ],
 }
