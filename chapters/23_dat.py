@@ -204,7 +204,7 @@ assert parts[0] < 0.2 and parts[1] > 0.5
 # %% [markdown]
 # With random weights more than half is shared in both stages, so queries attend alike before anything is learned.
 # Training has changed stage 3: hardly anything is shared any more, so each query has preferences of its own. In
-# stage 4 nearly as much is shared as before.
+# stage 4 about as much is shared as before.
 #
 # But that is one network. The study has trained several, which differ in their seeds only, and has measured them on other pictures
 # (those of its validation set):
@@ -739,7 +739,7 @@ print(f"{sum(p.numel() for p in detector.parameters()):,} parameters")
 # After 300 steps these networks are right on somewhat more than half of the test pictures (guessing would be right on a tenth). So the
 # comparison says how fast they learn, not how good they would become. The variants:
 #
-# - "windows only" is a small Swin;
+# - "dense attention" is the variant of the first section, and "windows only" is a small Swin;
 # - "no offsets" leaves the keys on their grid ($s = 0$), "no position bias" leaves out the table, and "neither" has neither of them;
 # - "spatial reduction" is PVT's attention in the place of shared keys;
 # - "moved keys in all stages" and "in the last stage" put shared keys into more or fewer stages than DAT;
