@@ -66,8 +66,9 @@ def the_whole() -> None:
         arrow(axes, (5.1, 3.0), (x, middle + 0.33), colour=CUT, style="-")
 
 
-def one_query_of_each(weights: Tensor, points: Tensor) -> None:
-    """Where one query looks: weights (H, W) of dense attention, points (K, 2) of deformable."""
+def one_query_of_each(weights: Tensor, points: Tensor, place: Tensor) -> None:
+    """Where one query looks: weights (H, W) of dense attention; of deformable attention, points
+    (K, 2) and the query's place (2,)."""
     left, right = plt.subplots(1, 2, figsize=(6.4, 3.2))[1]
     side = running_example().shape[0]
     extent = (0, side, side, 0)
@@ -83,6 +84,7 @@ def one_query_of_each(weights: Tensor, points: Tensor) -> None:
         left.axvline(line * side / weights.shape[1], color="white", lw=0.7)
     x, y = (points * side).unbind(-1)
     right.scatter(x, y, s=70, color=POINT, edgecolors="black", zorder=3)
+    right.plot(*(place * side).tolist(), "P", color=QUERY, ms=11, mec="white", zorder=4)
     left.set_title(f"DETR: {weights.min():.3f} to {weights.max():.3f} per cell")
     right.set_title(f"one map: {len(points)} samples of {1 / len(points):.2f}")
     plt.show()
@@ -164,7 +166,7 @@ def the_first_steps(live: dict[str, list[tuple]], moved: Callable[..., float]) -
         for axes, (x, y) in zip(places, curves, strict=True):
             axes.plot(x, y, "o-", color=COLOURS[name], label=name)
     for axes, title in zip(places, titles, strict=True):
-        axes.set(title=title, xlabel="step", xlim=(-5, 105))
+        axes.set(title=title, xlabel="step", xlim=(-0.05 * steps[-1], 1.05 * steps[-1]))
         axes.set_ylim(bottom=0)
     places[2].set_ylim(0, 1)
     places[1].legend(loc="upper right")
