@@ -27,10 +27,10 @@
 # %% [markdown]
 # The best-known sentence about Deformable DETR is from its abstract: it performs better than DETR, "with 10x less
 # training epochs" {cite}`zhu2021deformable`. Figure 3 of the paper shows it as curves of AP over epochs, of
-# Deformable DETR and of DETR-DC5. Nobody can repeat that figure on a laptop, since DETR-DC5 alone took 7,000 GPU hours. But the *question* can be asked at any
-# scale: on the same pictures, with the same backbone and the same care, how many fewer steps does deformable attention
-# need? This chapter redraws the figure with pictures of digits, repeats it over seeds, and puts an
-# interval on the factor.
+# Deformable DETR and of DETR-DC5. Nobody can repeat that figure on a laptop, since DETR-DC5 alone took 7,000 GPU hours.
+# But the *question* can be asked at any scale: on the same pictures, with the same backbone and the same care, how many
+# times fewer steps does Deformable DETR need? This chapter redraws the figure with pictures of digits, repeats it over
+# seeds, and computes the factor with an interval.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two rising curves of AP over training steps. The blue one rises early, the red one late. A horizontal purple arrow between them at one height is labelled: how many times more steps for the same AP. A vertical grey arrow between them at one step is labelled: how much more AP after the same steps."}}
 import matplotlib.pyplot as plt
@@ -41,8 +41,8 @@ draw.two_gaps()
 
 # %% [markdown]
 # *Figure {{n}}.1. What to see: two curves can be compared across (how many times more steps for the same AP) or
-# up (how much more AP after the same steps). "Ten times faster" is a statement across. It depends on the AP at
-# which one looks, so it must say which. (Drawn by hand; no measurement.)*
+# up (how much more AP after the same steps). "Ten times faster" compares across. The factor depends on the AP at
+# which one looks, so one must say at which. (A sketch, not a measurement.)*
 
 # %% tags=["hide-input"]
 import csv
@@ -110,8 +110,12 @@ CARDS = {n: json.loads(Path(f"../data/results/{n}.json").read_text()) for n in T
 
 # %% [markdown]
 # Five detectors compete. All have the same pretrained backbone, width, layers and 30 queries, and see batches of 8
-# pictures drawn at random from the training set. *DETR* and *one map* differ only in what {{chapter detr}} lists:
-# dense or deformable attention, reference points, class loss. The others add what the paper adds, one thing at a time.
+# pictures drawn at random from the training set. *DETR* and *one map* differ in what {{chapter detr}} lists:
+# dense or deformable attention, reference points, class loss (and each has the learning rate that suits it). The others
+# add what the paper adds, one thing at a time: a second map, refinement, and two stages on top of refinement.
+#
+# Trainings have three lengths. DETR gets 12,000 steps. *One map* was trained twice: for 1,500 steps, and for 450 as
+# the other three were, so that these four can be compared at equal steps. The table shows its longer training.
 
 # %%
 RUNS = {"DETR": "detr", "one map": "detr"} | {
@@ -129,13 +133,13 @@ for name, study in RUNS.items():
 
 # %% [markdown]
 # (Multiply-adds are of one forward pass of one picture, as counted by {{chapter attention_on_images}}'s instrument. The
-# seconds are of one core.) On a map of 64 tokens, dense attention is as cheap as deformable attention: $64^2$ is
-# nothing. So whatever we see below is about **learning**, not about the cost of a step. Cost is the question of
+# seconds are of one core.) On a map of only 64 tokens, a step of DETR costs about as much as a step of *one map*. So
+# what we see of these two is about **learning**, not about the cost of a step. Cost is the question of
 # {{chapter linear_really}}.
 #
 # ## {{n}}.2 The same care for both
 #
-# A comparison is worth as much as the tuning of its weaker side. The learning rate matters most, so each side of the
+# A comparison is unfair if only one side was tuned. The learning rate matters most, so each side of the
 # main pair was trained with the same three rates for the same 1,500 steps. The criterion is AP **without classes** on *val*:
 # every digit counts as "object" (the tables call it `object_ap`). It rises earlier than AP, because a box
 # is found before its digit is read.
@@ -153,8 +157,8 @@ draw.by_rate(tried)
 
 # %% [markdown]
 # *Figure {{n}}.2. What to see: one dot per seed, and lines through the means. After 1,500
-# steps the deformable detector finds boxes at every rate. DETR has learned nothing that AP can see at any of
-# them, so this budget cannot tell which rate it prefers.*
+# steps the deformable detector finds boxes at every rate. DETR's AP is next to nothing at all of
+# them, so this budget cannot tell which rate suits it.*
 
 # %% tags=["hide-input"]
 assert max(max(v) for n, v in tried.items() if n.startswith("DETR") and v) < 0.02
@@ -162,9 +166,10 @@ assert min(min(v) for n, v in tried.items() if n.startswith("one map") and v) > 
 print("DETR below 0.02 at every rate, one map above 0.05")
 
 # %% [markdown]
-# For the deformable side the best rate is clear, and the `detr` study uses it. For DETR it is not, so DETR was trained to
-# the end, eight times as many steps, at two of the three: at the lowest, which was ahead by a hair, and at 0.0005, which is half
-# of the deformable recipe's rate, as in the papers. The better one on *val* stands for DETR from here on.
+# For the deformable side the highest rate is the best, and the `detr` study uses it. (Higher ones were not tried; a better
+# one would make that side faster still.) For DETR this budget does not decide. So DETR was trained eight times as long, at
+# two rates: 0.0002, and 0.0005, which is half of the deformable side's rate, as in the papers. The better one on *val*
+# stands for DETR from here on.
 
 # %%
 rows = TABLES["detr"]
@@ -185,8 +190,8 @@ TABLES["detr"] = detr
 # *difficulty ●○○ · 8 minutes · 4 lines*
 #
 # `runs` gives for each rate a list of `(val, test)`, one pair per seed. Choose the rate with the best **mean** on val, and
-# return it with the list of its test values. A number that was used for choosing is too good by the choice, so
-# test must not take part in it.
+# return it with the list of its test values. The best of several noisy numbers is, on average, too good to be true. So
+# the number that is reported must not be the one that was used for choosing.
 
 
 # %% tags=["exercise"]
@@ -233,9 +238,10 @@ check("ten_times_faster.1", choose)
 draw.convergence(TABLES, RUNS, curves, at_the_end)
 
 # %% [markdown]
-# *Figure {{n}}.3. Fig. 3 of the paper, with digits. What to see: one thin line per seed, and dots at the end of each
-# training. The horizontal axes are logarithmic, so a factor is a distance. The order is the same whether one counts
-# pictures, multiply-adds or seconds, because a step costs nearly the same for all.*
+# *Figure {{n}}.3. Fig. 3 of the paper, with digits. What to see: one thin line per seed, and a dot at the end of each
+# training (one map has short lines and long ones). The horizontal axes are logarithmic, so a factor is a distance. The
+# lines rise in the same order whether one counts pictures, multiply-adds or seconds: the dearest step costs less
+# than twice the cheapest, and the lines lie farther apart than that.*
 #
 # On *test*, at the end of each training, with 95 % intervals over the seeds that have finished:
 
@@ -246,8 +252,8 @@ for name, study in RUNS.items():
         print(f"{name:22} AP {shown(ap)}, without classes {shown(objects)}")
 
 # %% [markdown]
-# These are different amounts of training, so the lines must not be compared as they stand. What may be compared is each
-# detector of the `convergence` study with its neighbour, since all had the same number of steps:
+# These lengths of training differ, so the five lines must not be compared as they stand. But the four of the
+# `convergence` study had equal steps, and we can compare each with the one before it:
 
 # %%
 names = list(CARDS["convergence"]["configurations"])
@@ -259,12 +265,12 @@ for before, name in itertools.pairwise(names):
         print(f"{name} against {before}: too few seeds for a verdict")
 
 # %% [markdown]
-# Where a line says "no difference larger than", these seeds cannot tell the two apart, and a difference beyond that
-# number would not fit them.
+# "No difference larger than" means that these seeds cannot tell the two apart, and that a difference beyond that
+# number would contradict them.
 #
 # ## {{n}}.4 The factor
 #
-# Now across. For an AP of $a$, how many steps did each seed need? Between two evaluations we draw a straight line, and
+# So far we have compared upwards, at equal steps. Now across. For an AP of $a$, how many steps did each seed need? Between two evaluations we draw a straight line, and
 # take the first place where it reaches $a$.
 #
 # ## Exercise {{n}}.2  Steps to reach
@@ -307,8 +313,8 @@ check("ten_times_faster.2", steps_to_reach)
 #
 # <details><summary>I pass the first check but fail the second</summary>
 #
-# `np.interp(target, values, steps)` needs rising values and says the last step where the target is never reached. On a
-# curve that goes down in between it answers nonsense, without an error.
+# `np.interp(target, values, steps)` needs rising values. On a curve that goes down in between it answers nonsense,
+# without an error, and where the target is never reached it returns the last step.
 #
 # </details>
 #
@@ -341,9 +347,10 @@ def crossing(steps, values, target):
 #
 # $$\nu = \frac{e^2}{\frac{(s_x^2/n)^2}{n-1} + \frac{(s_y^2/m)^2}{m-1}}$$
 #
-# degrees of freedom; the interval reaches $t_{0.975, \nu}\sqrt{e}$ to both sides (`t.ppf(0.975, nu)`). It is tempting to
-# take all $n \times m$ ratios as so many measurements. They are not: each seed would be counted several times, and
-# the interval would be far too narrow. Keep this function; it serves any comparison of times.
+# degrees of freedom; the interval reaches $t_{0.975, \nu}\sqrt{e}$ to both sides (`t.ppf(0.975, nu)`). If all seeds of
+# each side agree, $e$ is 0 and both ends are the factor itself. It is tempting to treat all $n \times m$ ratios as
+# measurements. But each seed would be counted several times, and the interval would be far too narrow. Keep this
+# function; it serves any comparison of times.
 
 
 # %% tags=["exercise"]
@@ -387,10 +394,11 @@ check("ten_times_faster.3", factor)
 # {{solution}}
 
 # %% [markdown]
-# At which APs may we ask? At those that every seed of the faster side has reached, but not below its first
-# evaluation: before it, the straight line from zero is a guess. *One map* was trained twice, for 450 steps (in
-# `convergence`, measured every 75) and for 1,500 (in `detr`, measured every 500); the first answers for low APs, the second for
-# higher ones. And if DETR never gets there? Then its 12,000 steps are a lower bound, and the factor is "more than".
+# At which APs may we ask? Every seed of the faster side must have reached that AP, and not before its first evaluation,
+# because before it the straight line from zero is a guess. (APs where this fails are left out below.) The short training
+# of *one map* (in `convergence`, measured every 75 steps) answers for low APs, the long one (in `detr`, measured
+# every 500) for higher ones. And if DETR never gets there? Then its 12,000 steps are a lower bound, and the factor is
+# "more than" what they give.
 
 
 # %%
@@ -404,14 +412,14 @@ def needed(name, study, metric, target):
 
 
 def compare_steps(name, studies, metric, target):
-    """(factor, low, high) of DETR's steps against another's. Where DETR never came there, high is
-    inf and low holds for every pair of seeds; both are nan where there are too few seeds."""
+    """(factor, low, high) of DETR's steps against another's. Where a seed of DETR never came there,
+    high is inf, and the factor of every pair of seeds is at least low. Ends are nan for one seed."""
     slow = needed("DETR", "detr", metric, target)
     fast = next((f for study in studies if (f := needed(name, study, metric, target))), [])
     if not slow or not fast:
         return None
     if math.inf in slow:
-        least = 12_000 / max(fast)
+        least = min(12_000, *slow) / max(fast)
         return least, least, math.inf
     middle = np.exp(np.mean(np.log(slow)) - np.mean(np.log(fast)))
     if min(len(slow), len(fast)) < 2:
@@ -445,9 +453,9 @@ for metric, name in NAMES.items():
 draw.factor_by_ap(across)
 
 # %% [markdown]
-# *Figure {{n}}.4. What to see: how many times fewer steps the deformable detector needs, by the AP at which one asks. Bars are
-# 95 % intervals over seeds (a dot without one has a single seed on one side). A triangle is a lower bound: DETR never
-# came to this AP, so the factor is larger. The dashed line is the paper's ten.*
+# *Figure {{n}}.4. What to see: how many times fewer steps one map needs than DETR, by the AP at which one asks. Bars are
+# 95 % intervals over seeds (a dot without one has a single seed on one side). A triangle is a lower bound: some seed
+# of DETR never came to this AP, so the factor is larger. The dashed line is the paper's factor of ten.*
 
 # %% tags=["hide-input"]
 for (metric, target), (_, low, high) in across.items():
@@ -456,16 +464,16 @@ for (metric, target), (_, low, high) in across.items():
 
 # %% [markdown]
 # Three remarks on fairness, before anyone quotes the factor.
-# - Both rates fall along a cosine, to the end of *their own* training. DETR's curve is still in the early part of its
-#   schedule when the other has finished its own. A shorter DETR training may be better at its end than this one is
-#   at the same step. So within the figure the factor may be too large.
+# - Learning rates fall along a cosine to the end of each training. After 1,500 steps *one map* has finished, and DETR's
+#   rate is still near its top. A DETR that is trained for fewer steps may be better at its end than this one is at the
+#   same step. So our factors may be too large.
 # - The APs at which we could ask are low. Good detectors on these pictures reach 0.8 ({{chapter training}}). For
-#   useful APs the factor is not known from these runs.
-# - DETR was tried at two rates to the end, with one warm-up, one clipping and one schedule. How much hangs on the rate
-#   is seen from the lines before "chosen", where both have finished. A bound of "more than" is one of *this* DETR. Who looks
-#   longer for its settings may find smaller factors than ours.
+#   useful APs these runs do not tell the factor.
+# - DETR was tried at two rates to the end, with one warm-up, one clipping and one schedule. The lines above "chosen"
+#   show how much depends on the rate alone. With a longer search for DETR's settings, all factors here, the
+#   "more than" included, may become smaller.
 #
-# And what does the recipe as a whole gain, from DETR to two stages? The same function answers:
+# And how many times fewer steps do the other detectors need than DETR? The same function answers:
 
 # %%
 for name in names[1:]:
@@ -478,7 +486,7 @@ for name in names[1:]:
 #
 # {{chapter detr}} named three explanations. Two of them can be followed through the whole training: over how many
 # keys the decoder's attention is spread, and how many objects change their query between two evaluations (500 steps
-# apart in both trainings here).
+# apart).
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three panels over training steps on a logarithmic axis, DETR in red and one map in blue, one line per seed: AP without classes; effective keys in the decoder, with dashed lines at 64 tokens and 4 samples; and the share of objects whose query changed within 500 steps."}}
 draw.explanations(detr, curves)
@@ -486,7 +494,7 @@ draw.explanations(detr, curves)
 # %% [markdown]
 # *Figure {{n}}.5. What to see: AP without classes (left), effective keys of the decoder's last layer (middle; dashed: all 64
 # tokens, and the deformable detector's 4 samples), and the share of objects whose query is another one than 500 steps
-# before (right).*
+# before (right). While DETR's AP rises, its attention narrows and its matches settle.*
 
 # %%
 for seed, (_, objects) in curves(detr, "DETR", "object_ap").items():
@@ -499,10 +507,10 @@ for seed, (_, objects) in curves(detr, "DETR", "object_ap").items():
     print("  rank correlation with AP: keys {:.2f}, changed matches {:.2f}".format(*pair))
 
 # %% [markdown]
-# A rank correlation of -1 means that the quantity falls whenever AP rises; 0 means that they have nothing to do with each
-# other. Numbers near -1 would *fit* the explanations. But they are weak evidence, because attention narrows and
-# matches settle in *every* training, whether it learns to detect or not: the rate falls to zero, and then nothing changes any
-# more. Here is the study's other DETR, or this one if it is alone, seed by seed:
+# A rank correlation of -1 means that the quantity falls whenever AP rises; 0 means that neither says anything about the
+# other. Numbers near -1 *fit* the explanations. But they are weak evidence, because matches settle in *every* training,
+# whether it learns to detect or not: the learning rate falls to zero, and then nothing changes any more. Look at the
+# DETR that was not chosen:
 
 # %%
 other = min(tried, key=lambda name: np.mean(tried[name])) if tried else chosen
@@ -515,9 +523,9 @@ for seed, (_, objects) in curves(rows, other, "object_ap").items():
     print(f"with an AP without classes of {objects[-1]:.4f}")
 
 # %% [markdown]
-# So steady matches do not make a detector: queries can settle on objects whose boxes they never learn to fit. Narrow
-# attention does not, either. Both may be necessary, but neither is enough. Two comparisons say more. The first is at
-# equal steps: is DETR's matching less stable where both have had the same number of steps?
+# Its matches are steady in the end and its attention is narrow, and yet it has not learned to detect. So both may be
+# necessary, but they are not enough. Two comparisons say more. The first: is DETR's matching less stable than that of
+# *one map* after equally many steps?
 
 # %%
 for step in (1000, 1500):
@@ -549,17 +557,16 @@ assert min(first["two maps, two stages"]) > max(first["one map"])
 print("the fastest learner changes its matches most")
 
 # %% [markdown]
-# On the contrary. The detector that learns fastest has the least stable matches, by this measure. The reason is simple: its
-# queries are the best 30 proposals of a picture *in the order of their scores*, so query 3 is another proposal as soon as
-# two scores change places. The number of the query means nothing there. So instability, as DN-DETR defines it, can
-# be compared between detectors with learned queries, and not beyond. And a high value alone does not make a detector
-# slow.
+# On the contrary: the detector that learns fastest has the least stable matches, by this measure. The reason is that its
+# queries are the best 30 proposals of a picture *in the order of their scores*. When two scores change places, query 3
+# is another proposal, and its number means nothing. So instability, as DN-DETR defines it, can only
+# be compared between detectors with learned queries. And a high value alone does not make a detector slow.
 #
 # ## {{n}}.6 Small and large objects
 #
-# In Table 1 of the paper DETR loses on small objects (20.5 against 26.4) and *wins* on large ones (61.1 against 58.0),
-# and the authors note it. Is that here, too? COCO's sizes are for large pictures; for the digits small means below
-# 16 x 16 pixels, and large above 36 x 36. Here are the trainings to their ends:
+# In Table 1 of the paper DETR (500 epochs) loses to Deformable DETR (50 epochs) on small objects, 20.5 against 26.4, and
+# *wins* on large ones, 61.1 against 58.0. Is it so here, too? For the digits, small means below 16 x 16
+# pixels, and large above 36 x 36. At the end of the two trainings of the `detr` study:
 
 # %%
 SIZES = ("ap_small", "ap_medium", "ap_large")
@@ -573,9 +580,9 @@ for size in SIZES:
     print(f"DETR against one map, {size[3:]}: {said}")
 
 # %% [markdown]
-# Both detectors had very different numbers of steps, so the level says little. What can be compared is the *profile*: AP
-# of large objects divided by AP of small ones, seed by seed. In the paper's table it is 61.1 / 20.5 = 3.0 for DETR and
-# 58.0 / 26.4 = 2.2 for Deformable DETR, which sees finer maps. Ours see the same map.
+# The two detectors differ so much in AP that these lines say little about sizes. What can be compared is the *profile*:
+# AP of large objects divided by AP of small ones, seed by seed. In the paper's table it is 61.1 / 20.5 = 3.0 for DETR
+# and 58.0 / 26.4 = 2.2 for Deformable DETR, which sees finer maps. Ours see the same map.
 
 # %%
 profile = {
@@ -596,18 +603,21 @@ elif min(map(len, profile.values())) > 1:
         "steeper" if low > 1 else "flatter" if high < 1 else "neither, as far as these seeds tell"
     )
     print(f"DETR's profile is {word}: {low:.1f} to {high:.1f} times that of one map")
+else:
+    print("too few seeds to compare the profiles")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "AP on test by size of object, small, medium and large, one thin line per seed: DETR in red, one map in blue, and the detectors on two maps in other colours above them. All lines rise from small to medium."}}
 draw.by_size(TABLES, RUNS, at_the_end)
 
 # %% [markdown]
-# *Figure {{n}}.6. What to see: AP on test by size of the digits, one line per seed, at the end of each training.*
+# *Figure {{n}}.6. What to see: AP on test by size of the digits, one line per seed, at the end of each
+# training. Small digits are the hardest for every detector. Two stages (orange) gain most on large ones.*
 #
 # ## {{n}}.7 Sixty steps, now
 #
-# All that was read from tables. To see that they are not made up, we train two of the detectors here, for their first
-# sixty steps, and measure AP50 without classes on 50 pictures of *val*. (AP50 asks for an IoU of only 0.5, so it is the
-# first to rise.) What DETR does in its first hundred steps is a section of {{chapter detr}}.
+# So far all numbers came from tables. To check the beginning of two curves, we train two of the detectors here, for their
+# first sixty steps, and measure AP50 without classes on 50 pictures of *val*. (AP50 asks for an IoU of only 0.5, so it
+# is the first to rise.) DETR's first steps are in {{chapter detr}}.
 
 # %%
 ONE_MAP = ("model.num_levels=1", "model.refine=false", "model.two_stage=false")
@@ -651,7 +661,7 @@ live = {"one map": found_objects(sixty_steps(RECIPES["one map"]))}
 print(f"one map: {live['one map']:.3f}")
 
 # %% [markdown]
-# Before you run: sixty steps more, with two maps and two stages. Will this one have found anything?
+# Before you run: the same sixty steps with the other detector, which has two maps and two stages. Will it find anything?
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -671,9 +681,10 @@ for name in RECIPES:
 # %% [markdown]
 # ## {{n}}.8 COCO and digits, side by side
 #
-# Left is what the paper says (its Table 1 and abstract) or, where marked *, the README of the official repository. (With one
-# map, Deformable DETR reaches 39.4 there in 50 epochs, less than DETR's 42.0 in 500: at equal maps the ten is not shown.) Right is
-# what our tables say, written by the cell. "Same" means that the interval leaves the other direction out.
+# Left is what the paper says (its Table 1 and abstract) or, where marked *, the README of the official repository. (There
+# Deformable DETR with *one* map reaches 39.4 in 50 epochs, less than DETR's 42.0 in 500. So on COCO, too, the factor of
+# ten is not shown for equal maps.) Right is what our tables say, written by the cell. "Same" means that our interval
+# excludes the opposite direction.
 
 
 # %% tags=["hide-input"]
@@ -714,34 +725,33 @@ for claim, found in lines:
 
 # %% [markdown]
 # Why might a line be different here?
-# - **The levels.** Our DETR sees stride 16 on both sides, so the comparison is one of attention alone. The paper's
-#   Deformable DETR has four maps where DETR has one.
-# - **The end.** The paper compares detectors that have converged or nearly so. Ours have not: after as many steps,
-#   what learns sooner looks better in everything. Gains of refinement and two stages are therefore larger here. And DETR's
+# - **The levels.** Our DETR and *one map* see the same map of stride 16. The paper's Deformable DETR has four maps
+#   where DETR has one.
+# - **The end.** The paper compares detectors that have converged or nearly so. Ours have not, so what learns sooner looks
+#   better in every respect. Gains of refinement and two stages may therefore be larger here. And DETR's
 #   lead on large objects, a lead at the end of a long training, cannot be seen before that end.
-# - **The task.** Ten digits differ in small strokes. To read one, a detector needs detail from within the box, which a
-#   nearly uniform average wipes out. That makes AP with classes harder for dense attention than "find the object".
+# - **The task.** Digits differ in small strokes. To read one, a detector needs detail from within the box, and a
+#   nearly uniform average loses it. This may be why DETR's AP stays so far below its AP without classes (not tested).
 #
 # ## {{n}}.9 What was not done
 #
 # - **Faster R-CNN**, which the paper's Table 1 has, is missing: it would need its own tuning.
-# - **DETR-DC5** is missing, which is the DETR of the paper's figure. Our DETR's stride is 16 already, so it is nearer to DC5 than to plain DETR.
-# - DETR was not trained to convergence.
-# - DETR's rate was tried at two values to the end; its schedule, warm-up and clipping were not varied at all.
-# - Differences in attention, reference points and class loss come together in "one map". Which of them carries
-#   how much is a question for {{chapter what_matters}}.
+# - **DETR-DC5**, the DETR of the paper's figure, is missing. But our DETR has DC5's stride of 16.
+# - DETR was not trained to convergence. Its rate had two values; schedule, warm-up and clipping were not varied at all.
+# - *One map* differs from DETR in attention, reference points and class loss together. How much of the factor is due to
+#   which of them was not measured.
 #
 # ## Summary
 #
-# - "n times faster" is a statement across two curves; it needs the AP at which it is made, and an interval over seeds.
-# - On the same map, with the same backbone and nearly the same cost per step, deformable attention learns in far fewer steps
-#   than dense attention. The cell above Figure {{n}}.4 says how many, and at which APs.
-# - Refinement and two stages shorten the start once more.
-# - Steady matches and narrow attention are not enough to detect, and the fastest learner has the least steady matches, so
-#   neither explanation stands alone.
+# - "n times faster" compares two curves across; it needs the AP at which it is made, and an interval over seeds.
+# - On the same map, with the same backbone and nearly the same cost per step, the deformable detector needs far fewer
+#   steps than DETR. The cell above Figure {{n}}.4 says how many times fewer, at which APs, and from how many seeds.
+# - Refinement and two stages make the start faster still.
+# - Steady matches and narrow attention are not enough to detect, and the fastest learner has the least steady matches. So
+#   neither explains the difference alone.
 #
 # > **Differs from the paper.** Digits and a small model instead of COCO and a ResNet-50; minutes instead of days; two maps
-# > where the paper has four; DETR at stride 16. No Faster R-CNN and no DC5. Repeats over seeds, which the paper has not.
+# > where the paper has four; DETR at stride 16. No Faster R-CNN and no DC5. Several seeds, where the paper has one.
 # >
 # > **Differs from the official code.** All detectors here share one loop, one evaluation and one matcher; the papers' code
 # > bases differ in batch size, augmentation and number of queries as well.

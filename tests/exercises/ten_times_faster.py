@@ -33,10 +33,13 @@ def check_steps_to_reach(steps_to_reach):
     yield "a curve that goes down in between"
     values = [0.1, 0.3, 0.2, 0.5]
     expect(steps_to_reach(steps, values, 0.25), 175.0, "the first time counts")
+    falling = [0.1, 0.4, 0.1, 0.2]
+    expect(steps_to_reach(steps, falling, 0.25), 150.0, "np.interp needs rising values")
     yield "before the first evaluation"
     expect(steps_to_reach(steps, values, 0.05), 50.0, "from step 0 with value 0")
     yield "exactly at an evaluation"
     expect(steps_to_reach(steps, values, 0.3), 200.0)
+    expect(steps_to_reach(steps, values, 0.5), 400.0, "reached, not passed")
     yield "never"
     expect(steps_to_reach(steps, values, 0.6), math.inf, "math.inf, not the last step")
 
@@ -75,8 +78,20 @@ def _last_time(steps, values, target):
     return math.inf
 
 
+def _first_time(steps, values, target):
+    steps, values = [0, *steps], [0.0, *values]
+    i = next(i for i, value in enumerate(values) if value >= target)
+    share = (target - values[i - 1]) / (values[i] - values[i - 1])
+    return steps[i - 1] + share * (steps[i] - steps[i - 1])
+
+
 def _no_interpolation(steps, values, target):
     return next((s for s, v in zip(steps, values, strict=True) if v >= target), math.inf)
+
+
+def _above(steps, values, target):
+    reached = max(values) > target
+    return _first_time(steps, values, target) if reached else math.inf
 
 
 def _interpolated(steps, values, target):
@@ -112,6 +127,7 @@ WRONG = {
         ("the last time", _last_time),
         ("no interpolation", _no_interpolation),
         ("np.interp on values that fall", _interpolated),
+        ("above the target, not at it", _above),
     ],
     "ten_times_faster.3": [
         ("all pairs as measurements", _factor(pairs=True)),
