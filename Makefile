@@ -59,6 +59,8 @@ else
 	$(BIN)/python experiments/looking.py
 	$(BIN)/python experiments/backbones.py
 	$(BIN)/python experiments/study.py
+	$(BIN)/python experiments/study.py tuned_members
+	$(BIN)/python experiments/equal_cost.py
 	$(BIN)/python experiments/trees.py
 	$(BIN)/python book/readme.py
 	$(BIN)/python book/journey.py

@@ -272,7 +272,7 @@ def compare(study: Study) -> dict[str, dict]:
             rows = [r for r in each.result()["rows"] if (r["split"], r["metric"]) == study.headline]
             last = max(rows, key=lambda row: row["at"])
             values.setdefault(each.name, []).append(last["value"])
-    first = next(iter(study.configurations))
+    first = next(iter(study.configurations), None)
     found = {}
     for name, repeats in values.items():
         if len(repeats) > 1:

@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
+from deformable_detr.data.coco import CocoDataset, find_split
 from deformable_detr.evaluation.complexity import count
-from deformable_detr.structures import Batch
+from deformable_detr.structures import Batch, Target
 from deformable_detr.training.batches import SeededDataset
 from deformable_detr.training.lock import locked
 from tests import trials
@@ -26,7 +27,10 @@ from tests.conftest import write_coco
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 # studies that train detectors
-DETECTORS = ("ablations", "convergence", "denoising", "detr", "members", "rates")
+DETECTORS = (
+    *("ablations", "convergence", "detr", "rates", "denoising", "dino", "lengths"),
+    *("member_rates", "members", "sparse", "tuned_members"),
+)
 NAMES = [path.stem for path in FOLDER.glob("*.py") if "\nSTUDY = " in path.read_text("utf-8")]
 
 
@@ -410,3 +414,151 @@ def test_backbones_of_segmentation_cost_about_the_same(study):
         for make in segmentation.BACKBONES.values()
     ]
     assert max(costs) < 1.1 * min(costs)
+
+
+# The family
+
+
+@pytest.fixture
+def tables(study):
+    """Writes a study's table, of (configuration, seed, split, metric, value)."""
+
+    def write(name, rows):
+        lines = [",".join(study.COLUMNS)]
+        lines += [f'"{c}",{seed},done,{split},300,{m},{v}' for c, seed, split, m, v in rows]
+        (study.RESULTS / f"{name}.csv").write_text("\n".join(lines) + "\n")
+
+    return write
+
+
+def reload(name, study, monkeypatch):
+    module = importlib.import_module(name)
+    monkeypatch.setattr(module, "RESULTS", study.RESULTS)
+    return module
+
+
+def test_a_trained_member_is_trained_once(study):
+    """The studies that ask more of the members take over what theirs has."""
+    names = ("members", "lengths", "convergence", "member_rates", "sparse")
+    folders = {}
+    for name in names:
+        trials = importlib.import_module(name).STUDY.trials()
+        folders[name] = {place.folder: place.name for place in trials if place.seed == 0}
+    shared = {
+        name: {folders[name][folder] for folder in folders[name].keys() & folders[other].keys()}
+        for name, other in (
+            ("lengths", "members"),
+            ("member_rates", "members"),
+            ("sparse", "members"),
+        )
+    }
+    assert shared["lengths"] == {"300 steps"} and shared["sparse"] == {"rho 0.3"}
+    assert len(shared["member_rates"]) == 9
+    assert all(name.endswith(", 0.001") for name in shared["member_rates"])
+    both = folders["lengths"].keys() & folders["convergence"].keys()
+    assert {folders["lengths"][folder] for folder in both} == {"450 steps"}
+
+
+def test_the_chosen_rate_is_the_best_on_val(study, tables, monkeypatch):
+    """Of all three, and no other."""
+    rates = reload("member_rates", study, monkeypatch)
+    values = {5e-4: 0.2, 1e-3: 0.1, 2e-3: 0.3}
+    rows = [(f"DINO, {r:g}", 0, "val", "object_ap", v) for r, v in values.items()]
+    rows += [(f"DINO, {r:g}", 0, "test", "object_ap", 1 - v) for r, v in values.items()]
+    tables("member_rates", rows)
+    assert rates.chosen("DINO") == 2e-3 and rates.chosen("Group DETR") is None
+    tuned = importlib.import_module("tuned_members").STUDY
+    assert list(tuned.configurations) == ["DINO"]
+    assert tuned.configurations["DINO"].resolved(0).train.lr == 2e-3
+    tables("member_rates", rows[1:])
+    assert rates.chosen("DINO") is None
+    member = rates.MEMBERS.configurations["DINO"]
+    assert rates.with_rate(member, 1e-3) == member
+    train = rates.with_rate(member, 2e-3).resolved(0).train
+    assert (train.lr, train.backbone_lr) == (2e-3, 2e-3)
+
+
+def test_near_copies_alone_are_those_of_dino(study):
+    """The same noise of the same draws, in as many groups, and a known match for each."""
+    dino = importlib.import_module("dino")
+    both = dino.STUDY.configurations["DINO"].build(0)
+    near = dino.STUDY.configurations["DINO, near copies alone"].build(0)
+    boxes, draws = torch.rand(2, 5, 2, 3, 4), 2 * torch.rand(2, 5, 2, 3, 4) - 1
+    expected = both.noise(boxes, draws)
+    torch.testing.assert_close(near.noise(boxes[:, :, :1], draws[:, :, :1]), expected[:, :, :1])
+    target = Target(0, torch.tensor([1, 2]), torch.tensor([[0.3, 0.4, 0.2, 0.1]] * 2), (128, 96))
+    batch = Batch.from_images([torch.rand(3, 128, 96)])
+    for model, size in ((both, 40), (near, 20)):
+        memory = model.train().encoder(model.tokens(batch))
+        known = model.queries(memory, [target])[0].denoising
+        places, objects = known.matches[0]
+        assert known.size == size and objects.tolist() == [0, 1] * 10
+        assert len(set(places.tolist())) == 20 and places.max() < size
+
+
+def test_errors_are_counted_where_as_many_boxes_are_shown_as_there_are_objects(study, tmp_path):
+    dino = importlib.import_module("dino")
+    write_coco(tmp_path, "test", 4)
+    dataset = CocoDataset(*find_split(tmp_path, "test"))
+    annotations = dataset.coco.dataset["annotations"]
+    found = [
+        {key: a[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9 - 0.01 * i}
+        for i, a in enumerate([annotations[0], *annotations])
+    ]
+    counts = dino.kinds(found, dataset)
+    assert counts["correct"] == len(annotations) - 1
+    assert counts["duplicate"] == counts["missed"] == 1
+    assert sum(counts.values()) == len(annotations) + 1
+
+
+def test_costs_of_a_step_and_of_an_inference(study, monkeypatch, tmp_path):
+    """Noised objects cost in training alone."""
+    costs = importlib.import_module("member_costs")
+    write_coco(tmp_path, "train", 4)
+    monkeypatch.setattr(
+        costs, "load_split", lambda split, t: CocoDataset(*find_split(tmp_path, split), t)
+    )
+    monkeypatch.setattr(costs, "BATCHES", 2)
+    found = {}
+    for name in ("DN-DETR", "DN-DETR, no groups"):
+        detector = costs.STUDY.configurations[name]
+        settings = (*detector.settings, "train.batch_size=2")
+        rows = costs.measure(dataclasses.replace(detector, settings=settings), 0, tmp_path)
+        found[name] = {(row["split"], row["metric"]): row["value"] for row in rows}
+        assert all(value > 0 for value in found[name].values())
+    ours, without = found.values()
+    assert ours["inference", "multiply_adds"] == without["inference", "multiply_adds"]
+    for metric in ("multiply_adds", "peak_bytes"):
+        assert ours["step", metric] > without["step", metric]
+
+
+def test_the_base_at_as_many_multiply_adds(study, tables, monkeypatch):
+    """A member whose step costs a quarter more meets a base of a quarter more steps."""
+    equal = reload("equal_cost", study, monkeypatch)
+    base, *names = equal.MEMBERS.configurations
+    costs = [(name, 0, "step", "multiply_adds", 100) for name in (base, *names)]
+    costs[4] = ("Group DETR", 0, "step", "multiply_adds", 125)
+    costs[5] = ("Sparse DETR", 0, "step", "multiply_adds", 87.5)
+    tables("member_costs", costs)
+    steps = equal.equal_steps(equal.read("member_costs", "step", "multiply_adds"))
+    assert (steps["DINO"], steps["Group DETR"], steps["Sparse DETR"]) == (300, 375, 262.5)
+    rows = []
+    for metric in equal.METRICS:
+        rows += [
+            (f"{length} steps", seed, "test", metric, length / 1000 + seed / 100)
+            for length in equal.EVALUATIONS
+            for seed in (0, 1)
+        ]
+    tables("lengths", rows)
+    tables("members", [("Group DETR", seed, "test", "ap", 0.5 + seed / 100) for seed in (0, 1)])
+    found = dict(equal.compare(steps))
+    assert found["Group DETR"]["ap"]["base"]["mean"] == pytest.approx(0.38)
+    assert found["Group DETR"]["ap"]["member"]["mean"] == pytest.approx(0.505)
+    assert found["Group DETR"]["ap"]["verdict"].startswith("better by")
+    assert found["DINO"] == {"steps of the base": 300}
+    lengths = equal.read("lengths", "test", "ap")
+    assert equal.reached(lengths, 262.5) == pytest.approx([0.2625, 0.2725])
+    with pytest.raises(ValueError, match="225 to 450 steps, not for 500"):
+        equal.reached(lengths, 500)
+    del lengths["375 steps"]["1"]
+    assert len(equal.reached(lengths, 375)) == 1

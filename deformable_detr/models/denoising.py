@@ -140,7 +140,7 @@ class Contrastive(Denoised):
     def noise(self, boxes: Tensor, draws: Tensor) -> Tensor:
         """Edges of the first copies move by less than box_noise half sides, those of the second by
         once to twice as much."""
-        further = torch.arange(2, device=boxes.device).view(2, 1, 1)
+        further = torch.arange(self.copies, device=boxes.device).view(-1, 1, 1)
         draws = draws + further * torch.where(draws < 0, -1.0, 1.0)
         return move_edges(boxes, draws, self.config.box_noise, not self.config.crossed_edges)
 
