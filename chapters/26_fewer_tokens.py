@@ -27,7 +27,7 @@
 # %% [markdown]
 # Deformable attention made the encoder affordable: each token reads a few points. But there are still many
 # tokens, every one of them is updated in every layer, and most of them show background. Two detectors save
-# there. **Sparse DETR** {cite}`roh2022sparse` updates only the tokens that will matter. **Lite DETR**
+# work here. **Sparse DETR** {cite}`roh2022sparse` updates only the tokens that will matter. **Lite DETR**
 # {cite}`li2023lite` updates the many fine tokens seldom and the few coarse ones always.
 
 # %% tags=["hide-input"]
@@ -57,7 +57,7 @@ from deformable_detr.layers.key_aware_attention import KeyAwareAttention
 from deformable_detr.layers.reading import tokens_read
 from deformable_detr.look.sampling import record_sampling
 from deformable_detr.losses import SetCriterion
-from deformable_detr.models import MODELS
+from deformable_detr.models import MODELS, build_model
 from deformable_detr.models.encoder import EncoderLayer, rows
 from deformable_detr.models.sparse_encoder import Scorer
 from deformable_detr.models.tokens import token_centres
@@ -65,6 +65,7 @@ from deformable_detr.models.two_stage import TwoStage
 from deformable_detr.ops import sampled_products
 from deformable_detr.ops.reference import sample_levels
 from deformable_detr.structures import Queries, Tokens
+from deformable_detr.training.recipe import load_recipe
 from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")
@@ -105,7 +106,7 @@ draw.on_and_off(inside[9], shapes)
 
 # %% [markdown]
 # *Figure {{n}}.1. What to see: the tokens of each level, coloured where they lie in the seven's box, and their
-# number. All others are wood.*
+# number. All others are background.*
 #
 # And how much of the work is the encoder's? At full size, 800 × 1110 pixels, about half:
 
@@ -146,8 +147,8 @@ print((100 * by_hand).round().int().tolist())
 
 # %% [markdown]
 # The first sample lies on the centre of a token, which gets its whole weight. The second one is shared out
-# among four. There is a shorter way. What attention returns is a sum of tokens times these shares, so **the
-# shares are its derivative by the tokens**, and the backward pass of the operator has that already:
+# among four. There is a shorter way. What attention returns is a sum of tokens times these shares. So **the
+# shares are its derivative with respect to the tokens**, and the operator's backward pass computes that already:
 
 # %%
 value = torch.zeros(1, 15, 1, 1, requires_grad=True)  # (B, S, M, D)
@@ -169,7 +170,7 @@ read = tokens_read(record.decoder)  # (24, S)
 print(f"all that was read of the seven's picture: {read[9].sum():.0f}")
 for rho in (0.1, 0.3):
     best = read.topk(int(S * rho) + 1).values.sum(1) / read.sum(1)
-    print(f"the {rho:.0%} of tokens that are read most have {best.mean():.0%} of it, in the mean")
+    print(f"the {rho:.0%} of tokens that are read most have {best.mean():.0%} of it, on average")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The picture of the seven, and beside it three maps of how much the decoder read of each token, for levels 0, 1 and 2. On all levels the tokens of the seven stand out, and brighter still are those of a bright stone at the upper right; most of the rest is dark."}}
 draw.read_maps(read[9], shapes)
@@ -244,8 +245,8 @@ for rho in (0.1, 0.3):
     print(f"rho {rho}: {(wanted * official).sum() / wanted.sum():.0%} of the tokens are the same")
 
 # %% [markdown]
-# That is not small. The library draws the target where it was read; the other form is an option (`half_cell`),
-# for published weights, which were trained with it.
+# That is not small. (What it costs in AP was not measured.) The library draws the target where it was read; the other
+# form is an option (`half_cell`), for published weights, which were trained with it.
 #
 # ## {{n}}.3 A scorer that guesses it
 #
@@ -291,10 +292,10 @@ with torch.no_grad():
 print("as the library's,", sum(p.numel() for p in mine.parameters()), "parameters")
 
 # %% [markdown]
-# Can this be learned? In Sparse DETR the scorer is trained together with the detector. Here we train scorers
-# alone, for the finished detector, in a few seconds: on 16 of the pictures, for the 8 others, and so on around,
-# so that each picture is judged by a scorer that has not seen it. Its loss is the cross-entropy, token by
-# token.
+# Can this be learned? In Sparse DETR the scorer is trained together with the detector. Here we train it
+# alone, for the finished detector, in a few seconds. We do so three times: each scorer learns from 16 of the pictures
+# and guesses for the 8 others. So the guesses for a picture are those of a scorer that has not seen it. The loss is the
+# binary cross-entropy, token by token.
 
 # %%
 images = torch.arange(len(dataset))
@@ -352,7 +353,8 @@ draw.kept(marks, shapes)
 # ## {{n}}.4 Update a few, look at all
 #
 # The encoder itself changes little. The chosen tokens are gathered and are the only queries. They may look at
-# all tokens, since all stay in the memory as values. After each layer they are written back to their places:
+# all tokens, since all stay in the memory as values. After each layer they are written back to their places (`rows`
+# gathers tokens; the library's encoder takes a set of places for each of its layers):
 
 
 # %%
@@ -405,7 +407,7 @@ class Dense(TwoStage):
 two = collate([dataset[9], dataset[8]])
 sparse = detector(kind(**SMALL, rho=1.0)).eval()
 plain = Dense(kind(**SMALL)).eval()
-plain.load_state_dict(sparse.state_dict(), strict=False)  # it lacks the scorer and its heads
+plain.load_state_dict(sparse.state_dict(), strict=False)  # no scorer, no heads in the encoder
 with torch.no_grad():
     torch.testing.assert_close(sparse(two).logits, plain(two).logits, atol=1e-4, rtol=1e-4)
 print("Sparse DETR with rho = 1 is the dense detector")
@@ -539,8 +541,8 @@ def parts_of_layer(rho):
 
 
 # %% [markdown]
-# **Before you run**: which of these will fall to a tenth where a tenth of the tokens is updated? Think of the
-# backward pass, which returns a gradient for *every* value.
+# **Before you run**: which of these will fall to about a tenth where a tenth of the tokens is updated, and which will
+# not fall at all?
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -555,8 +557,8 @@ draw.cost_against_rho(RHOS, counted, by_part)
 
 # %% [markdown]
 # *Figure {{n}}.5. What to see: costs as a part of that at ρ = 1. Left, the count ends at nearly twice what
-# would be in proportion (dotted). Right, by the clock: projecting the values (blue) takes the same time
-# whatever ρ is, and the operator falls, but not to a tenth.*
+# would be in proportion (dotted). Right, by the clock: projecting the values (blue) takes about the same time
+# whatever ρ is. The operator falls nearly in proportion, and the whole layer does not fall to a tenth.*
 #
 # So updating a tenth of the tokens does not make an encoder ten times as fast. In the whole detector, backbone
 # and decoder come on top. The authors report 26.5 pictures per second at $\rho = 0.1$ against 18.2 for their
@@ -572,9 +574,9 @@ sizes = [height * width for height, width in levels]
 print("tokens by level:", [f"{size / N:.1%}" for size in sizes])
 
 # %% [markdown]
-# Those are the expensive ones, and each of them shows little. So the layers of the encoder come in blocks: all
-# layers of a block update the **coarse** tokens, and only its last one updates the **fine** tokens too. All may
-# look at all, always.
+# So most of the work is spent on tokens that cover a few pixels each. Lite DETR therefore puts the layers of the
+# encoder into blocks: all layers of a block update the **coarse** tokens, and only its last one updates the **fine**
+# tokens too. Each updated token may look at all tokens.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three encoders of six layers as rows of four cells, one per level, the finest widest. Dense: all cells are green. H3L1-(2+1)x3: in layers 2, 4 and 6 all cells are green, in the others the finest is white. H2L2-(2+1)x3: in layers 1, 3 and 5 the two finest are white."}}
 every, coarse = [True] * 4, [False, True, True, True]
@@ -697,14 +699,14 @@ for name, options in {
 
 # %% [markdown]
 # With blocks and small feed-forward parts the encoder costs less than half of the dense one. Key-aware weights
-# pay a little of that back. What do they buy?
+# cost a little extra. What are they good for?
 #
 # ## {{n}}.7 Weights that look at keys
 #
 # {{chapter deformable_attention}} asked where the keys went: deformable attention says how much each sample
 # counts *before* it has seen any sample. Lite DETR's **key-aware deformable attention** takes the offsets as
 # before, reads the samples, and then lets the products of the query with the samples decide, as in dense
-# attention.
+# attention. Lite DETR uses it in the encoder and in the decoder's cross-attention.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two diagrams. Linear: the query passes a linear layer and a softmax to weights; samples give values; both meet in a sum. Key-aware: the samples also lead, as keys, in orange, to the box in which products with the query and a softmax make the weights."}}
 draw.two_kinds_of_weights()
@@ -735,8 +737,8 @@ print(f"in an encoder of full size: {full_size / 1e6:.0f} MB in each layer")
 
 # %% [markdown]
 # **Without the samples.** The tensor `sampled` is what makes the authors' code hungry for memory. The library
-# does without it, by the trick of section {{n}}.2, the other way round. What attention returns is linear in its
-# weights, too. So **its derivative by the weight of one sample, with the query as the gradient that comes in,
+# does without it, by the trick of section {{n}}.2, with weights in place of tokens. What attention returns is linear in
+# its weights, too. So **its derivative with respect to the weight of one sample, with the query as incoming gradient,
 # is the product of the query with that sample**:
 
 # %%
@@ -793,7 +795,7 @@ for name, attention_kind in kinds.items():
         loss.backward()
         optimiser.step()
     trained[name], errors[name] = module, loss.item()
-    print(f"{name:10} squared error {loss.item():.1f}, of 1.0 without any answer")
+    print(f"{name:10} squared error {loss.item():.1f} (an answer of 0 has 1.0)")
 assert errors["key-aware"] < 0.4 < 0.8 < errors["linear"]
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Twice the same map of coloured cells. In the middle a framed cell with a question mark in the hue that is asked for; on its eight neighbours white discs, larger for larger weights. Left, linear: eight discs of similar size. Right, key-aware: one large disc on the neighbour of that hue, the others tiny."}}
@@ -876,10 +878,10 @@ check("fewer_tokens.3", key_aware_weights)
 # %% [markdown]
 # ## {{n}}.8 What it costs in AP
 #
-# As in {{chapter groups_and_queries}}: 300 steps on the digits, the same recipe, pictures and seeds for all,
+# As in {{chapter groups_and_queries}}: 300 steps on the digits, the same pictures, seeds and learning rates for all,
 # nothing tuned (`python experiments/members.py`, not run here). These detectors have two levels and two layers
 # in the encoder. Sparse DETR has $\rho = 0.3$, Lite DETR one block, whose first layer leaves the fine tokens
-# alone. Their counterpart is Deformable DETR in two stages; that of Lite-DINO is DINO ({{chapter denoising}}).
+# alone. We compare both with Deformable DETR in two stages, and Lite-DINO with DINO ({{chapter denoising}}).
 
 # %% tags=["hide-input"]
 with Path("../data/results/members.csv").open() as file:
@@ -900,25 +902,33 @@ def compare(ours, base, metric="ap", split="test", sign=1):
 
 
 # %%
+def millions(recipe):
+    """Multiply-adds of a detector of the study for one picture, at inference."""
+    config = load_recipe(recipe).changed(("model.num_levels=2",)).model_config(10)
+    return complexity(build_model(config), (128, 128), repeats=0).multiply_adds / 1e6
+
+
 BASE = "Deformable DETR, two stages"
 PAIRS = {"Sparse DETR": BASE, "Lite DETR": BASE, "Lite-DINO": "DINO"}
-for name in (BASE, "DINO", *PAIRS):
-    cost = values(name, "multiply_adds", "model")[0] / 1e6
-    print(f"{name:28}{cost:4.0f} M multiply-adds, AP {interval(values(name, 'ap'))}")
+members = ("sparse-detr", "lite-detr", "lite-dino", "dino")
+cost = {BASE: millions("digits")} | {
+    name: millions(f"digits-{member}")
+    for name, member in zip((*PAIRS, "DINO"), members, strict=True)
+}
+for name, count in cost.items():
+    print(f"{name:28}{count:4.0f} M multiply-adds, AP {interval(values(name, 'ap'))}")
 for ours, base in PAIRS.items():
     print(f"{ours} against {base}: {compare(ours, base)}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "AP on test over multiply-adds per picture for Deformable DETR in two stages, Sparse DETR, Lite DETR, DINO and Lite-DINO. Dots are seeds, vertical bars intervals of the mean."}}
-names = [BASE, "Sparse DETR", "Lite DETR", "DINO", "Lite-DINO"]
-cost = {name: values(name, "multiply_adds", "model")[0] / 1e6 for name in names}
 seeds_and_costs(
-    {name: (values(name, "ap"), cost[name]) for name in names},
+    {name: (values(name, "ap"), count) for name, count in cost.items()},
     "M multiply-adds per picture, at inference",
 )
 
 # %% [markdown]
 # *Figure {{n}}.9. What to see: AP over the cost of inference; one dot per seed, a bar for the interval of the
-# mean. Better is up and to the left.*
+# mean. Better is up and to the left. (Where costs are nearly equal, bars are moved apart to be told from each other.)*
 #
 # Do small objects suffer, whose tokens are the fine ones?
 
@@ -957,15 +967,14 @@ for ours, base in (("Lite DETR", BASE), ("Lite-DINO", "DINO")):
 # | Lite-DINO, H2L2-(2+1)x3 / H3L1-(6+1)x1 / H3L1-(2+1)x3 | 49.9 / 50.2 / 50.4 | | |
 #
 # Sources: {cite}`roh2022sparse` and {cite}`li2023lite`, with their repositories; G counts multiply-adds.
-# Neither detector is better than its counterpart by much, and that is not what they are for: they are nearly as
-# good at about two thirds of the work. (The 48.6 AP that an article gives for DN-DETR in the same breath is
-# that of a version with deformable attention in the encoder only; {{chapter denoising}}.) Lite DETR's authors
-# make no claim of speed on real hardware: their key-aware attention has no kernel of its own.
+# A higher AP is not what these two are for. By these tables they are about as good as their counterparts, at about two
+# thirds of the work. Lite DETR's authors make no claim of speed on real hardware: their key-aware attention has no
+# kernel of its own.
 #
 # ## Summary
 #
 # - Most tokens are background. How much the decoder reads of each is a derivative, which the operator's
-#   backward pass has.
+#   backward pass computes.
 # - Sparse DETR's scorer learns to guess what will be read, by cross-entropy; the choice passes no gradient.
 # - The encoder updates a share ρ and looks at all: ρ = 1 is the dense encoder, and the values' projection is
 #   never saved.
@@ -974,9 +983,9 @@ for ours, base in (("Lite DETR", BASE), ("Lite-DINO", "DINO")):
 # - Key-aware weights compare the query with its samples. They answer what linear weights cannot; the products
 #   need no tensor of samples.
 #
-# > **Differs from the paper.** Sparse DETR's paper calls the target a map of the decoder's attention; where
-# > between tokens it lies is not said. Lite DETR's (A+1)xB is read as A layers per block, as the released models
-# > have it.
+# > **Differs from the paper.** Sparse DETR's paper calls the target a map of the decoder's attention; how samples
+# > between tokens are shared out to the half cell is not said. Lite DETR's (A+1)xB is read as A layers per block, as the
+# > released models have it.
 # >
 # > **Differs from the official code.** Sparse DETR's target is drawn half a cell to the right and below there,
 # > and padding has a part in the mean of the scorer; both are options here (`half_cell`, `scored_padding`). Lite

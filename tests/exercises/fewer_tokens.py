@@ -7,13 +7,15 @@ from deformable_detr.exercises import checks, expect
 from deformable_detr.ops.reference import sample_levels
 
 
-def _target(read, absent, rho, of_all=False, one_more=True, padding_too=False, relative=False):
+def _target(
+    read, absent, rho, of_all=False, one_more=True, padding_too=False, relative=False, blank=-1
+):
     """The target with one thing wrong, or none."""
     wanted = torch.zeros_like(read)
     for row, was_read, padding in zip(wanted, read, absent, strict=True):
         n = len(row) if of_all else int((~padding).sum())
         keep = min(int(n * rho) + one_more, int((~padding).sum()))
-        was_read = was_read if padding_too else was_read.masked_fill(padding, -1)
+        was_read = was_read if padding_too else was_read.masked_fill(padding, blank)
         if relative:
             row[was_read > rho * was_read.max()] = 1
         else:
@@ -38,6 +40,9 @@ def check_target(target):
     expect(given, _target(read, absent, 0.3), "padding is never kept")
     yield "all of them"
     expect(target(read, absent, 1.0), (~absent).float(), "not more than there are")
+    yield "padding comes after tokens that nobody read"
+    absent[1] = torch.arange(20) % 2 == 0
+    expect(target(0 * read, absent, 1.0), (~absent).float(), "a token may have been read 0")
 
 
 def _updates(sizes, layers, block, fine_levels, first=False, last=True, one_fine=False):
@@ -111,6 +116,7 @@ WRONG = {
         ("a share of all tokens", lambda r, a, rho: _target(r, a, rho, of_all=True)),
         ("one too few", lambda r, a, rho: _target(r, a, rho, one_more=False)),
         ("padding kept", lambda r, a, rho: _target(r, a, rho, padding_too=True)),
+        ("padding as if it were read 0", lambda r, a, rho: _target(r, a, rho, blank=0)),
         ("a threshold in place of a number", lambda r, a, rho: _target(r, a, rho, relative=True)),
     ],
     "fewer_tokens.2": [
