@@ -318,11 +318,13 @@ def test_a_saved_program_needs_the_operator_imported(tmp_path):
 
 
 @pytest.fixture
-def as_where_ci_is_set(monkeypatch):
-    """Inductor is strict about decompositions there, the first time it meets an operator."""
+def as_where_ci_is_set(monkeypatch, tmp_path):
+    """Inductor is strict about decompositions there, the first time it meets an operator. Code that
+    it keeps of another instruction set does not compile for this one."""
     from torch._inductor import lowering
 
     monkeypatch.setenv("CI", "true")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.delitem(
         lowering.lowerings, torch.ops.deformable_detr.ms_deform_attn.default, raising=False
     )
