@@ -10,6 +10,7 @@ from deformable_detr.cli import main
 from deformable_detr.inference.detector import Detector, load_detector
 from deformable_detr.inference.precision import choose_precision, in_bf16
 from deformable_detr.inference.predict import predict
+from deformable_detr.look.asking import explain
 
 CPU = torch.device("cpu")
 DIGITS = "data/checkpoints/digits.safetensors"
@@ -81,6 +82,17 @@ def test_the_shipped_detector_finds_the_same_objects():
             assert min((b - box).abs().max().item() for b in same) < 2  # pixels
 
 
+def test_what_it_looked_at_is_nearly_the_same():
+    wide, short = (
+        explain(load_detector(DIGITS, precision=name), SAMPLES[2]) for name in ("float32", "bf16")
+    )
+    assert wide.title == short.title
+    assert abs(wide.points - short.points).max() < 1  # pixels
+    for name, norms in wide.gradients.items():
+        pair = torch.from_numpy(norms), torch.from_numpy(short.gradients[name])
+        assert torch.cosine_similarity(*(x.flatten() for x in pair), dim=0) > 0.9
+
+
 def test_a_detector_in_float32_is_itself():
     detector = load_detector(DIGITS)
     assert detector.in_precision("float32") is detector
@@ -96,3 +108,10 @@ def test_the_command_has_it(tmp_path, capsys):
         == 0
     )
     assert "1 found: 1 seven" in capsys.readouterr().out
+
+
+def test_explaining_has_it(tmp_path):
+    page = tmp_path / "seen.html"
+    arguments = ["explain", SAMPLES[1], "--model", DIGITS, "--precision", "bf16"]
+    assert main([*arguments, "--output", str(page)]) == 0
+    assert page.stat().st_size > 10_000

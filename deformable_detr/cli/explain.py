@@ -4,7 +4,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deformable_detr.cli.arguments import WEIGHTS_HELP, add_command, add_device, add_model
+from deformable_detr.cli.arguments import (
+    WEIGHTS_HELP,
+    add_command,
+    add_device,
+    add_model,
+    add_precision,
+)
 
 if TYPE_CHECKING:
     from deformable_detr.look.asking import Look
@@ -67,6 +73,7 @@ def add(commands: argparse.Action) -> None:
     command.add_argument(
         "--threshold", type=float, help="least score, from 0 to 1 (default: the model's own)"
     )
+    add_precision(command)
     add_device(command)
 
 
@@ -82,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
     if args.output.suffix.lower() not in KINDS:
         raise ValueError(f"--output must end in {' or '.join(KINDS)}, got {args.output}")
     refuse_targets(args.output)
-    detector = load_detector(args.model)
-    detector.model.to(choose_device(args.device))
+    device = choose_device(args.device)
+    detector = load_detector(args.model).in_precision(args.precision, device)
     look = Look(detector, args.image, args.threshold, gradients=args.token is None)
     found, tokens = choose(args, look)
     which = {"layer": args.layer, "head": args.head, "level": args.level}

@@ -95,11 +95,12 @@ class Detector:
         save_pretrained(self.model, path, self.categories, format, self.card())
 
 
-def load_detector(name_or_path: Path | str) -> Detector:
-    """A trained detector: a file that `train` wrote, or anything that `load_pretrained` reads."""
+def load_detector(name_or_path: Path | str, precision: str = "float32") -> Detector:
+    """A trained detector: a file that `train` wrote, or anything that `load_pretrained` reads.
+    precision: as `Detector.in_precision` has it."""
     loaded = load_pretrained(name_or_path)
     options = _options(loaded.card, loaded.model, name_or_path)
-    return Detector(loaded.model, loaded.categories, **options)
+    return Detector(loaded.model, loaded.categories, **options).in_precision(precision)
 
 
 def _options(card: dict, model: BaseDetector, name: Path | str) -> dict[str, object]:
