@@ -95,8 +95,8 @@ STUDY = Study(
     configurations={
         "small ResNet": with_backbone(RESNET, 1e-3),
         "small DAT": with_backbone(DAT, 1e-3),
-        "small DAT, 0.002": with_backbone(DAT, 2e-3),
-        "small ResNet, 0.002": with_backbone(RESNET, 2e-3),
+        "small DAT at 0.002": with_backbone(DAT, 2e-3),
+        "small ResNet at 0.002": with_backbone(RESNET, 2e-3),
     },
     seeds=(0, 1, 2),
     trial=train_with_backbone,
