@@ -15,10 +15,10 @@
 # - **find** the answer to what users of such projects ask most often, with a check that runs,
 # - **tell** a fault of the data from one of the training, in a minute,
 # - **name** the command or function of this library that helps,
-# - **diagnose** four broken trainings from their logs.
+# - **diagnose** a broken training from its log.
 #
-# You should know: {{chapter pixels_to_boxes}} and {{chapter matching_and_loss}}. The chapters that answer a
-# question in full are linked there.
+# You should know: {{chapter pixels_to_boxes}} and {{chapter matching_and_loss}}. Other chapters are linked where they
+# answer a question in full.
 #
 # {{measured}}
 #
@@ -26,7 +26,7 @@
 
 # %% [markdown]
 # The code of Deformable DETR {cite}`zhu2021deformable` has been public since 2020. The threads of its repository, and of those
-# that grew from it, hold hundreds of questions, and the same ones come back every year. Here are 29 of them. Where a
+# that grew from it, hold hundreds of questions, and the same ones come back every year. Here are 30 of them. Where a
 # thread asked the question, it is linked.
 #
 # | | questions |
@@ -36,7 +36,7 @@
 # | {{n}}.3 Training | 9 the loss does not fall · 10 class error 100 · 11 how many queries? · 12 how many classes? · 13 learning rate on one GPU · 14 a batch of one image · 15 what is frozen? · 16 resuming · 17 other classes than the weights |
 # | {{n}}.4 Data | 18 a COCO file of one's own · 19 ids · 20 images without objects |
 # | {{n}}.5 Speed and export | 21 FLOPs and seconds · 22 ONNX · 23 TensorRT |
-# | {{n}}.6 Understanding | 24 why no NMS? · 25 always 100 detections · 26 valid ratios · 27 the 0.5 · 28 sigmoid and detach · 29 DCN, DAT and this |
+# | {{n}}.6 Understanding | 24 why no NMS? · 25 always 100 detections · 26 valid ratios · 27 the 0.5 · 28 sigmoid and detach · 29 DCN, DAT and this · 30 drawing the points |
 
 # %% tags=["hide-input"]
 import copy
@@ -86,8 +86,8 @@ with torch.no_grad():
     outputs = [model(collate([dataset[i]])) for i in range(len(dataset))]
 
 # %% [markdown]
-# The checks use the shipped detector of digits (`model`), the 24 sample pictures (`dataset`) and what the detector says
-# of them (`outputs`).
+# The checks use the shipped detector of digits (`model`), the 24 sample pictures (`dataset`) and the detector's outputs
+# for them (`outputs`). To try a check by itself, work in the folder `chapters/` and run the two folded cells above first.
 #
 # ## {{n}}.1 The operator
 #
@@ -114,7 +114,7 @@ for name, state in backends().items():
 # [88](https://github.com/fundamentalvision/Deformable-DETR/issues/88)), and the message appears at every call, sometimes
 # without stopping the training. Rebuild on the machine that runs it, and uninstall the old build first
 # ([210](https://github.com/fundamentalvision/Deformable-DETR/issues/210)). Our kernel is compiled by NVRTC for the GPU
-# that is there. This book's record of builds, not of runs, covers:
+# that is there. For this book it was compiled (not run, for want of GPUs) for these:
 
 # %%
 build = json.loads(Path("../data/results/cuda_build.json").read_text())
@@ -126,9 +126,9 @@ print("compute capability:", sorted({kernel["architecture"] / 10 for kernel in b
 # The official kernel knows float32 and float64 only
 # ([64](https://github.com/fundamentalvision/Deformable-DETR/issues/64),
 # [mmcv 2011](https://github.com/open-mmlab/mmcv/issues/2011)). The usual remedy is to convert to float32 before the
-# call, and back after it ([DINO 59](https://github.com/IDEA-Research/DINO/issues/59)). Ours takes 16-bit values. What
-# must *not* be rounded are the locations: between 0.5 and 1 the numbers of float16 lie 0.0005 apart, which on a map of 134
-# pixels is 0.065 of a pixel. See {{chapter training_at_every_size}}.
+# call, and back after it ([DINO 59](https://github.com/IDEA-Research/DINO/issues/59)). Ours takes 16-bit values. But
+# the locations must *not* be rounded: between 0.5 and 1 the numbers of float16 lie 0.0005 apart, which on a map that is
+# 134 pixels wide is 0.065 of a pixel. See {{chapter training_at_every_size}}.
 
 # %%
 shapes = [(100, 134)]
@@ -150,8 +150,8 @@ for name, kinds in {
 # ([166](https://github.com/fundamentalvision/Deformable-DETR/issues/166),
 # [130](https://github.com/fundamentalvision/Deformable-DETR/issues/130)). Nothing about the operation needs a GPU. In
 # plain PyTorch it is one `grid_sample` per level, and all that this book computes was computed on a CPU. A detector with
-# ResNet-50 takes seconds per image there ({{chapter making_it_fast}} has the figures), so training on COCO is not for a
-# laptop, but small data sets are.
+# ResNet-50 takes seconds per image there ({{chapter making_it_fast}} has the figures). So a laptop can train on a small data
+# set, but not on COCO.
 
 # %% [markdown]
 # ## {{n}}.2 Boxes and points
@@ -160,7 +160,7 @@ for name, kinds in {
 #
 # Three formats meet. COCO files have x, y, width and height in pixels. Inside the model a box is cx, cy, w, h, divided by
 # the size of *its own* image, without the padding of the batch. Detections are x0, y0, x1, y1 in pixels of the original
-# image. If boxes do not learn, look first which of the three they are in. {{chapter pixels_to_boxes}}
+# image. If boxes are not learned, first look which of the three they are in. See {{chapter pixels_to_boxes}}.
 
 # %%
 x, y, w, h = 30.0, 40.0, 60.0, 20.0  # COCO: the corner, then the size
@@ -176,8 +176,8 @@ print("detection:   ", [round(n, 3) for n in pixels.tolist()])
 # Both messages usually have one cause: a NaN has reached the matcher
 # ([transformers 42202](https://github.com/huggingface/transformers/issues/42202),
 # [DETR 101](https://github.com/facebookresearch/detr/issues/101)). Comparisons with NaN are false, so the assertion
-# fails, although no box is the wrong way round. The message comes from the last place that the NaN reaches, not
-# from the first. Look for where it was made: in the data, in a division by zero, in float16 beyond 65504, or in a learning
+# fails, although no box is the wrong way round. The message tells where the NaN ended up, not where it was
+# made. Look for its source: in the data, in a division by zero, in float16 beyond 65504, or in a learning
 # rate that is too high. Training here names the first module whose output is not finite, and the images.
 
 # %%
@@ -213,11 +213,13 @@ print("read there:", bilinear_sample(torch.ones(1, 12, 20), torch.tensor([-0.2, 
 #
 # With boxes as references an offset is $\Delta p / K \cdot wh \cdot ½$
 # ([38](https://github.com/fundamentalvision/Deformable-DETR/issues/38),
-# [mmdetection 7686](https://github.com/open-mmlab/mmdetection/issues/7686)). The offsets start at 1 to $K$. Divided by
-# $K$ they end at 1, and half of the box's size leads from its centre to its edge. So the outermost of the first points lie
-# exactly on the edge, whatever $K$ is. {{chapter many_scales}}
+# [mmdetection 7686](https://github.com/open-mmlab/mmdetection/issues/7686)). Before training, the $K$ points of a head have
+# offsets of length 1, 2, ..., $K$. Divided by $K$, the longest is 1; and half of the box's size leads from its centre to its
+# edge. So in an untrained model the outermost points lie exactly on the edge of the box, whatever $K$ is. See
+# {{chapter many_scales}}.
 
 # %%
+attention, shapes = MSDeformAttn(32, 2, 4, 4), [(12, 20), (6, 10)]
 boxes = torch.tensor([0.5, 0.5, 0.4, 0.2]).expand(1, 1, 2, 4)
 first = attention.sampling(torch.zeros(1, 1, 32), boxes, shapes).locations[0, 0, 0, 0]  # head 0
 print("x of the four points of head 0:", [round(x, 2) for x in first[:, 0].tolist()])
@@ -228,20 +230,20 @@ print("right edge of the box:", 0.5 + 0.4 / 2)
 #
 # ### Q9 The loss does not fall. What now?
 #
-# Asked in many threads
+# This is asked in many threads
 # ([DETR 460](https://github.com/facebookresearch/detr/issues/460),
-# [387](https://github.com/facebookresearch/detr/issues/387)), and hardly to be answered from afar. Ask three questions in this
-# order. `deformable-detr doctor DATA` asks them for you, in a minute or two, by learning one batch by heart.
+# [387](https://github.com/facebookresearch/detr/issues/387)), and nobody can answer it from afar. Ask these three questions,
+# in this order. `deformable-detr doctor DATA` asks them for you: it has a detector learn one batch by heart.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "A flow chart of three questions. Is the loss finite? If not: a number in the data, half precision, or the rate. Does it fall on one batch? If not: learning rate, frozen parts, a missing gradient. Are classes and boxes right? If not: ids of classes or the format of boxes. After three times yes it is sound, and what is missing is more images, longer training, or pretrained weights."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A flow chart of three questions. Is the loss finite? If not: NaN in the data, float16, or too high a learning rate. Does it fall on one batch? If not: learning rate, frozen parts, a missing gradient. Are classes and boxes right? If not: ids of classes or the format of boxes. After three times yes it is sound, and what is missing is more images, longer training, or pretrained weights."}}
 draw.where_to_look_first()
 
 # %% [markdown]
-# *Figure {{n}}.1. Three questions, and where each "no" points. Only behind the last "yes" does it help to train longer.*
+# *Figure {{n}}.1. Three questions, and where each "no" points. Training longer helps only after three times "yes".*
 #
-# To see what the answers look like, we break a training on purpose. A very small detector learns two pictures by heart,
-# in 60 steps: as it should be; with labels that are drawn anew in each step; with boxes given as corners; and with
-# a learning rate of 0.3.
+# To see what the answers look like, we break a training on purpose. A very small detector learns two pictures by heart
+# in 60 steps, four times: as it should be; with labels that are drawn anew in each step; with boxes given as corners; and
+# with a learning rate of 0.3.
 
 
 # %%
@@ -311,14 +313,14 @@ for name, fault in faults_made.items():
 draw.four_trainings(logs)
 
 # %% [markdown]
-# *Figure {{n}}.2. In three of the four the loss falls, so a falling loss alone says little. Class error and IoU of the
-# matched queries, against the true targets, tell the faults apart: each has a corner of its own (right).*
+# *Figure {{n}}.2. In three of the four the loss falls, so a falling loss alone says little. But compare the matched queries with
+# the true targets: class error and IoU tell the four apart, and each has a corner of its own (right).*
 #
 # ## Exercise {{n}}.1  Diagnose
 #
 # *difficulty ●●○ · 20 minutes · 8 lines*
 #
-# Turn the figure into a function. A log has the losses, the class error in per cent, and the IoU at the end. Return
+# Turn the two figures into a function. A log has the losses of all steps, and class error (in per cent) and IoU at the end. Return
 # - "not finite" if any loss is NaN or infinite; otherwise
 # - "does not fall" if the last loss is more than 0.9 times the first; otherwise
 # - "labels" if the class error is 50 or more, "boxes" if the IoU is below 0.5, "too early" if both, and "sound" if neither.
@@ -367,18 +369,17 @@ check("questions.1", diagnose)
 #
 # Early in training this is normal ([DETR 41](https://github.com/facebookresearch/detr/issues/41)). The figure is the
 # share of *matched* queries whose highest class is wrong, in *one* batch. With two objects in the batch it can only be 0, 50 or
-# 100. If it stays at 100 while boxes become right, labels are wrong: ids that are shifted by one, names that were read as
-# text, another order of classes in train and val
-# ([258](https://github.com/facebookresearch/detr/issues/258)). Judge by AP on val, and beside it by AP without classes
-# (`evaluate --class-agnostic`). If the second is good and the first is not, it is the classes.
+# 100. If it stays at 100 while boxes become right, the labels are wrong: ids are shifted by one, for example, or train and val
+# have their classes in another order ([258](https://github.com/facebookresearch/detr/issues/258)). Better judges are AP on val,
+# and AP without classes (`evaluate --class-agnostic`). If the second is good and the first is not, the classes are at fault.
 #
 # ### Q11 How many queries do I need, and why 300?
 #
 # More than any image has objects, with some to spare, because a query answers for one object at most
 # ([DETR 126](https://github.com/facebookresearch/detr/issues/126)). DETR has 100, since images of COCO have up to about 70
 # objects ([9](https://github.com/facebookresearch/detr/issues/9)). The paper takes 300 together with the focal loss, and
-# no table changes the number alone. `deformable-detr check` names images with more objects than queries ("crowded"). In a two-stage model the number can be changed without training,
-# because queries are the best proposals and not learned:
+# no table changes the number alone. `deformable-detr check` names images with more objects than queries ("crowded"). In a
+# two-stage model the number can be changed without training, because its queries are not learned: they are the best proposals.
 
 # %%
 print("most objects in one sample picture:", max(len(dataset[i][1].labels) for i in range(24)))
@@ -389,17 +390,17 @@ same = torch.allclose(fewer.boxes, outputs[9].boxes[:, :8], atol=0.05)
 print(f"with 8 queries instead of 30: {fewer.boxes.shape[1]} boxes, as before: {same}")
 
 # %% [markdown]
-# (They differ a little, because queries attend to each other.) With learned queries a changed number means rows without
-# training, and fewer queries lose what the missing ones had specialised on.
+# (They differ a little, because queries attend to each other.) Learned queries are rows of a table. More of them means rows
+# that were never trained, and fewer means losing what those rows had specialised in.
 #
 # ### Q12 How many classes, and where did "no object" go?
 #
 # As many as there are ([78](https://github.com/fundamentalvision/Deformable-DETR/issues/78),
 # [152](https://github.com/fundamentalvision/Deformable-DETR/issues/152)). DETR has a softmax, whose numbers must sum to one,
-# so it needs a class for "nothing" and has $n + 1$ outputs. Deformable DETR has a sigmoid for each class, and nothing means
-# that all are low. The 91 of COCO are its highest id plus one, with gaps
-# ([57](https://github.com/fundamentalvision/Deformable-DETR/issues/57)). This library counts the classes from the data.
-# {{chapter matching_and_loss}}
+# so it needs a class for "nothing" and has $n + 1$ outputs. Deformable DETR has a sigmoid for each class, and "nothing" means
+# that all of them are low. COCO's 80 classes become 91 outputs in the official code, because their highest id is 90 and the ids
+# have gaps ([57](https://github.com/fundamentalvision/Deformable-DETR/issues/57)). This library counts the classes from the data.
+# See {{chapter matching_and_loss}}.
 
 # %%
 scores = outputs[9].logits[0].sigmoid()  # the picture of the seven
@@ -410,14 +411,16 @@ print(
 )
 
 # %% [markdown]
+# The sums are not one: each class is judged by itself.
+#
 # ### Q13 Which learning rate on one GPU?
 #
-# The published rate of $2 \cdot 10^{-4}$ goes with 32 images per step. On fewer images it is too high; a user with
+# The published rate of $2 \cdot 10^{-4}$ goes with 32 images per step. With far fewer images it can be too high: a user with
 # two GPUs and one image on each had an AP near 0, and got it right with a tenth of the rate
 # ([55](https://github.com/fundamentalvision/Deformable-DETR/issues/55)). The safest way is to keep 32 images per step and
-# to collect them from small batches: `--accumulate 16` with batches of 2. If you change the number instead, change the rate with
-# it, and measure. There is no law for Adam; the authors say that linear scaling does not carry over
-# ([14](https://github.com/fundamentalvision/Deformable-DETR/issues/14)). {{chapter training_at_every_size}}
+# to collect them from small batches: `--accumulate 16` with batches of 2. If you change the number of images per step instead,
+# try several rates and measure. For Adam there is no simple rule: the authors say that naive linear scaling does not carry over
+# ([14](https://github.com/fundamentalvision/Deformable-DETR/issues/14)). See {{chapter training_at_every_size}}.
 
 # %%
 paper = load_recipe("paper").train
@@ -430,10 +433,10 @@ for processes in (1, 2, 8, 16):
 # %% [markdown]
 # ### Q14 May a batch have one image?
 #
-# With a ResNet yes. Its batch norms are frozen, and the rest has group norm and layer norm, which look at one image or
-# token at a time. So a model computes the same for an image alone and in a batch. (Our *small* backbone learns with batch
-# norm, as it starts from nothing; its recipe has eight images per batch. Once trained, it computes the same for one.) What a
-# small batch changes is the noise of the gradient: see Q13.
+# With a ResNet, yes. Its batch norms are frozen (in this library they are called `FoldedNorm`), and the rest has group norm and
+# layer norm, which look at one image or one token at a time. So a model computes the same for an image alone and in a batch.
+# (Our *small* backbone starts from random weights and trains with ordinary batch norm, so its recipe has eight images per batch.
+# Once trained, it too computes the same for one.) What a small batch changes is the noise of the gradient: see Q13.
 
 # %%
 with torch.device("meta"):  # no memory, no numbers
@@ -450,11 +453,14 @@ print("same boxes alone and together:", torch.allclose(together.boxes, alone, at
 # %% [markdown]
 # ### Q15 What is frozen, and should I freeze more?
 #
-# In the official model the first convolution, the first stage, and all batch norms of the ResNet. Freezing more saves
+# In the official model the first convolution, the first stage, and all batch norms of the ResNet are frozen. Freezing more saves
 # memory and time, because no gradient is computed there. Whether it helps AP depends on how much your images look like those that
-# the backbone has learned from, so measure it. `--frozen conv1 layer1 layer2` freezes more, `--frozen` alone nothing. {{chapter recipe}}
+# the backbone has learned from, so measure it. `--frozen conv1 layer1 layer2` freezes one stage more, and `--frozen` without names
+# freezes nothing but the batch norms. See {{chapter recipe}}.
 
 # %%
+with torch.device("meta"):
+    base = DeformableDETR(DeformableDETRConfig())
 every = sum(p.numel() for p in base.parameters())
 learning = sum(p.numel() for p in base.parameters() if p.requires_grad)
 print(f"parameters: {every:,}, of which learn {learning:,}")
@@ -462,18 +468,18 @@ print(f"parameters: {every:,}, of which learn {learning:,}")
 # %% [markdown]
 # ### Q16 How do I resume?
 #
-# Give the same command again. A run's folder holds model, optimiser, averages and random states, and it goes on at the step
-# where it stopped, as if nothing had happened; `--fresh` starts anew instead. With a larger `--epochs` a finished run
-# goes on. (In the official code `--resume` loads the weights with missing and unexpected names allowed, and it takes
+# Give the same command again. A run's folder holds model, optimiser, averages and random states, and the training goes on at
+# the step where it stopped, as if nothing had happened. `--fresh` starts anew instead. With a larger `--epochs` a finished run
+# goes on, too. (In the official code `--resume` loads the weights with missing and unexpected names allowed, and it takes
 # the learning rate from the *new* command.) To start another training from these weights, use `--init`.
 #
 # ### Q17 `size mismatch for class_embed.0.weight` when I load weights for my own classes
 #
-# The class heads have a row per class, and yours has other rows
+# A class head has one row per class, and your classes are not those of the weights
 # ([pull request 181](https://github.com/fundamentalvision/Deformable-DETR/pull/181)). Everything else fits, so load
-# everything else. Rows of classes that both know by name can be kept too. Do not load the optimiser's state: it belongs to
-# the old tensors. Here, `load_pretrained(name, categories=...)` or `train --init` does it and says what was kept.
-# {{chapter published_weights}}
+# everything else. Rows of classes that both know by name can be kept, too. Do not load the optimiser's state: it belongs to
+# the old tensors. Here, `load_pretrained(name, categories=...)` or `train --init` does all this and says what was kept. See
+# {{chapter published_weights}}.
 
 # %%
 mine = [{"id": 1, "name": "seven"}, {"id": 2, "name": "eight"}, {"id": 5, "name": "dog"}]
@@ -486,9 +492,9 @@ print(report.classes())
 #
 # ### Q18 How do I train on a COCO file of my own?
 #
-# In this order: `check`, `sheet`, `doctor`, `train`, `evaluate`, `predict` ({{chapter your_own_data}} goes the whole way). Do
-# not leave out the first two. Checks find what is impossible, and only eyes find what is merely wrong. What a check says if
-# boxes were written as corners:
+# In this order: `deformable-detr check`, `sheet`, `doctor`, `train`, `evaluate`, `predict` ({{chapter your_own_data}} goes the
+# whole way). Do not leave out the first two. A check finds what is impossible; a box around the wrong thing is possible, and only
+# your eyes find it. The next cell shows what the check says if boxes were written as corners:
 
 # %%
 content = json.loads((samples / "annotations.json").read_text(encoding="utf-8"))
@@ -502,10 +508,11 @@ print(next(str(fault) for fault in check_annotations(spoilt) if fault.fatal))
 # %% [markdown]
 # ### Q19 My ids start from 1, or have holes
 #
-# Both are fine in the file, and neither may reach the loss. A class head with $n$ rows has the labels 0 to $n - 1$. An id
-# used as a label either needs a head of the highest id plus one (DETR's advice:
-# [108](https://github.com/facebookresearch/detr/issues/108)), or ends in an index out of range, which a GPU reports as a
-# "device-side assert" somewhere else. Map ids to places, and back only when you write results.
+# Both are fine in the file, but such ids must not reach the loss. A class head with $n$ rows has the labels 0 to $n - 1$. If ids
+# are used as labels, the head needs as many rows as the highest id plus one (DETR's advice:
+# [108](https://github.com/facebookresearch/detr/issues/108)). Otherwise an index is out of range, which a GPU reports as a
+# "device-side assert" in some later operation. So turn each id into its place in the list of categories, and back again only when
+# you write results.
 #
 # ## Exercise {{n}}.2  Labels from ids
 #
@@ -551,10 +558,10 @@ check("questions.2", labels_of)
 # %% [markdown]
 # ### Q20 May an image have no object?
 #
-# Yes, and it should be in the training if such images will be met later. Its boxes are a tensor of shape (0, 4)
+# Yes, and such images should be in the training if they will be met later. The image's boxes are a tensor of shape (0, 4)
 # ([DETR 82](https://github.com/facebookresearch/detr/issues/82),
 # [335](https://github.com/facebookresearch/detr/issues/335)), its box losses are zero, and its class loss teaches all
-# queries to say no. Two places need care: the mean number of boxes, by which the loss is divided, must be at least 1, and in
+# queries to give low scores. Two places need care: the mean number of boxes, by which the loss is divided, must be at least 1, and in
 # training on several GPUs a denoising branch without objects may leave parameters unused.
 
 # %%
@@ -563,7 +570,8 @@ losses = SetCriterion()(outputs[9], [nothing])
 print({name: round(losses[name].item(), 2) for name in ("loss_class", "loss_box", "loss_giou")})
 
 # %% [markdown]
-# The picture has a seven, so a detector that finds it is told to unlearn it: the class loss is not zero.
+# The picture does have a seven. We told the loss that it has none, so the detector's high score for it is punished: the class loss is
+# not zero.
 #
 # ## Exercise {{n}}.3  Sound targets
 #
@@ -619,16 +627,17 @@ check("questions.3", faults)
 #
 # ### Q21 Equal FLOPs, but slower. Why?
 #
-# Because FLOPs count arithmetic, and a processor spends its time on moving numbers
+# Because FLOPs count arithmetic, and moving numbers takes time as well
 # ([DETR 304](https://github.com/facebookresearch/detr/issues/304),
 # [99](https://github.com/fundamentalvision/Deformable-DETR/issues/99)). A convolution reads neighbouring numbers again and
-# again. Deformable attention reads four pixels per sample at places that nobody knows beforehand, and does little with each.
-# With 173 GFLOPs it makes 15.0 images per second in the official README, and Faster R-CNN with 180 GFLOPs 25.6.
-# `deformable-detr info` shows both for your model and machine. {{chapter linear_really}} and {{chapter making_it_fast}}
+# again. Deformable attention reads four pixels per sample at places that are not known beforehand, and does little with each.
+# In the official README, Deformable DETR has 173 GFLOPs and makes 15.0 images per second; Faster R-CNN has 180 GFLOPs and makes 25.6.
+# `deformable-detr info` shows FLOPs and seconds for your model and machine. See {{chapter linear_really}} and
+# {{chapter making_it_fast}}.
 
 # %%
 reads = 4 * 17_821 * 8 * 16  # four pixels, tokens of an 800 x 1066 image, heads, points
-products = 5 * 17_821 * 8 * 16 * 32  # A.1: five multiply-adds per sample and channel
+products = 5 * 17_821 * 8 * 16 * 32  # appendix A.1: five multiply-adds per sample and channel
 print(
     f"one encoder layer: {reads / 1e6:.0f} million rows of 32 channels read, at places that queries choose,"
 )
@@ -639,18 +648,25 @@ print(
 # %% [markdown]
 # ### Q22 Can I export it to ONNX?
 #
-# Yes, since the operation can be written in plain operations that ONNX has. `deformable-detr export MODEL --output
-# model.onnx` writes the file, runs it with onnxruntime at several sizes, and puts it in place only if it says what
-# PyTorch says. What does *not* export is the official CUDA extension. {{chapter out_of_the_notebook}}
+# Yes, since deformable attention can be written in plain operations that ONNX has. `deformable-detr export MODEL --output
+# model.onnx` writes the file, runs it with onnxruntime at several sizes, and puts it in place only if its numbers are those of
+# PyTorch. Only the official CUDA extension cannot be exported. See {{chapter out_of_the_notebook}}.
 #
 # ### Q23 ONNX is right, but TensorRT gives wrong boxes
 #
-# Then it is probably GridSample. There are reports of TensorRT versions that compile it wrongly without any message
-# ([4813](https://github.com/NVIDIA/TensorRT/issues/4813), with a whole detector;
-# [4646](https://github.com/NVIDIA/TensorRT/issues/4646), in opset 20 but not in 18). One project now exports gathers and
-# products in its place ([lightly-train 917](https://github.com/lightly-ai/lightly-train/pull/917)). We have no TensorRT
-# here and have not run any of this. What we can advise is to compare the outputs of the engine with those of onnxruntime, on a
-# real picture, after every build. The rewritten form is the same operation:
+# Then the operation GridSample is the first suspect. Version 20 of ONNX's operations renamed its mode `bilinear` to `linear`.
+# TensorRT versions that do not know the new name read the nearest pixel instead, without any message
+# ([4646](https://github.com/NVIDIA/TensorRT/issues/4646), and its repair,
+# [onnx-tensorrt 1060](https://github.com/onnx/onnx-tensorrt/pull/1060)). Our files have version 20. There is a report of a whole
+# detector, too ([4813](https://github.com/NVIDIA/TensorRT/issues/4813)), and one project now exports gathers and products in place
+# of GridSample ([lightly-train 917](https://github.com/lightly-ai/lightly-train/pull/917)). You can do the same:
+#
+# ```
+# DEFORMABLE_DETR_BACKEND=gather deformable-detr export MODEL --output model.onnx
+# ```
+#
+# We have no TensorRT here and have not run any of this in it. So after every build, compare the engine's outputs with those of
+# onnxruntime on a real picture. In PyTorch, the two forms agree:
 
 # %%
 shapes = [(6, 10), (3, 5)]
@@ -666,8 +682,8 @@ print("GridSample and gathers agree:", torch.allclose(*results, atol=1e-5))
 #
 # Because duplicates are punished in training. The matching gives each object to one query, and every other query that claims
 # it is a false alarm ([100](https://github.com/fundamentalvision/Deformable-DETR/issues/100),
-# [DETR 72](https://github.com/facebookresearch/detr/issues/72)). Queries can arrange this among themselves, since they attend to
-# each other before they look. It is learned, not guaranteed. After too little training duplicates remain
+# [DETR 72](https://github.com/facebookresearch/detr/issues/72)). Queries can settle who takes which object, since in each decoder
+# layer they first attend to each other. But this is learned, not guaranteed. After too little training duplicates remain
 # ([139](https://github.com/fundamentalvision/Deformable-DETR/issues/139)), and at low scores they are the rule:
 
 # %%
@@ -683,15 +699,15 @@ for threshold in (0.5, 0.05):
     )
 
 # %% [markdown]
-# `predict --nms 0.7` removes them if you need low thresholds. {{chapter matching_and_loss}}
+# If you need low thresholds, `predict --nms 0.5` removes such pairs. See {{chapter matching_and_loss}}.
 #
 # ### Q25 It always returns 100 detections
 #
-# It returns the 100 highest of all scores, whatever they are, because AP is computed from ranked lists and is never hurt by
-# more entries at the end ([149](https://github.com/fundamentalvision/Deformable-DETR/issues/149)). For anything that is
+# It returns the 100 highest of all scores, however low they are, because AP is computed from ranked lists and is never hurt by
+# more entries at their end ([149](https://github.com/fundamentalvision/Deformable-DETR/issues/149)). For anything that is
 # looked at, choose a threshold. Scores trained with focal loss are often low, which says nothing about how good the ranking is
-# ([mmdetection 8849](https://github.com/open-mmlab/mmdetection/issues/8849)). So do not take 0.7 because DETR did: let
-# `evaluate --keep-threshold` choose it on val.
+# ([mmdetection 8849](https://github.com/open-mmlab/mmdetection/issues/8849)). So do not take 0.7 because DETR did; let
+# `evaluate --keep-threshold` choose the threshold on val.
 #
 # ### Q26 What are `valid_ratios`?
 #
@@ -699,9 +715,10 @@ for threshold in (0.5, 0.05):
 # each image and level ([36](https://github.com/fundamentalvision/Deformable-DETR/issues/36),
 # [197](https://github.com/fundamentalvision/Deformable-DETR/issues/197),
 # [mmdetection 8656](https://github.com/open-mmlab/mmdetection/issues/8656)). Boxes and references are relative to
-# the image, sampling locations to the padded map, so one is multiplied by the ratio to become the other. On the level that a
-# token comes from, the official code divides and multiplies by the same number, which looks like a bug and is not: on the *other*
-# levels the rounded ratios differ. {{chapter many_scales}}
+# the image, and sampling locations to the padded map, so a reference is multiplied by the ratio to become a location. For the
+# encoder's references the official code divides by the ratio of the token's own level and then multiplies by that of each level. On
+# the token's own level this changes nothing, which looks like a bug. It is none: on the *other* levels the rounded ratios differ.
+# See {{chapter many_scales}}.
 
 # %%
 sizes = [(96, 128), (128, 64)]  # (H, W)
@@ -718,10 +735,10 @@ draw.padded_batch(sizes, ratios)
 #
 # ### Q27 What is the 0.5 (or −0.5) doing everywhere?
 #
-# A pixel is a square, and its centre lies half a pixel from its corner. So pixel $i$ of $n$ has its centre at $(i + 0.5)/n$, and to
-# read a pixel at a location in $[0, 1]$ one computes $x \cdot n - 0.5$. The position code counts pixels from 1 and subtracts
-# 0.5 for the same reason (DETR does not, and begins at the far edge of the first pixel). A missing 0.5 moves everything by
-# half a pixel, which on stride 32 is 16 pixels of the image. {{chapter sampling}}
+# A pixel is a square, and its centre lies half a pixel from its corner. So pixel $i$ of $n$ has its centre at $(i + 0.5)/n$, and the other
+# way round a location $x$ in $[0, 1]$ lies at $x \cdot n - 0.5$, counted in pixels. The position encoding counts pixels from 1 and
+# subtracts 0.5 for the same reason. (DETR does not subtract it, so its positions are the far edges of the pixels.) A missing 0.5 moves
+# everything by half a pixel, which at stride 32 is 16 pixels of the image. See {{chapter sampling}}.
 
 # %%
 ramp = torch.arange(5.0).expand(1, 1, 5)  # one row, whose pixels have the values 0 to 4
@@ -731,8 +748,8 @@ for text, x in (("(i + 0.5) / n", 2.5 / 5), ("i / n", 2 / 5)):
 # %% [markdown]
 # ### Q28 Why the inverse sigmoid, and why `detach`?
 #
-# A box's numbers must stay between 0 and 1. Adding a correction to them could leave that range, so it is added *before* the
-# sigmoid, to the inverse sigmoid of the old number
+# A box's numbers must stay between 0 and 1. With a correction added to them they could leave that range. So the correction is added
+# *before* the sigmoid, to the inverse sigmoid of the old number
 # ([DAB-DETR 68](https://github.com/IDEA-Research/DAB-DETR/issues/68)). The reference for the next layer is detached "to
 # stabilize training", says the paper: without it each loss would also pull at all earlier heads
 # ([54](https://github.com/fundamentalvision/Deformable-DETR/issues/54),
@@ -756,25 +773,27 @@ print(
 # | Deformable DETR {cite}`zhu2021deformable` | the query | query, head and level | softmax of a linear layer on the query | none |
 # | DAT {cite}`xia2022dat` | the map, by a small network | group of heads, for *all* queries | softmax of query times key | at the moved places |
 #
-# So Deformable DETR suits few queries that look for different things, and DAT a backbone, in which many queries share what
-# they look at. {{chapter deformable_convolution}}, {{chapter deformable_attention}} and {{chapter dat}} build the three.
+# So in Deformable DETR each query looks where it wants to, which suits a detector whose queries look for different things. In DAT all
+# queries of an image share their places, and so they can afford keys there, which suits a backbone. {{chapter deformable_convolution}},
+# {{chapter deformable_attention}} and {{chapter dat}} build the three.
 #
-# And *how do I draw the sampling points*, asked every year since 2021
-# ([109](https://github.com/fundamentalvision/Deformable-DETR/issues/109),
+# ### Q30 How do I draw the sampling points?
+#
+# This has been asked again and again since 2021 ([109](https://github.com/fundamentalvision/Deformable-DETR/issues/109),
 # [194](https://github.com/fundamentalvision/Deformable-DETR/issues/194),
-# [249](https://github.com/fundamentalvision/Deformable-DETR/issues/249))? With `deformable-detr explain IMAGE`, or in
-# {{chapter looking}}.
+# [249](https://github.com/fundamentalvision/Deformable-DETR/issues/249)). `deformable-detr explain IMAGE --output explained.html` draws
+# them for the best detections, and {{chapter looking}} shows how it is done.
 
 # %% [markdown]
 # ## Summary
 #
-# - Most faults of training are faults of data: format of boxes, ids of classes. A falling loss does not exclude them.
-# - Ask in this order: finite? falls on one batch? classes and boxes of matched queries right?
-# - The operator needs no build and no GPU. Keep its locations in float32.
-# - The rate belongs to the number of images per step.
+# - Many faults of training are faults of data: the format of boxes, the ids of classes. A falling loss does not exclude them.
+# - Ask in this order: is the loss finite, does it fall on one batch, are classes and boxes of the matched queries right?
+# - The operator needs neither a build of your own nor a GPU. Keep its locations in float32.
+# - A learning rate belongs to a number of images per step.
 # - No NMS, 100 detections, low scores, points outside: none of these is a bug.
 #
-# > **Differs from the paper.** The paper says nothing of most of these questions. They concern its code.
+# > **Differs from the paper.** The paper says nothing about most of these questions, because they concern its code.
 # >
 # > **Differs from the official code.** Labels are places in the list of categories instead of raw ids; a resumed run keeps
 # > its own learning rate; a loss that is not finite ends the training and names the module.

@@ -8,26 +8,26 @@ from schematics import CUT, LOSS, POINT, QUERY, QUIET, VALUE, arrow, block, canv
 
 def where_to_look_first() -> None:
     """A training that does not work: three questions, and what each answer points at."""
-    axes = canvas(7, 2.9)
+    axes = canvas(7.4, 2.9)
     asked = ("is the loss\nfinite?", "does it fall on\none batch?", "classes right?\nboxes right?")
     found = (
-        "a number in the data,\nhalf precision, rate",
-        "learning rate, frozen parts,\na gradient that is missing",
+        "NaN in the data, float16,\nlearning rate too high",
+        "learning rate,\nfrozen parts, or\na missing gradient",
         "ids of classes;\nformat of boxes",
-        "more images,\nlonger, or from\nother weights",
+        "more images,\nlonger training,\npretrained weights",
     )
     for index, text in enumerate(asked):
-        x = 0.95 + 1.95 * index
+        x = 1.0 + 1.95 * index
         block(axes, x, 2.3, text, QUERY, 1.5, 0.7)
-        block(axes, x, 0.75, found[index], CUT, 1.9, 0.8)
+        block(axes, x, 0.75, found[index], CUT, 1.8, 0.8)
         arrow(axes, (x, 1.93), (x, 1.2), colour=CUT)
         axes.text(x + 0.08, 1.55, "no", color=CUT, fontsize=9, va="center")
-        right = x + 1.95 - 0.75 if index < 2 else 5.95
+        right = x + 1.95 - 0.75 if index < 2 else 6.2
         arrow(axes, (x + 0.75, 2.3), (right, 2.3), colour=VALUE)
         axes.text((x + 0.75 + right) / 2, 2.38, "yes", color=VALUE, fontsize=9, ha="center")
-    block(axes, 6.4, 2.3, "sound", VALUE, 0.9, 0.6, strong=True)
-    block(axes, 6.4, 0.75, found[3], QUIET, 1.15, 1.0)
-    arrow(axes, (6.4, 1.98), (6.4, 1.3))
+    block(axes, 6.65, 2.3, "sound", VALUE, 0.9, 0.6, strong=True)
+    block(axes, 6.65, 0.75, found[3], QUIET, 1.35, 1.0)
+    arrow(axes, (6.65, 1.98), (6.65, 1.3))
 
 
 def four_trainings(logs: dict[str, dict]) -> None:
@@ -36,7 +36,9 @@ def four_trainings(logs: dict[str, dict]) -> None:
     colours = (VALUE, LOSS, POINT, CUT)
     for (name, log), colour in zip(logs.items(), colours, strict=True):
         left.plot(log["loss"], color=colour, label=name)
-        right.plot(log["class_error"], log["iou"], "o", color=colour, markersize=9, label=name)
+        right.plot(log["class_error"], log["iou"], "o", color=colour, markersize=9)
+        side, gap = ("left", 5) if log["class_error"] < 50 else ("right", -5)
+        right.text(log["class_error"] + gap, log["iou"], name, ha=side, va="center", fontsize=8)
     left.set(xlabel="step", ylabel="loss", ylim=(0, 40))
     right.set(xlabel="class error of matched queries in %", ylabel="IoU of matched boxes")
     right.set(xlim=(-8, 108), ylim=(-0.06, 1.06))
