@@ -34,9 +34,12 @@ def check_faults(faults):
     expect(faults(labels, BOXES * 128, 3), ["in pixels"])
     flat = BOXES * torch.tensor([1.0, 1.0, 1.0, 0.0])
     expect(faults(labels, flat, 3), ["no size"], "a height of 0")
-    broken = BOXES.clone()
-    broken[1, 0] = torch.nan
-    expect(faults(labels, broken, 3), ["not finite"])
+    thin = BOXES * torch.tensor([1.0, 1.0, -1.0, 1.0])
+    expect(faults(labels, thin, 3), ["no size"], "a width below 0")
+    for number in (torch.nan, -torch.inf):
+        broken = BOXES.clone()
+        broken[1, 0] = number
+        expect(faults(labels, broken, 3), ["not finite"], f"a centre at {number}")
     yield "several at once, sorted"
     worse = flat * 128
     expect(faults(torch.tensor([1, 3]), worse, 3), ["in pixels", "label", "no size"])
@@ -62,6 +65,8 @@ def check_diagnose(diagnose):
     yield "labels or boxes"
     expect(diagnose(_log(falling, error=80.0, iou=0.9)), "labels")
     expect(diagnose(_log(falling, error=10.0, iou=0.2)), "boxes")
+    expect(diagnose(_log(falling, error=50.0, iou=0.9)), "labels", "50 or more")
+    expect(diagnose(_log(falling, error=10.0, iou=0.5)), "sound", "below 0.5, and not at it")
     yield "both are bad, although the loss falls"
     expect(diagnose(_log(falling, error=80.0, iou=0.2)), "too early")
 
@@ -77,14 +82,14 @@ def _labels(order=lambda ids: sorted(ids), shift=0, used=False):
     return labels_of
 
 
-def _faults(finite=True, upper=True, size=True, first=False, empty=True):
+def _faults(finite=torch.isfinite, upper=True, size=True, first=False, empty=True, sides=(2, 3)):
     def faults(labels, boxes, num_classes):
         found = []
-        if finite and not boxes.isfinite().all():
+        if not finite(boxes).all():
             found.append("not finite")
         if (boxes > 1).any():
             found.append("in pixels")
-        if size and (boxes[:, 2:] <= 0).any():
+        if size and (boxes[:, list(sides)] <= 0).any():
             found.append("no size")
         if ((labels < 0) | (labels >= num_classes if upper else labels > num_classes)).any():
             found.append("label")
@@ -95,14 +100,14 @@ def _faults(finite=True, upper=True, size=True, first=False, empty=True):
     return faults
 
 
-def _diagnose(fall=0.9, best=False, finite=True, early=True):
+def _diagnose(fall=0.9, best=False, finite=True, early=True, edge=0.0):
     def diagnose(log):
         losses = log["loss"]
         if finite and not all(map(math.isfinite, losses)):
             return "not finite"
         if (min(losses) if best else losses[-1]) > fall * losses[0]:
             return "does not fall"
-        bad = log["class_error"] >= 50, log["iou"] < 0.5
+        bad = log["class_error"] >= 50 + edge, log["iou"] < 0.5
         if early and all(bad):
             return "too early"
         return "labels" if bad[0] else "boxes" if bad[1] else "sound"
@@ -118,7 +123,9 @@ WRONG = {
         ("only classes that occur", _labels(used=True)),
     ],
     "questions.3": [
-        ("NaN is not looked for", _faults(finite=False)),
+        ("NaN is not looked for", _faults(finite=torch.ones_like)),
+        ("infinity is not looked for", _faults(finite=lambda boxes: ~boxes.isnan())),
+        ("only heights are looked at", _faults(sides=(3,))),
         ("a label of num_classes passes", _faults(upper=False)),
         ("boxes without height pass", _faults(size=False)),
         ("only the first fault", _faults(first=True)),
@@ -128,5 +135,6 @@ WRONG = {
         ("the lowest loss counts", _diagnose(best=True)),
         ("NaN is not looked for", _diagnose(finite=False)),
         ("both bad is called labels", _diagnose(early=False)),
+        ("an error of 50 passes", _diagnose(edge=1e-9)),
     ],
 }
