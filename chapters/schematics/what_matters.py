@@ -7,27 +7,34 @@ from deformable_detr.evaluation.intervals import Interval
 from schematics import CUT, POINT, QUERY, QUIET, VALUE, arrow, block, canvas
 
 GROUPS = (
-    ("maps", VALUE, ("one map", "three maps")),
+    ("maps", VALUE, ("one map", "three maps", "FPN on the maps")),
     ("points per head and map", POINT, ("K = 1", "K = 2", "K = 8")),
     ("offsets", POINT, ("start at zero", "start at random", "learn x 0.1")),
+    ("weights", POINT, ("weights per level",)),
     ("boxes", QUERY, ("first boxes 0.05", "first boxes 0.2")),
     ("decoder", QUERY, ("shared heads", "gradient through boxes")),
 )
 PROBABILITIES = (0.4, 0.05, 0.25, 0.3), (0.85, 0.05, 0.05, 0.05)
 
 
-def one_change() -> None:
-    """The base in the middle, and around it what is changed, one thing at a time."""
-    axes = canvas(7.5, 3.3)
-    block(axes, 0.85, 1.65, "base:\ntwo maps, K = 4,\ntwo stages", QUIET, 1.6, 0.8, strong=True)
-    for number, (group, colour, changes) in enumerate(GROUPS):
-        y = 2.95 - 0.65 * number
-        arrow(axes, (1.67, 1.65), (2.2, y), colour=colour)
+def one_change(names: list[str]) -> None:
+    """The base on the left, and what a study with these configurations changes, one at a time."""
+    studied = {name.removeprefix("offsets ") for name in names}
+    groups = [(g, colour, [c for c in changes if c in studied]) for g, colour, changes in GROUPS]
+    groups = [group for group in groups if group[2]]
+    height = 0.65 * len(groups) + 0.05
+    axes = canvas(7.5, height)
+    middle = height / 2
+    block(axes, 0.85, middle, "base:\ntwo maps, K = 4,\ntwo stages", QUIET, 1.6, 0.8, strong=True)
+    for number, (group, colour, changes) in enumerate(groups):
+        y = height - 0.35 - 0.65 * number
+        arrow(axes, (1.67, middle), (2.2, y), colour=colour)
         axes.text(2.25, y, group, fontsize=8, color=colour, va="center")
         for place, change in enumerate(changes):
             width = 1.1 if len(changes) == 3 else 1.7
             left = 3.85 + (width + 0.1) * place
-            block(axes, left + width / 2, y, change.replace(" at ", "\nat "), colour, width, 0.46)
+            text = change.replace(" at ", "\nat ").replace(" on ", "\non ")
+            block(axes, left + width / 2, y, text, colour, width, 0.46)
 
 
 def two_rules() -> None:
@@ -59,7 +66,7 @@ def pairs(scores: dict[str, list[float]], base: str) -> None:
             axis.plot([0, 1], [before, after], "o-", color="C0", lw=1, ms=4, alpha=0.8)
         axis.set(xticks=[0, 1], xlim=(-0.3, 1.3), title=name)
         axis.set_xticklabels([base, "changed"])
-    axes[0].set_ylabel("score")
+    axes[0].set_ylabel("score (higher is better)")
     plt.show()
 
 
@@ -80,14 +87,15 @@ def forest(differences: dict[str, list[float]], found: dict[str, Interval]) -> N
     every = [value for values in differences.values() for value in values] or [0.1]
     limit = 1.4 * max(map(abs, every))  # two repeats have intervals that would hide all the rest
     for row, (name, values) in enumerate(differences.items()):
-        axis.plot(values, [row] * len(values), "o", color=QUIET, ms=4, alpha=0.7)
+        axis.plot(values, [row] * len(values), "o", color="black", ms=3.5, zorder=4)
         if name in found:
             each = found[name]
             certain = each.low > 0 or each.high < 0
-            colour = QUERY if certain else POINT
+            colour = QUERY if certain else QUIET
             ends = np.clip([each.low, each.high], -limit, limit)
             axis.plot(ends, [row, row], color=colour, lw=2)
-            axis.plot(each.mean, row, "D", color=colour, ms=6)
+            inside = colour if certain else "white"
+            axis.plot(each.mean, row, "D", color=colour, mfc=inside, mew=1.5, ms=7, zorder=3)
     axis.axvline(0, color="k", lw=1)
     axis.set(yticks=range(len(differences)), yticklabels=list(differences), xlim=(-limit, limit))
     axis.set(xlabel="AP minus the base's AP, seed by seed", ylim=(len(differences) - 0.5, -0.5))
