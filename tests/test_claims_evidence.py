@@ -122,6 +122,14 @@ def test_at_equal_steps_and_rates_dense_attentions_matches_are_less_steady(rate,
     assert sum(dense) / len(dense) > sum(deformable) / len(deformable)
 
 
+@pytest.mark.parametrize("metric", ["multiply_adds", "parameters"])
+def test_a_pass_of_faster_rcnn_costs_more_than_one_of_two_maps_with_two_stages(metric):
+    if not (DATA / "results" / "faster_rcnn.csv").exists():
+        pytest.skip("the study of Faster R-CNN has no table yet")
+    ours = values("convergence", "two maps, two stages", metric, "model")
+    assert values("faster_rcnn", "Faster R-CNN, 0.001", metric, "model")[0] > 1.5 * max(ours)
+
+
 def test_matches_settle_and_attention_narrows_without_a_detector():
     """In at least one training of dense attention to the end of its 12,000 steps."""
     metrics = ("instability", "decoder_effective_keys", "object_ap")

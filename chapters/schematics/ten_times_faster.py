@@ -14,6 +14,7 @@ COLOURS = {
     "two maps": "#56B4E9",
     "two maps, refinement": "#009E73",
     "two maps, two stages": "#E69F00",
+    "Faster R-CNN": "black",
 }
 BATCH = 8  # images per step, in all studies
 
@@ -85,7 +86,7 @@ def convergence(
     places[0, 0].set_ylabel("AP on val")
     places[1, 0].set_ylabel("AP without classes on val")
     handles, names = places[0, 0].get_legend_handles_labels()
-    places[0, 0].figure.legend(handles, names, loc="outside upper center", ncols=5, fontsize=8)
+    places[0, 0].figure.legend(handles, names, loc="outside upper center", ncols=6, fontsize=8)
     plt.show()
 
 
