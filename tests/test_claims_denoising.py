@@ -101,7 +101,7 @@ def test_five_of_dinos_eight_authors_wrote_dn_detr_and_none_deformable_detr():
     assert len(dino) == 8 and len(dino & dn) == 5 and not dino & base
 
 
-@pytest.mark.parametrize("name", ["members", "denoising"])
+@pytest.mark.parametrize("name", ["members", "denoising", "dino"])
 def test_the_tables_have_what_the_chapter_asks_of_them(name):
     """Every finished training has AP on test and instability on val, between 0 and 1."""
     with open(ROOT / "data" / "results" / f"{name}.csv", newline="") as file:
@@ -114,6 +114,30 @@ def test_the_tables_have_what_the_chapter_asks_of_them(name):
             if row["metric"] == metric and row["split"] == split
         }
         assert found.keys() == trials and all(0 <= value <= 1 for value in found.values())
+
+
+def test_without_contrast_there_are_as_many_near_copies_and_no_far_ones():
+    places = {}
+    for copies in (2, 1):
+        model, batch = build(tiny("dino", denoising_pairs=6)).train(), make_batch(2, 1)
+        model.copies = copies
+        known = model.queries(model.encoder(model.tokens(batch)), batch.targets)[0].denoising
+        found = sum(len(matched) for matched, _ in known.matches)
+        places[copies] = found, int(known.counted.sum()) - found
+    assert places[2] == (places[1][0], places[1][0]) and places[1][1] == 0
+
+
+def test_kinds_of_errors_are_of_as_many_boxes_as_there_are_digits():
+    """The same number for all trainings, some of them duplicates."""
+    with open(ROOT / "data" / "results" / "dino.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["status"] == "done"]
+    kinds, boxes = ("correct", "class", "place", "both", "duplicate", "background"), {}
+    for row in rows:
+        if row["metric"] in kinds:
+            trial = boxes.setdefault((row["configuration"], row["seed"]), {})
+            trial[row["metric"]] = float(row["value"])
+    totals = {sum(trial.values()) for trial in boxes.values()}
+    assert len(totals) == 1 and all(trial["duplicate"] > 0 for trial in boxes.values())
 
 
 def test_the_less_stable_of_two_detectors_can_be_the_better_one():
