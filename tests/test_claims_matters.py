@@ -168,3 +168,34 @@ def test_the_schematic_shows_what_the_study_changes():
     shown = [change for _, _, changes in GROUPS for change in changes]
     names = [name.removeprefix("offsets ") for name in study["configurations"]]
     assert set(names[1:]) <= set(shown) and names[0] == "base"
+
+
+def in_training(part, size, metric):
+    """(seeds, steps): what training does to points."""
+    (seeds,) = curves("points", f"{part}_{size}_{metric}").values()
+    return np.array([values for _, values in seeds.values()])
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_points_keep_most_of_their_star_and_next_to_nothing_is_a_querys_own(size):
+    for part in ("encoder", "decoder"):
+        assert in_training(part, size, "direction").min() > 0.85
+        assert in_training(part, size, "own").max() < 0.02
+
+
+def test_in_the_decoder_boxes_move_points_and_in_the_encoder_lengths_fall_for_all_sizes():
+    small, large = (in_training("decoder", size, "length") for size in ("small", "large"))
+    assert large[:, 0].max() < 1.55 * small[:, 0].min()
+    assert (small[:, -1] < small[:, 0]).all() and (large[:, -1] > 2 * large[:, 0]).all()
+    ends = [in_training("encoder", size, "length")[:, -1] for size in ("small", "medium", "large")]
+    assert np.max(ends) < 0.75 * 30 and (np.max(ends, 0) < 1.15 * np.min(ends, 0)).all()
+
+
+def test_the_finer_map_takes_over_and_large_digits_keep_twice_as_much_on_the_other():
+    for part, least in (("encoder", 0.7), ("decoder", 0.85)):
+        for size in ("small", "medium", "large"):
+            assert in_training(part, size, "level_0")[:, -1].min() > least
+    small, large = (in_training("decoder", s, "level_1")[:, -1] for s in ("small", "large"))
+    assert ((large > 1.8 * small) & (large < 2.4 * small)).all()
+    small, large = (in_training("encoder", s, "level_1")[:, -1] for s in ("small", "large"))
+    assert {True, False} == set((large > small).tolist())

@@ -14,6 +14,7 @@ GROUPS = (
     ("boxes", QUERY, ("first boxes 0.05", "first boxes 0.2")),
     ("decoder", QUERY, ("shared heads", "gradient through boxes")),
 )
+SIZES = {"small": "#F0C060", "medium": POINT, "large": "#7A4A00"}  # shades of the points' colour
 PROBABILITIES = (0.4, 0.05, 0.25, 0.3), (0.85, 0.05, 0.05, 0.05)
 
 
@@ -99,6 +100,30 @@ def forest(differences: dict[str, list[float]], found: dict[str, Interval]) -> N
     axis.axvline(0, color="k", lw=1)
     axis.set(yticks=range(len(differences)), yticklabels=list(differences), xlim=(-limit, limit))
     axis.set(xlabel="AP minus the base's AP, seed by seed", ylim=(len(differences) - 0.5, -0.5))
+    plt.show()
+
+
+def points_in_training(followed: dict[str, dict[str, dict[int, float]]]) -> None:
+    """What training does to points: {part_size_metric: {seed: {step: value}}}, a line per seed."""
+    metrics = {"length": "length, pixels", "direction": "direction (cosine)", "own": "own share"}
+    metrics["level_0"] = "share on the finer map"
+    limits = {"direction": (0, 1.05), "own": (0, 0.1), "level_0": (0, 1.05)}
+    places = plt.subplots(2, len(metrics), figsize=(9, 4.4), sharex=True)[1]
+    for row, part in zip(places, ("encoder", "decoder"), strict=True):
+        for axis, (metric, title) in zip(row, metrics.items(), strict=True):
+            for size, colour in SIZES.items():
+                for number, seed in enumerate(followed[f"{part}_{size}_{metric}"].values()):
+                    label = None if number else f"{size} digits"
+                    axis.plot(
+                        *zip(*sorted(seed.items()), strict=True), color=colour, lw=1, label=label
+                    )
+            axis.set(ylim=limits.get(metric, (0, None)), xticks=(0, 150, 300, 450))
+            axis.set_title(title, fontsize=9)
+        row[0].set_ylabel(part)
+    for axis in places[1]:
+        axis.set_xlabel("step")
+    handles, names = places[0, 0].get_legend_handles_labels()
+    places[0, 0].figure.legend(handles, names, loc="outside upper center", ncols=3, fontsize=8)
     plt.show()
 
 
