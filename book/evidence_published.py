@@ -49,16 +49,6 @@ def faster_than_dc5() -> Finding:
     return Finding(value, judge(1.5 < times < 1.65 and lost[0] < 28 < lost[1] < lost[2], CONDITION))
 
 
-@evidence("P16")
-def fpn_adds_nothing() -> Finding:
-    base = published("table2", "multi-scale attention, K = 4")["ap"]
-    gains = [published("table2", name)["ap"] - base for name in ("with FPN", "with BiFPN")]
-    aps = PUBLISHED["reruns"]["aps"] + [published("readme", "Deformable DETR")["ap"]]
-    spread = max(aps) - min(aps)
-    value = f"one training each: {gains[0]:+.1f} and {gains[1]:+.1f}; reruns differ by {spread:.1f}"
-    return Finding(value, judge(max(map(abs, gains)) < spread, UNTESTABLE))
-
-
 @evidence("P19")
 def trained_with_adam() -> Finding:
     used = PUBLISHED["readme"]["optimizer"]
