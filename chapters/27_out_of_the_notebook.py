@@ -148,7 +148,7 @@ print(f"from {right:.2f} to {found['enlarged to 256 x 256']:.2f} by the size alo
 #
 # The network itself is Python code, and where there is no Python it must become data: a **graph**, which is a list of
 # operations on tensors. `torch.export` makes one. It runs the code once with tensors that have shapes but no numbers, and notes
-# each operation {cite}`ansel2024pytorch2`. Which axes may have another length later, one says in `dynamic_shapes`; let us call those
+# each operation {cite}`ansel2024pytorch2`. In `dynamic_shapes` we say which axes may have another length later; let us call those
 # axes **free**. In the next cell they are axes 0, 2 and 3 of the features (images, height and width), and axes 0 and 1 (images and
 # queries) of the other two.
 #
@@ -207,8 +207,9 @@ print("in Python, the two are the same:", same)
 
 # %% [markdown]
 # The oldest way to export is tracing (`torch.jit.trace`, on which ONNX's older exporter stands). It runs the code once with real
-# numbers, and notes what happens to tensors; whatever else Python computed meanwhile goes in as a constant. The next cell traces both modules with maps of 8 x 12 and runs the traces at this size, and
-# then with maps of 6 x 9 and other numbers of images and queries.
+# numbers, and notes what happens to tensors; whatever else Python computed meanwhile goes in as a constant. The next cell traces
+# both modules with maps of 8 x 12 and runs the traces at this size, and then with maps of 6 x 9 and other numbers of images and
+# queries.
 #
 # Before you run: the values lie between 0 and 1. How wrong can a frozen size be, and will anything complain?
 
@@ -514,8 +515,8 @@ print(
 )
 
 # %% [markdown]
-# What do smaller numbers gain for this detector, and what do they cost? A detector in bfloat16 is got with `--precision bf16` of
-# `evaluate` and `predict`, and with `in_precision` in Python ({{chapter training_at_every_size}}). For int8 we apply onnxruntime's own
+# What do smaller numbers gain for this detector, and what do they cost? For bfloat16 there is `--precision bf16` of
+# `evaluate` and `predict`, and `in_precision` in Python ({{chapter training_at_every_size}}). For int8 we apply onnxruntime's own
 # tool to our file. It replaces the products of matrices, and leaves convolutions and sampling as they are. First the file in int8, and
 # a function each for time and size:
 

@@ -18,7 +18,7 @@ from deformable_detr.inference.detector import load_detector
 from deformable_detr.inference.predict import predict
 from deformable_detr.layers.attention import MSDeformAttn
 from deformable_detr.look.sampling import replaced
-from tests.exporting import runner
+from tests.exporting import operators, runner
 
 DATA = Path(__file__).parents[1] / "data"
 SOURCE = Path(__file__).parents[1] / "chapters" / "27_out_of_the_notebook.py"
@@ -146,3 +146,26 @@ def test_a_file_of_one_sample_needs_nothing_but_plain_operations(chapter, tmp_pa
     assert all(node.domain == "" for node in file.graph.node)
     run = runner(tmp_path / "sample.onnx")
     torch.testing.assert_close(run(*other), chapter["Sample"]()(*other), atol=1e-5, rtol=1e-5)
+
+
+def test_the_variable_has_an_export_write_gathers(monkeypatch, tmp_path):
+    """As chapter questions advises for programs whose GridSample is at fault."""
+    module = MSDeformAttn(embed_dim=8, num_levels=1, num_heads=2, num_points=2).eval()
+    given = torch.rand(1, 3, 8), torch.rand(1, 3, 1, 2), torch.rand(1, 20, 8)
+    attend = _OfShapes(module, [(4, 5)]).eval()
+    for name, expected in (("reference", True), ("gather", False)):
+        monkeypatch.setenv("DEFORMABLE_DETR_BACKEND", name)
+        torch.onnx.export(attend, given, tmp_path / f"{name}.onnx", dynamo=True, verbose=False)
+        assert ("GridSample" in operators(tmp_path / f"{name}.onnx")) == expected
+        torch.testing.assert_close(runner(tmp_path / f"{name}.onnx")(*given), attend(*given))
+
+
+class _OfShapes(nn.Module):
+    """An attention module with fixed sizes of maps."""
+
+    def __init__(self, module, shapes):
+        super().__init__()
+        self.module, self.shapes = module, shapes
+
+    def forward(self, query, references, value):
+        return self.module(query, references, value, self.shapes)
