@@ -138,7 +138,7 @@ def test_pixels_and_bytes_are_pictures(finder, given, count):
         (AS_TENSOR.long(), "got int64 and"),
         (b"", "cannot read an image from 0 bytes"),
         (as_bytes()[:60], "cannot read an image from 60 bytes"),
-        (b"text", "cannot read an image from 4 bytes: they begin as no picture does$"),
+        (b"text", "cannot read an image from 4 bytes: no kind of image that is known begins so$"),
     ],
     ids=range(12),
 )

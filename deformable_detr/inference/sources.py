@@ -46,7 +46,7 @@ class Source:
         except Exception as error:  # decoders raise what they like
             given = f"{len(self.picture)} bytes"
             if isinstance(error, UnidentifiedImageError):  # its text has an address in memory
-                error = "they begin as no picture does"
+                error = "no kind of image that is known begins so"
             raise ValueError(f"cannot read an image from {given}: {printable(error)}") from None
 
     def header(self) -> tuple[object, int]:
