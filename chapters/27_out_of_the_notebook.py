@@ -516,7 +516,7 @@ print(
 
 # %% [markdown]
 # What do smaller numbers gain for this detector, and what do they cost? For bfloat16 there is `--precision bf16` of
-# `evaluate` and `predict`, and `in_precision` in Python ({{chapter training_at_every_size}}). For int8 we apply onnxruntime's own
+# `evaluate`, `predict` and `explain`, and `in_precision` in Python ({{chapter training_at_every_size}}). For int8 we apply onnxruntime's own
 # tool to our file. It replaces the products of matrices, and leaves convolutions and sampling as they are. First the file in int8, and
 # a function each for time and size:
 
