@@ -924,6 +924,7 @@ check("cuda_kernel.4", point_gradients)
 # | `neighbours` | the part of `find_corners` for one axis, without a branch |
 # | `GROUPS` | heads per block |
 # | `VALUE`, `REAL`, `OFFSET` | the number type of value, of weights and sums, of indices |
+# | `ROW` | the number type of the rows that are read: `VALUE`, unless a CPU has copied them as `REAL` |
 # | `Vector`; `load`, `store`, `add` | `VECTOR` channels as one thing; 16 bytes per instruction |
 # | `VECTORS` | vectors that a lane sums at once: more than one in large heads |
 # | `STEP`, `PASS` | channels of all lanes together: in one vector each, in `VECTORS` each |

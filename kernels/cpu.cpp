@@ -10,10 +10,12 @@
 #include <new>
 #include <sys/mman.h>
 #include <thread>
+#include <unistd.h>
 #include <utility>
 #include <vector>
 #ifdef __AVX__
 #include <immintrin.h>
+#define NEAREST _MM_FROUND_TO_NEAREST_INT
 #endif
 
 #define __device__ static inline
@@ -49,12 +51,77 @@ constexpr int VECTORS = divisor(D / VECTOR, 8);
 typedef REAL Vector __attribute__((vector_size(sizeof(REAL) * VECTOR)));
 typedef REAL GRADIENT;
 
-__device__ Vector load(const VALUE* pointer) {
+// Numbers of 16 bits are converted where they are read and written, a vector at a time: by arithmetic
+// that every processor has, which takes more instructions than x86's own for half precision.
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+typedef float Floats __attribute__((vector_size(sizeof(float) * VECTOR)));
+typedef uint32_t Bits __attribute__((vector_size(sizeof(float) * VECTOR)));
+typedef uint16_t Halves __attribute__((vector_size(sizeof(uint16_t) * VECTOR)));
+
+__device__ Floats widen(Halves x, BFloat16) {
+    return (Floats)(__builtin_convertvector(x, Bits) << 16);
+}
+__device__ Halves narrow(Floats x, BFloat16) {
+    Bits bits = (Bits)x, nan = (Bits)(x != x);
+    Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+    return __builtin_convertvector(rounded | (nan & 0x7fc0), Halves);
+}
+
+// The bits of a half, moved to a float's places, are the number times 2^-112, the smallest numbers
+// too. (Templates, so that only those instructions are compiled that fit the vector.)
+template <typename From>
+__device__ Floats widen(From x, Half) {
+#ifdef __AVX512F__
+    if constexpr (sizeof(x) == 32) return (Floats)_mm512_cvtph_ps((__m256i)x);
+#endif
+#ifdef __F16C__
+    if constexpr (sizeof(x) == 16) return (Floats)_mm256_cvtph_ps((__m128i)x);
+#endif
+    Bits bits = __builtin_convertvector(x, Bits), magnitude = (bits & 0x7fff) << 13;
+    Bits infinite = (Bits)(magnitude >= 0x7c00u << 13) & 0x7f800000;  // or NaN
+    Floats scaled = (Floats)magnitude * 0x1p112f;
+    return (Floats)((Bits)scaled | infinite | (bits & 0x8000) << 16);
+}
+template <typename From>
+__device__ Halves narrow(From x, Half) {
+#ifdef __AVX512F__
+    if constexpr (sizeof(x) == 64) return (Halves)_mm512_cvtps_ph((__m512)x, NEAREST);
+#endif
+#ifdef __F16C__
+    if constexpr (sizeof(x) == 32) return (Halves)_mm256_cvtps_ph((__m256)x, NEAREST);
+#endif
+    Bits bits = (Bits)x, nan = (Bits)(x != x), sign = bits >> 16 & 0x8000;
+    Bits magnitude = bits & 0x7fffffff, large = (Bits)(magnitude >= 0x47800000);
+    magnitude = (magnitude & ~large) | (large & 0x47800000);  // at most 2^16, a half's infinity
+    Bits exponent = magnitude & 0x7f800000, small = (Bits)(exponent < 0x38800000);
+    exponent = (exponent & ~small) | (small & 0x38800000);  // at least 2^-14, a half's smallest
+    Floats step = (Floats)(exponent + (13 << 23));  // beside it, a float has a half's digits
+    Floats rounded = ((Floats)magnitude + step - step) * 0x1p-112f;
+    return __builtin_convertvector((Bits)rounded >> 13 | sign | (nan & 0x7fff), Halves);
+}
+
+__device__ Vector load(const REAL* pointer) {
     Vector vector;
     memcpy(&vector, pointer, sizeof(vector));
     return vector;
 }
-__device__ void store(VALUE* pointer, Vector vector) { memcpy(pointer, &vector, sizeof(vector)); }
+__device__ void store(REAL* pointer, Vector vector) { memcpy(pointer, &vector, sizeof(vector)); }
+template <typename T>
+__device__ Vector load(const T* pointer) {
+    Halves halves;
+    memcpy(&halves, pointer, sizeof(halves));
+    return __builtin_convertvector(widen(halves, T()), Vector);
+}
+template <typename T>
+__device__ void store(T* pointer, Vector vector) {
+    Halves halves = narrow(__builtin_convertvector(vector, Floats), T());
+    memcpy(pointer, &halves, sizeof(halves));
+}
 __device__ Vector zeros() { return Vector{}; }
 __device__ void add(Vector& sum, REAL factor, Vector vector) { sum += factor * vector; }
 __device__ void add(Vector& sum, Vector one, Vector other) { sum += one * other; }
@@ -95,8 +162,9 @@ __device__ void put_sums(const Vector (&products)[4], REAL (*sums)[POINTS], int 
 }
 
 // Asks for memory before it is wanted, by lines of the cache.
-static void prefetch(const REAL* memory, int count) {
-    for (int i = 0; i < count; i += 64 / sizeof(REAL)) __builtin_prefetch(memory + i);
+template <typename T>
+static void prefetch(const T* memory, int count) {
+    for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(memory + i);
 }
 // Rows that are not gathered (below) lie anywhere, and each sum would wait for its own.
 #define LOOK_AHEAD(rows, p) \
@@ -149,7 +217,7 @@ static void large_pages(void* memory, size_t bytes) {
 // A worker's memory for one head, a mapping of its own: the heap of any thread but the first has
 // small pages, which cost a second thread a quarter of its time. The address sanitizer watches heaps.
 #ifdef __SANITIZE_ADDRESS__
-typedef std::vector<VALUE> Buffer;
+typedef std::vector<REAL> Buffer;
 #else
 class Buffer {
     static constexpr size_t ALIGNMENT = 2 << 20;
@@ -157,33 +225,43 @@ class Buffer {
     void* mapping = nullptr;
 
 public:
-    explicit Buffer(size_t count) : bytes(count ? sizeof(VALUE) * count + ALIGNMENT : 0) {
+    explicit Buffer(size_t count) : bytes(count ? sizeof(REAL) * count + ALIGNMENT : 0) {
         if (!count) return;
         mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
         if (mapping == MAP_FAILED) throw std::bad_alloc();
-        large_pages(data(), sizeof(VALUE) * count);
+        large_pages(data(), sizeof(REAL) * count);
     }
     Buffer(const Buffer&) = delete;
     ~Buffer() {
         if (mapping) munmap(mapping, bytes);
     }
-    VALUE* data() const {
-        return (VALUE*)(((uintptr_t)mapping + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    REAL* data() const {
+        return (REAL*)(((uintptr_t)mapping + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     }
 };
 #endif
 
 // Copies a head's channels between an image's tokens, `stride` elements apart, and a buffer where
-// they lie without gaps. There neighbouring pixels share cache lines' sets no longer with the other
-// heads: a query's samples mostly stay in the nearest cache until the next query wants them.
-static void gather(const VALUE* head, VALUE* buffer, int tokens, int stride) {
-    for (long long t = 0; t < tokens; t++) memcpy(buffer + t * D, head + t * stride, sizeof(VALUE) * D);
+// they lie without gaps, as REAL. There neighbouring pixels share cache lines' sets no longer with
+// the other heads: a query's samples mostly stay in the nearest cache until the next query wants
+// them.
+static void gather(const VALUE* head, REAL* buffer, int tokens, int stride) {
+    for (long long t = 0; t < tokens; t++)
+        for (int i = 0; i < D; i += VECTOR) store(buffer + t * D + i, load(head + t * stride + i));
 }
-static void scatter(const VALUE* buffer, VALUE* head, int tokens, int stride) {
-    for (long long t = 0; t < tokens; t++) memcpy(head + t * stride, buffer + t * D, sizeof(VALUE) * D);
+static void scatter(const REAL* buffer, VALUE* head, int tokens, int stride) {
+    for (long long t = 0; t < tokens; t++)
+        for (int i = 0; i < D; i += VECTOR) store(head + t * stride + i, load(buffer + t * D + i));
 }
 
-constexpr size_t TOO_MUCH = 8 << 20;  // bytes, for caches that other data want too
+// Whether memory is more than a part of the caches, which other data want too.
+static bool too_much(size_t bytes) {
+    long cache = 0;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return bytes > (size_t)std::max(cache / 4, 8L << 20);
+}
 
 // Fills memory with zeros, past the caches or through them: there a store first fetches what it will
 // overwrite. (Where there is no AVX, as the C library likes.)
@@ -229,9 +307,11 @@ extern "C" bool forward(const VALUE* value, const Levels* levels, const REAL* lo
                     prefetch(weights + later * POINTS, POINTS);
                     prefetch(output + later * D, D);
                 }
-                forward_head(gathered ? buffer.data() : rows, *levels, locations + item * POINTS * 2,
-                             weights + item * POINTS, output + item * D, gathered ? D : heads * D, 0,
-                             corners[0]);
+                auto run = [&](auto* from, int stride) {
+                    forward_head(from, *levels, locations + item * POINTS * 2,
+                                 weights + item * POINTS, output + item * D, stride, 0, corners[0]);
+                };
+                gathered ? run(buffer.data(), D) : run(rows, heads * D);
             }
         }
     });
@@ -239,30 +319,33 @@ extern "C" bool forward(const VALUE* value, const Levels* levels, const REAL* lo
 
 // A worker owns whole heads of an image: no two write to one gradient of value, and the order of its
 // sums, query by query, is the same for any number of workers. No gradient need hold zeros before.
-// Where tokens are gathered, one buffer holds first a head's value, then its gradient.
+// Where tokens are gathered, one buffer holds first a head's value, then its gradient; numbers of 16
+// bits are summed there in any case, and rounded once.
 extern "C" bool backward(const VALUE* value, const Levels* levels, const REAL* locations,
-                         const REAL* weights, const VALUE* grad_output, REAL* grad_value,
+                         const REAL* weights, const VALUE* grad_output, VALUE* grad_value,
                          REAL* grad_locations, REAL* grad_weights, long long images, int tokens,
                          int queries, int heads, int threads) {
     bool gathered = worth_gathering(tokens, queries);
+    bool apart = gathered || sizeof(VALUE) < sizeof(REAL);
     size_t values = (size_t)images * tokens * heads * D;
     size_t samples = (size_t)images * queries * heads * POINTS;
-    large_pages(grad_value, sizeof(REAL) * values);
+    large_pages(grad_value, sizeof(VALUE) * values);
     large_pages(grad_locations, sizeof(REAL) * samples * 2);
     large_pages(grad_weights, sizeof(REAL) * samples);
+    bool past_caches = too_much(sizeof(VALUE) * values);
     auto clear_gradients = [=](long long begin, long long end) {
-        clear(grad_value + begin, grad_value + end, sizeof(REAL) * values > TOO_MUCH);
+        clear((REAL*)grad_value + begin, (REAL*)grad_value + end, past_caches);
     };
-    // else every token's gradient is copied there
-    if (!gathered && !in_parallel(values, threads, clear_gradients)) return false;
+    // else every token's gradient is copied there from a buffer
+    if (!apart && !in_parallel(values, threads, clear_gradients)) return false;
     return in_parallel(images * heads, threads, [=](long long begin, long long end) {
         std::vector<Corners> corners(1);
-        Buffer buffer(gathered ? (size_t)tokens * D : 0);
+        Buffer buffer(apart ? (size_t)tokens * D : 0);
         for (long long task = begin; task < end; task++) {
             long long image = task / heads, head = task % heads;
             const VALUE* rows = value + (image * tokens * heads + head) * D;
-            REAL* gradients = grad_value + (image * tokens * heads + head) * D;
-            auto for_queries = [&](auto run, const VALUE* from, REAL* to, int stride) {
+            VALUE* gradients = grad_value + (image * tokens * heads + head) * D;
+            auto for_queries = [&](auto run, auto* from, REAL* to, int stride) {
                 for (int query = 0; query < queries; query++) {
                     long long item = (image * queries + query) * heads + head;
                     if (query + LATER < queries) {
@@ -278,14 +361,18 @@ extern "C" bool backward(const VALUE* value, const Levels* levels, const REAL* l
                         grad_weights + item * POINTS, nullptr, stride, 0, corners[0]);
                 }
             };
-            if (gathered) {
-                gather(rows, buffer.data(), tokens, heads * D);
-                for_queries(backward_head<false, true>, buffer.data(), nullptr, D);
+            if (apart) {
+                if (gathered) {
+                    gather(rows, buffer.data(), tokens, heads * D);
+                    for_queries(backward_head<false, true, REAL>, buffer.data(), nullptr, D);
+                } else {
+                    for_queries(backward_head<false, true, VALUE>, rows, nullptr, heads * D);
+                }
                 std::fill(buffer.data(), buffer.data() + (size_t)tokens * D, (REAL)0);
-                for_queries(backward_head<true, false>, nullptr, buffer.data(), D);
+                for_queries(backward_head<true, false, REAL>, (const REAL*)nullptr, buffer.data(), D);
                 scatter(buffer.data(), gradients, tokens, heads * D);
             } else {
-                for_queries(backward_head<true, true>, rows, gradients, heads * D);
+                for_queries(backward_head<true, true, VALUE>, rows, (REAL*)gradients, heads * D);
             }
         }
     });

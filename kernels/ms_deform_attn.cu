@@ -243,9 +243,10 @@ __device__ void find_corners(const Levels& levels, const REAL* locations, const 
 // Whether a lane's vector is one of the head's D channels; known when compiling if D fills its passes.
 #define EXISTS(channel) (D % PASS == 0 || (channel) < D)
 
-// One query and head. value: the image's, from this head's first channel; locations (POINTS, 2);
-// weights (POINTS); output (D).
-__device__ void forward_head(const VALUE* value, const Levels& levels, const REAL* locations,
+// One query and head. value: the image's, from this head's first channel, as VALUE or as a copy in
+// REAL; locations (POINTS, 2); weights (POINTS); output (D).
+template <typename ROW>
+__device__ void forward_head(const ROW* value, const Levels& levels, const REAL* locations,
                              const REAL* weights, VALUE* output, int stride, int lane,
                              Corners& corners) {
     find_corners(levels, locations, weights, stride, lane, corners);
@@ -259,7 +260,7 @@ __device__ void forward_head(const VALUE* value, const Levels& levels, const REA
             LOOK_AHEAD(value, p);
             UNROLL
             for (int c = 0; c < 4; c++) {
-                const VALUE* row = value + corners.offset[c][p] + first;
+                const ROW* row = value + corners.offset[c][p] + first;
                 REAL weight = corners.weight[c][p];
                 UNROLL
                 for (int v = 0; v < VECTORS; v++)
@@ -275,8 +276,8 @@ __device__ void forward_head(const VALUE* value, const Levels& levels, const REA
 // The gradients of one query and head: SUMS adds to value's, PRODUCTS writes the weights' and the
 // locations'. These follow, a lane a point again, from dots[c][p] = <grad_output, corner c of point p>,
 // which takes the place of that corner's weight once the sums have used it.
-template <bool SUMS, bool PRODUCTS>
-__device__ void backward_head(const VALUE* value, const Levels& levels, const REAL* locations,
+template <bool SUMS, bool PRODUCTS, typename ROW>
+__device__ void backward_head(const ROW* value, const Levels& levels, const REAL* locations,
                               const REAL* weights, const VALUE* grad_output, GRADIENT* grad_value,
                               REAL* grad_locations, REAL* grad_weights, const double* scale,
                               int stride, int lane, Corners& corners) {

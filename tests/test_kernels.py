@@ -152,7 +152,13 @@ int main(int argc, char** argv) {
     const REAL hostile[] = {NAN, infinity, -infinity, 1e30, -1e30, 0, 1, (REAL)-0.1, (REAL)1.1,
                             std::numeric_limits<REAL>::max(), std::numeric_limits<REAL>::lowest()};
     std::mt19937 random(0);
-    auto fill = [&](std::vector<REAL>& x) { for (REAL& y : x) y = random() / 2147483648. - 0.5; };
+    auto fill = [&](auto& x) {
+        for (size_t i = 0; i < x.size(); i += VECTOR) {
+            Vector numbers;
+            for (int j = 0; j < VECTOR; j++) numbers[j] = random() / 2147483648. - 0.5;
+            store(&x[i], numbers);
+        }
+    };
     Levels levels;
     for (int p = 0; p < POINTS; p++) {
         int level = p % 2;
@@ -163,19 +169,26 @@ int main(int argc, char** argv) {
     for (int queries : {1, 4, 40})
         for (int threads : {1, 3}) {
             size_t items = (size_t)images * queries * M;
-            std::vector<REAL> value((size_t)images * (3 * 7 + 5 * 2) * M * D);
-            std::vector<REAL> gradient(value.size());
+            std::vector<VALUE> value((size_t)images * (3 * 7 + 5 * 2) * M * D);
+            std::vector<VALUE> gradient(value.size()), output(items * D);
             std::vector<REAL> locations(items * POINTS * 2), weights(items * POINTS);
-            std::vector<REAL> output(items * D), place(locations.size()), weight(weights.size());
-            fill(value), fill(locations), fill(weights);
+            std::vector<REAL> place(locations.size()), weight(weights.size());
+            fill(value);
+            for (auto* array : {&locations, &weights})
+                for (REAL& x : *array) x = random() / 2147483648. - 0.5;
             for (REAL& x : locations) if (random() % 4 == 0) x = hostile[random() % 11];
             forward(value.data(), &levels, locations.data(), weights.data(), output.data(), images,
                     tokens, queries, M, threads);
             backward(value.data(), &levels, locations.data(), weights.data(), output.data(),
                      gradient.data(), place.data(), weight.data(), images, tokens, queries, M,
                      threads);
-            for (auto* array : {&output, &gradient, &place, &weight})
+            for (auto* array : {&place, &weight})
                 for (REAL x : *array) sum += x;
+            for (auto* array : {&output, &gradient})
+                for (size_t i = 0; i < array->size(); i += VECTOR) {
+                    Vector numbers = load(array->data() + i);
+                    for (int j = 0; j < VECTOR; j++) sum += numbers[j];
+                }
         }
     for (int begin = 1; begin < 9; begin++) {
         std::vector<REAL> row(40, 1);
@@ -187,11 +200,19 @@ int main(int argc, char** argv) {
 """
 
 
-@pytest.mark.parametrize(("real", "D", "offset"), [("float", 7, "int"), ("double", 8, "long long")])
-def test_sanitizers_find_nothing(tmp_path, real, D, offset):
+@pytest.mark.parametrize(
+    ("value", "real", "D", "offset"),
+    [
+        ("float", "float", 7, "int"),
+        ("double", "double", 8, "long long"),
+        ("Half", "float", 16, "int"),
+        ("BFloat16", "float", 6, "int"),
+    ],
+)
+def test_sanitizers_find_nothing(tmp_path, value, real, D, offset):
     source, program = tmp_path / "driver.cpp", tmp_path / "driver"
     source.write_text(DRIVER)
-    macros = {"VALUE": real, "REAL": real, "OFFSET": offset, "D": D, "POINTS": 6}
+    macros = {"VALUE": value, "REAL": real, "OFFSET": offset, "D": D, "POINTS": 6}
     with resources.as_file(resources.files("deformable_detr.kernels")) as kernels:
         command = [*compiler(), "-std=c++17", "-O1", "-g", "-pthread", f"-I{kernels}"]
         command += [
@@ -606,7 +627,7 @@ def test_threads_of_ones_own_give_the_same_bits_as_openmp(monkeypatch, Q):
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("side", [100, 700], ids=["through the caches", "past them"])
+@pytest.mark.parametrize("side", [100, 700], ids=["through the caches", "past all but large ones"])
 @pytest.mark.parametrize("dtype, D", [(torch.float32, 7), (torch.float64, 6)])
 def test_gradients_may_hold_anything_before(monkeypatch, side, dtype, D):
     monkeypatch.setattr(cpu, "SMALL", 0)
@@ -635,3 +656,57 @@ def test_nan_in_value_stays_where_it_is_sampled():
     locations = torch.tensor([[0.1, 0.1], [0.9, 0.875]]).reshape(1, 2, 1, 1, 1, 2)
     output = ms_deform_attn(value, [(4, 5)], locations, torch.ones(1, 2, 1, 1, 1), backend="cpu")
     assert not output[0, 0].isnan().any() and output[0, 1].isnan().all()
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+WIDTHS = pytest.mark.parametrize("D", [1, 4, 8, 16])  # by arithmetic, by instructions for 8 and 16
+
+
+def on_one_pixel(value, weights):
+    """The operator's arguments where each image is a pixel, and one query samples its centre."""
+    B, D = value.shape
+    locations = torch.full((B, 1, 1, 1, 1, 2), 0.5)
+    return value.view(B, 1, 1, D), [(1, 1)], locations, weights.view(B, 1, 1, 1, 1)
+
+
+@HALVES
+@WIDTHS
+def test_every_number_of_16_bits_is_read_as_it_is(dtype, D):
+    value = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, D)
+    output = cpu.forward(*on_one_pixel(value, torch.ones(len(value)))).view(-1, D)
+    finite = value.isfinite()
+    assert torch.equal(output[finite], value[finite])
+    assert not output[~finite].isfinite().any()
+
+
+@HALVES
+@WIDTHS
+def test_float32_is_rounded_to_16_bits_as_torch_does(dtype, D):
+    """Numbers at random, and beside those on which a number of 16 bits begins or ends."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(-(2**31), 2**31, (20_000,), generator=generator).to(torch.int32)
+    sixteen = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float().view(torch.int32)
+    half = 2 ** (11 if dtype == torch.float16 else 14)  # a part of the distance to the next
+    beside = [sixteen + half * step + i for step in range(-2, 3) for i in (-1, 0, 1)]
+    numbers = torch.cat([patterns, *beside]).view(torch.float32)
+    numbers = numbers[numbers.isfinite()]
+    ones = torch.ones(len(numbers), D, dtype=dtype)
+    arguments = on_one_pixel(ones, numbers)
+    expected = numbers[:, None].expand(-1, D).to(dtype)
+    assert torch.equal(cpu.forward(*arguments).view(-1, D), expected)
+    grad_value, *_ = cpu.backward(*arguments, ones.view(-1, 1, D))
+    assert torch.equal(grad_value.view(-1, D), expected)
+
+
+@HALVES
+def test_gradients_in_16_bits_are_summed_in_float32(dtype):
+    """Of 3000 queries that add 1 each to one pixel; sums of bfloat16 would end at 256."""
+    weights = torch.ones(1, 3000, 1, 1, 1)
+    locations = torch.full((1, 3000, 1, 1, 1, 2), 0.5)
+    for side in (1, 200):  # tokens gathered, and not
+        value = torch.ones(1, side * side, 1, 8, dtype=dtype)
+        ones = torch.ones(1, 3000, 8, dtype=dtype)
+        locations[:] = 0.5 / side
+        grad_value, *_ = cpu.backward(value, [(side, side)], locations, weights, ones)
+        assert torch.equal(grad_value[:, 0], torch.full((1, 1, 8), 3000).to(dtype))
+        assert not grad_value[:, 1:].any()

@@ -15,14 +15,20 @@ from deformable_detr.ops.build import build, machine
 from deformable_detr.ops.errors import BackendError
 from deformable_detr.ops.once import once
 
-NAMES = {torch.float32: "float", torch.float64: "double"}
+NAMES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+}
 SMALL = 1 << 18  # channels sampled, below which a second thread costs more than it gives
 
 
 def forward(
     value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """The operator; arguments are checked, of one dtype, on the CPU. Returns (B, Q, M * D)."""
+    """The operator; arguments are checked, on the CPU, coordinates and weights in float32 (float64
+    where value is). Returns (B, Q, M * D) in value's dtype."""
     value, locations, weights = (x.contiguous() for x in (value, locations, weights))
     B, S, M, D = value.shape
     Q, K = locations.shape[1], locations.shape[4]
@@ -109,8 +115,13 @@ def load(dtype: torch.dtype, D: int, points: int, huge: bool = False) -> ctypes.
     huge: offsets of 64 bits. Raises BackendError where the compiler fails, or what is in the cache
     is no library.
     """
-    macros = {"VALUE": NAMES[dtype], "REAL": NAMES[dtype], "D": D, "POINTS": points}
-    macros["OFFSET"] = "long long" if huge else "int"
+    macros = {
+        "VALUE": NAMES[dtype],
+        "REAL": "double" if dtype == torch.float64 else "float",
+        "OFFSET": "long long" if huge else "int",
+        "D": D,
+        "POINTS": points,
+    }
     try:
         library = build(macros, openmp())
     except OSError as error:

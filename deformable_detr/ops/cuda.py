@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from deformable_detr.ops.build import sources
-from deformable_detr.ops.cpu import levels
+from deformable_detr.ops.cpu import NAMES, levels
 
-NAMES = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.float16: "Half",
-    torch.bfloat16: "BFloat16",
-}
 THREADS = 128  # in a block, at most
 SHARED = 48 * 1024  # bytes a block may have without asking
 MAX_POINTS = 512

@@ -35,8 +35,7 @@ def kernel(
     shapes = _checked(value, spatial_shapes, locations, weights, hidden)
     if value.is_cuda:
         return cuda.forward(value, shapes, locations, weights)
-    wide = value.to(locations.dtype)
-    return cpu.forward(wide, shapes, locations, weights).to(value.dtype)
+    return cpu.forward(value, shapes, locations, weights)
 
 
 @torch.library.custom_op("deformable_detr::ms_deform_attn_backward", mutates_args=())
@@ -53,9 +52,7 @@ def kernel_backward(
     check_grad_output(value, locations, grad_output)
     if value.is_cuda:
         return cuda.backward(value, shapes, locations, weights, grad_output)
-    wide = value.to(locations.dtype), grad_output.to(locations.dtype)
-    grad_value, *others = cpu.backward(wide[0], shapes, locations, weights, wide[1])
-    return grad_value.to(value.dtype), *others
+    return cpu.backward(value, shapes, locations, weights, grad_output)
 
 
 def pairs(flat: Sequence[int | Tensor]) -> Shapes:
