@@ -5,9 +5,7 @@
 
 The paper's base model (ResNet-50, four levels, 300 queries) on one image of 800 x 1066 pixels:
 inference, and a training step of forward, loss and backward. The loss is the same simple one for
-both, so that only the models differ. Part `best` has each in every form that may make it fast, in
-bfloat16 and compiled, and the limit: the products' time at the rate of a large product of matrices
-measured between them. Writes data/results/model_cpu.json.
+both, so that only the models differ. Writes data/results/model_cpu.json.
 """
 
 import os
@@ -22,7 +20,6 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,19 +30,14 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 from benchmarks import timing
 from benchmarks.peers import HUGGING_FACE, OURS, progress
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, MSDeformAttn
-from deformable_detr.evaluation.complexity import count
-from deformable_detr.files import first_line, write_json
-from deformable_detr.inference.precision import in_bf16
+from deformable_detr.files import write_json
 from deformable_detr.provenance import provenance
 from deformable_detr.weights.formats import file_name, to_huggingface
 
 COMMAND = "python benchmarks/model.py"
 HEIGHT, WIDTH = 800, 1066
 MODES = ("inference", "training step")
-PARTS = ("times", "best", "breakdown", "channels_last")
-LIMIT, COMPILED, NARROW = "limit", "compiled", "bfloat16"
-DTYPES = {"float32": torch.float32, NARROW: torch.bfloat16}
-SIDE = 2048  # of the matrices whose product shows the machine's rate
+PARTS = ("times", "breakdown", "channels_last")
 REST = "heads and the rest"
 # the operator by the names that a profile has for it: ours, and the range around theirs
 OPERATORS = ("deformable_detr::ms_deform_attn", "range: operator")
@@ -116,71 +108,6 @@ def measure_times(mode: str, calls: dict[str, timing.Call], threads: int, rounds
     progress(f"{mode}, {threads} threads: {dict((n, r['median_ms']) for n, r in result.items())}")
     where = {"mode": mode, "threads": threads}
     return [{**where, "model": name, **figures} for name, figures in result.items()]
-
-
-def forms(models: dict[str, nn.Module], image: Tensor, mode: str) -> dict[tuple, timing.Call]:
-    """Calls by model and form: as it comes, in bfloat16, compiled, and both. Theirs in bfloat16 is
-    there twice for inference, under autocast and with all of it narrowed; its attention is
-    torch's own, scaled_dot_product_attention, in each."""
-    batch = Batch.from_images([image])
-    mask = (~batch.mask).long()
-    compiled = {name: torch.compile(model) for name, model in models.items()}
-
-    def ours(model: nn.Module, autocast: bool) -> Predict:
-        def predict() -> tuple[Tensor, Tensor]:
-            with torch.autocast("cpu", torch.bfloat16, autocast):
-                output = model(batch)
-            return output.logits, output.boxes
-
-        return predict
-
-    def theirs(model: nn.Module, autocast: bool, dtype: torch.dtype = torch.float32) -> Predict:
-        def predict() -> tuple[Tensor, Tensor]:
-            with torch.autocast("cpu", torch.bfloat16, autocast):
-                output = model(pixel_values=batch.images.to(dtype), pixel_mask=mask)
-            return output.logits, output.pred_boxes
-
-        return predict
-
-    made = {}
-    for name, make in ((OURS, ours), (HUGGING_FACE, theirs)):
-        model = models[name]
-        made[name, "float32"] = model, make(model, False)
-        made[name, NARROW] = model, make(model, True)
-        made[name, COMPILED] = model, make(compiled[name], False)
-        made[name, f"{COMPILED}, {NARROW}"] = model, make(compiled[name], True)
-    if mode == "inference":  # a copy each, whose weights are narrowed once
-        narrow = in_bf16(models[OURS].eval())
-        made[OURS, NARROW] = narrow, ours(narrow, False)
-        narrow = copy.deepcopy(models[HUGGING_FACE]).to(torch.bfloat16)
-        made[HUGGING_FACE, f"{NARROW}, weights"] = narrow, theirs(narrow, False, torch.bfloat16)
-    return {key: call(model, predict, mode) for key, (model, predict) in made.items()}
-
-
-def measure_best(
-    models: dict[str, nn.Module], image: Tensor, mode: str, threads: int, rounds: int
-) -> list[dict]:
-    """A row for each form that runs, and for the limit at each precision; of those that do not run,
-    the reason."""
-    calls, rows = forms(models, image, mode), []
-    where = {"mode": mode, "threads": threads}
-    for name, form in list(calls):
-        try:
-            calls[name, form]()
-        except Exception as error:  # whatever a compiler may raise
-            del calls[name, form]
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            rows.append({**where, "model": name, "form": form, "does not run": reason})
-        progress(f"{mode}, {threads} threads: {name}, {form} is warm")
-    if mode == "inference":
-        for form, dtype in DTYPES.items():
-            calls[LIMIT, form] = partial(torch.mm, *torch.randn(2, SIDE, SIDE).to(dtype))
-    found = timing.side_by_side(calls, dict.fromkeys(calls, rounds), attempts=1)
-    products = count(models[OURS], (HEIGHT, WIDTH))[0] / SIDE**3
-    for (name, form), figures in found.items():
-        limit = {"limit_ms": round(figures["minimum_ms"] * products, 1)} if name == LIMIT else {}
-        rows.append({**where, "model": name, "form": form, **figures, **limit})
-    return rows
 
 
 def watch(model: nn.Module, name: str) -> list:
@@ -328,9 +255,6 @@ def main() -> None:
         if "times" in arguments.part:
             for mode, both in calls.items():
                 save("times", measure_times(mode, both, threads, arguments.rounds))
-        if "best" in arguments.part:
-            for mode in arguments.modes:
-                save("best", measure_best(models, image, mode, threads, arguments.rounds))
         if "channels_last" in arguments.part:
             body = nn.Sequential(*models[OURS].backbone.body.values())
             rows = channels_last(body, image[None], arguments.rounds)
@@ -351,7 +275,7 @@ def warm_up(models: dict[str, nn.Module], image: Tensor) -> None:
 
 def replace(result: dict, table: str, rows: list[dict]) -> None:
     """Put rows into a table of the result, in the place of those for the same thing."""
-    keys = ("mode", "threads", "model", "form", "channels_last")
+    keys = ("mode", "threads", "model", "channels_last")
     found = {tuple(row.get(k) for k in keys): row for row in (*result.get(table, ()), *rows)}
     result[table] = list(found.values())
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import dat, model, operator, peers, timing
+from benchmarks import dat, forms, model, operator, peers, timing
 from benchmarks.operator_results import merge, plot, ratios
-from deformable_detr import DeformableDETRConfig
+from deformable_detr import DeformableDETR, DeformableDETRConfig
 from deformable_detr.backbones.dat import DAT, DATConfig
 from deformable_detr.provenance import provenance
 
@@ -140,11 +140,13 @@ def test_models_ratios():
     assert (found["times"], found["part_of_memory"]) == (2.5, 0.5)
 
 
+SMALL = DeformableDETRConfig(
+    num_classes=5, num_queries=9, encoder_layers=1, decoder_layers=2, ffn_dim=64
+)
+
+
 def test_models_agree_and_every_part_is_found():
-    config = DeformableDETRConfig(
-        num_classes=5, num_queries=9, encoder_layers=1, decoder_layers=2, ffn_dim=64
-    )
-    models = model.detectors(config)
+    models = model.detectors(SMALL)
     predict = model.predictors(models, torch.randn(3, 70, 90))
     assert model.largest_difference(models, predict) < 1e-4
     for name in models:
@@ -160,6 +162,28 @@ def test_models_agree_and_every_part_is_found():
             "decoder: operator",
             model.REST,
         }
+
+
+def test_forms_agree_and_one_that_fails_is_told(monkeypatch):
+    def compiler(module):
+        if isinstance(module, DeformableDETR):
+            return module
+        raises = type("Raises", (), {"__call__": lambda *_, **__: 1 / 0})
+        return raises()
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(forms, "SIDE", 64)
+    models, image = model.detectors(SMALL), torch.randn(3, 70, 90)
+    calls = forms.forms(models, image, "inference")
+    plain, _ = calls[peers.OURS, forms.PLAIN]()
+    for key, each in calls.items():
+        if forms.COMPILED not in key[1]:
+            torch.testing.assert_close(each()[0].float(), plain, atol=0.1, rtol=0.05)
+    rows = forms.measure(models, image, "inference", 1)
+    failed = {(r["model"], r["form"]) for r in rows if "does not run" in r}
+    assert failed == {(peers.HUGGING_FACE, form) for form in (forms.COMPILED, forms.BOTH)}
+    limits = [row["limit_ms"] for row in rows if row["model"] == forms.LIMIT]
+    assert len(limits) == 2 and min(limits) > 0
 
 
 # DAT
