@@ -34,6 +34,7 @@
 import csv
 import dataclasses
 import itertools
+import json
 import time
 from pathlib import Path
 
@@ -57,7 +58,7 @@ from deformable_detr.layers.key_aware_attention import KeyAwareAttention
 from deformable_detr.layers.reading import tokens_read
 from deformable_detr.look.sampling import record_sampling
 from deformable_detr.losses import SetCriterion
-from deformable_detr.models import MODELS, build_model
+from deformable_detr.models import MODELS
 from deformable_detr.models.encoder import EncoderLayer, rows
 from deformable_detr.models.sparse_encoder import Scorer
 from deformable_detr.models.tokens import token_centres
@@ -65,7 +66,6 @@ from deformable_detr.models.two_stage import TwoStage
 from deformable_detr.ops import sampled_products
 from deformable_detr.ops.reference import sample_levels
 from deformable_detr.structures import Queries, Tokens
-from deformable_detr.training.recipe import load_recipe
 from deformable_detr.weights.ours import load_model
 
 plt.style.use("book.mplstyle")
@@ -883,38 +883,46 @@ check("fewer_tokens.3", key_aware_weights)
 # in the encoder. Sparse DETR has $\rho = 0.3$, Lite DETR one block, whose first layer leaves the fine tokens
 # alone. We compare both with Deformable DETR in two stages, and Lite-DINO with DINO ({{chapter denoising}}).
 
+
 # %% tags=["hide-input"]
-with Path("../data/results/members.csv").open() as file:
-    table = list(csv.DictReader(file))
+def finished(study):
+    """The rows of a study's finished trainings."""
+    with Path(f"../data/results/{study}.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["status"] == "done"]
 
 
-def values(name, metric, split="test", at="300"):
+STUDIES = ("members", "sparse", "member_costs", "member_rates")
+tables = {study: finished(study) for study in STUDIES}
+
+
+def values(name, metric, split="test", at="300", study="members"):
     """Of each seed."""
     wanted = (name, split, metric, at)
     columns = ("configuration", "split", "metric", "at")
-    return [float(row["value"]) for row in table if tuple(row[c] for c in columns) == wanted]
+    found = [row for row in tables[study] if tuple(row[c] for c in columns) == wanted]
+    return [float(row["value"]) for row in found]
 
 
-def compare(ours, base, metric="ap", split="test", sign=1):
+def judged(ours, theirs, sign=1):
     """What the seeds of both show; sign: -1 where less is better."""
-    pair = [[sign * value for value in values(name, metric, split)] for name in (ours, base)]
+    pair = [[sign * value for value in each] for each in (ours, theirs)]
     return verdict(*pair) if min(map(len, pair)) > 1 else "too few trainings to say"
 
 
-# %%
-def millions(recipe):
-    """Multiply-adds of a detector of the study for one picture, at inference."""
-    config = load_recipe(recipe).changed(("model.num_levels=2",)).model_config(10)
-    return complexity(build_model(config), (128, 128), repeats=0).multiply_adds / 1e6
+def compare(ours, base, metric="ap", split="test", sign=1):
+    """Two members."""
+    return judged(*(values(name, metric, split) for name in (ours, base)), sign)
 
 
+def spent(name, metric, split="inference", at="1"):
+    """By a step of training on 8 pictures, or an inference of one."""
+    return values(name, metric, split, at, "member_costs")[0]
+
+
+# %% tags=["hide-input"]
 BASE = "Deformable DETR, two stages"
 PAIRS = {"Sparse DETR": BASE, "Lite DETR": BASE, "Lite-DINO": "DINO"}
-members = ("sparse-detr", "lite-detr", "lite-dino", "dino")
-cost = {BASE: millions("digits")} | {
-    name: millions(f"digits-{member}")
-    for name, member in zip((*PAIRS, "DINO"), members, strict=True)
-}
+cost = {name: spent(name, "multiply_adds") / 1e6 for name in (BASE, *PAIRS, "DINO")}
 for name, count in cost.items():
     print(f"{name:28}{count:4.0f} M multiply-adds, AP {interval(values(name, 'ap'))}")
 for ours, base in PAIRS.items():
@@ -932,7 +940,7 @@ seeds_and_costs(
 #
 # Do small objects suffer, whose tokens are the fine ones?
 
-# %%
+# %% tags=["hide-input"]
 for ours, base in PAIRS.items():
     for size in ("small", "large"):
         means = [interval(values(name, f"ap_{size}")).mean for name in (ours, base)]
@@ -944,7 +952,7 @@ for ours, base in PAIRS.items():
 # token of the encoder's last layer spreads its weights (the exponential of their entropy; "better" means
 # fewer):
 
-# %%
+# %% tags=["hide-input"]
 for ours, base in (("Lite DETR", BASE), ("Lite-DINO", "DINO")):
     asked_for = "encoder_effective_keys", "val"
     means = [interval(values(name, *asked_for)).mean for name in (ours, base)]
@@ -955,6 +963,99 @@ for ours, base in (("Lite DETR", BASE), ("Lite-DINO", "DINO")):
 # Three hundred steps show who learns faster at the beginning, not who is better in the end. And two levels with
 # two layers leave little to save: at full size the encoder has six layers and half of all work.
 #
+# ### AP by the share of updated tokens
+#
+# Section {{n}}.5 counted what a smaller share $\rho$ saves. What does it cost in AP, if the detector is trained with it
+# (`python experiments/sparse.py`)? At $\rho = 1$ the encoder is the dense one, with a scorer that decides nothing. All
+# else is the same, so here the share alone differs. Beside AP we put what is spent (`python
+# experiments/member_costs.py`, one core): by an inference of one picture, and by a step of training on eight.
+
+# %% tags=["hide-input"]
+NAMES = {1.0: "rho 1", 0.5: "rho 0.5", 0.3: "rho 0.3", 0.1: "rho 0.1"}
+KNOWN = NAMES | {0.3: "Sparse DETR"}  # in the table of costs
+by_share = {rho: values(name, "ap", study="sparse") for rho, name in NAMES.items()}
+PARTS = {
+    "inference, multiply-adds": ("multiply_adds", "inference", "1"),
+    "inference, time": ("milliseconds", "inference", "1"),
+    "step, time": ("milliseconds", "step", "8"),
+    "step, memory": ("peak_bytes", "step", "8"),
+}
+spent_on = {part: [spent(KNOWN[rho], *of) for rho in RHOS] for part, of in PARTS.items()}
+for rho, found in by_share.items():
+    print(f"rho {rho}: AP {interval(found) if len(found) > 1 else found or 'not finished'}", end="")
+    print(f"; against rho 1: {judged(found, by_share[1.0])}" if rho < 1 else "")
+print("spent at rho 0.1, of that at rho 1:")
+for part, each in spent_on.items():
+    print(f"    {part:26}{each[-1] / each[0]:.0%}")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels over the share rho from 0.1 to 1. Left, AP on test: a dot per seed and a bar for the interval of the mean. Right, what is spent, as a part of that at rho 1: multiply-adds and memory fall to about three quarters at a tenth, times fall less."}}
+draw.trained_by_share(by_share, spent_on)
+
+# %% [markdown]
+# *Figure {{n}}.10. What to see: left, AP after 300 steps, one dot per seed, a bar for the interval of the mean. Right,
+# what is spent, dense = 1; far above the dotted line of proportion at ρ = 0.1.*
+#
+# Updating a tenth of the tokens does not make the rest free. The backbone, the projection of the values, the first stage
+# and the decoder stay as they were, and scoring and choosing come on top.
+#
+# ### The family at equal multiply-adds
+#
+# Equal images are not equal work. Noised objects ({{chapter denoising}}) and groups ({{chapter groups_and_queries}}) make
+# a step of training dearer, and the encoders of this chapter make it cheaper. What does each member of the family spend?
+
+# %% tags=["hide-input"]
+FAMILY = dict.fromkeys(row["configuration"] for row in tables["members"])
+UNITS = {"multiply_adds": 1e6, "milliseconds": 1, "peak_bytes": 2**20}
+print(f"{'':28}step: M     ms    MiB   inference: M     ms   MiB")
+for name in FAMILY:
+    step = [spent(name, metric, "step", "8") / unit for metric, unit in UNITS.items()]
+    once = [spent(name, metric) / unit for metric, unit in UNITS.items()]
+    print(f"{name:28}{step[0]:7.0f}{step[1]:7.0f}{step[2]:7.0f}", end="")
+    print(f"{once[0]:15.0f}{once[1]:7.1f}{once[2]:6.1f}")
+
+# %% [markdown]
+# (M: million multiply-adds per picture. A step is on eight pictures, with its backward pass.) Groups make the dearest
+# step, and at inference they cost nothing. Sparse DETR and Lite DETR save nearly a fifth of the multiply-adds, and on
+# these small pictures no time: choosing, gathering and writing back tokens take time but no multiply-adds, and key-aware
+# weights run the operator once more.
+#
+# Now equal work. For as many multiply-adds as 300 steps of a member, how many steps could the two-stage base make, and
+# what would it reach? This is read, seed by seed, between trainings of the base of 225, 300, 375 and 450 steps, each
+# with a learning rate that ends at 0 (`python experiments/lengths.py`, then `equal_cost.py`).
+
+# %% tags=["hide-input"]
+equal = json.loads(Path("../data/results/equal_cost.json").read_text())["members"]
+for name in FAMILY:
+    if name != BASE:
+        print(f"{name}: against {equal[name]['steps of the base']:.0f} steps of the base")
+        print(f"    equal images:        {compare(name, BASE)}")
+        found = equal[name]["ap"]["verdict"] if "ap" in equal[name] else "too few trainings to say"
+        print(f"    equal multiply-adds: {found}")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A row for each member of the family: in blue the interval of its AP after 300 steps, in grey that of the base after as many multiply-adds. A dotted line marks the base after 300 steps. Grey marks lie to the right of the line for Group DETR, DINO and DN-DETR, whose steps are dearer, and to its left for Sparse DETR and Lite DETR."}}
+draw.at_equal_cost({name: equal[name] for name in FAMILY if name != BASE}, values(BASE, "ap"))
+
+# %% [markdown]
+# *Figure {{n}}.11. What to see: AP of a member after 300 steps (blue), and of the base after as many multiply-adds
+# (grey; its steps in brackets), with 95 % intervals. Dotted: the base after 300 steps, its mean. A member with dear steps
+# has a harder opponent here than at equal images, and one with cheap steps an easier one.*
+#
+# One thing both comparisons leave open: all members used one learning rate, 0.001. Would each be best with it? A study
+# tries half of it and twice of it, with one seed each, and judges by AP without classes on val (`python
+# experiments/member_rates.py`):
+
+# %% tags=["hide-input"]
+RATES, untried = ("0.0005", "0.001", "0.002"), []
+for name in FAMILY:
+    tried = {r: values(f"{name}, {r}", "object_ap", "val", study="member_rates") for r in RATES}
+    if not all(tried.values()):
+        untried.append(name)
+        continue
+    shown = ", ".join(f"{rate}: {each[0]:.3f}" for rate, each in tried.items())
+    print(f"{name:28} {shown}; best: {max(tried, key=tried.get)}")
+print("not all three tried:", "; ".join(untried) or "none")
+
+# %% [markdown]
 # ### Beside the papers' figures
 #
 # | on COCO, ResNet-50 | AP | G, all | G, encoder |

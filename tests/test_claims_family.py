@@ -3,6 +3,7 @@ would fall if the library or the data changed."""
 
 import csv
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -118,16 +119,93 @@ def test_the_choice_of_tokens_is_learned_from_a_target_alone():
         assert any(g is not None and g.any() for g in found) == reached
 
 
-# The study
+# The studies
 
 
-def test_the_table_has_what_the_chapters_read():
+def finished(study):
+    """The rows of a study's finished trials."""
+    with (ROOT / f"data/results/{study}.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["status"] == "done"]
+
+
+@pytest.mark.parametrize("study", ["members", "sparse"])
+def test_the_table_has_what_the_chapters_read(study):
     """Of each trained member."""
-    with (ROOT / "data/results/members.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["status"] == "done"]
+    rows = finished(study)
     assert rows, "no member is trained"
     wanted = {("test", m) for m in ("ap", "ap_small", "ap_medium", "ap_large")}
     wanted |= {("val", "instability"), ("train", "cpu_seconds"), ("model", "multiply_adds")}
     for trial in {(row["configuration"], row["seed"]) for row in rows}:
         of_it = [row for row in rows if (row["configuration"], row["seed"]) == trial]
         assert wanted <= {(row["split"], row["metric"]) for row in of_it if row["at"] == "300"}
+
+
+@pytest.fixture(scope="module")
+def spent():
+    """By configuration, by a step or an inference, and by metric."""
+    found = {}
+    for row in finished("member_costs"):
+        of_it = found.setdefault(row["configuration"], {})
+        of_it[row["split"], row["metric"]] = float(row["value"])
+    return found
+
+
+BASE, REFINEMENT = "Deformable DETR, two stages", "Deformable DETR, refinement"
+
+
+def test_a_tenth_of_the_updates_does_not_make_the_rest_free(spent):
+    """More than half of everything is left, and of time more than of multiply-adds."""
+    tenth, dense = spent["rho 0.1"], spent["rho 1"]
+    for part in ("step", "inference"):
+        counted, clocked = (
+            tenth[part, metric] / dense[part, metric]
+            for metric in ("multiply_adds", "milliseconds")
+        )
+        assert 0.5 < counted < clocked < 1
+    assert 0.5 < tenth["step", "peak_bytes"] / dense["step", "peak_bytes"] < 1
+
+
+def test_groups_make_the_dearest_step_and_cost_nothing_at_inference(spent):
+    for metric in ("multiply_adds", "milliseconds", "peak_bytes"):
+        of_members = {
+            row["configuration"]: spent[row["configuration"]] for row in finished("members")
+        }
+        assert max(of_members, key=lambda name: of_members[name]["step", metric]) == "Group DETR"
+    counts = (spent[name]["inference", "multiply_adds"] for name in ("Group DETR", REFINEMENT))
+    assert next(counts) == pytest.approx(next(counts), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Sparse DETR", "Lite DETR"])
+def test_fewer_tokens_save_multiply_adds_and_no_time_on_small_pictures(spent, name):
+    for part in ("step", "inference"):
+        assert spent[name][part, "multiply_adds"] < 0.85 * spent[BASE][part, "multiply_adds"]
+        assert spent[name][part, "milliseconds"] > 0.99 * spent[BASE][part, "milliseconds"]
+
+
+def test_equal_multiply_adds_are_those_of_the_tables(spent):
+    """Steps in proportion to what is spent, and figures of the tables shipped."""
+    found = json.loads((ROOT / "data/results/equal_cost.json").read_text())
+    for name, each in found["members"].items():
+        share = spent[name]["step", "multiply_adds"] / spent[BASE]["step", "multiply_adds"]
+        assert each["steps of the base"] == pytest.approx(found["steps"] * share, abs=0.1)
+        if "ap" in each:
+            of_it = [
+                r for r in finished("members") if (r["configuration"], r["split"]) == (name, "test")
+            ]
+            values = [float(row["value"]) for row in of_it if row["metric"] == "ap"]
+            mean = sum(values) / len(values)
+            assert each["ap"]["member"]["mean"] == pytest.approx(mean, abs=1e-4), "make it again"
+
+
+def test_the_base_is_better_the_longer_it_is_trained():
+    """So that a dearer step means a harder opponent."""
+    means = []
+    for steps in (225, 300, 375, 450):
+        of_it = [
+            float(row["value"])
+            for row in finished("lengths")
+            if (row["configuration"], row["split"], row["metric"])
+            == (f"{steps} steps", "test", "ap")
+        ]
+        means.append(sum(of_it) / len(of_it))
+    assert means == sorted(means)

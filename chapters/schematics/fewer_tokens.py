@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from deformable_detr.evaluation.intervals import interval
 from schematics import CUT, LOSS, POINT, QUERY, QUIET, VALUE, arrow, block, canvas, running_example
 
 LEVEL_COLOURS = (QUERY, POINT, VALUE)  # finest first
@@ -198,4 +199,47 @@ def cost_against_rho(
     right.set(xlabel="share ρ of updated tokens", title="clock")
     left.legend(loc="upper left", fontsize=8)
     right.legend(loc="lower right", fontsize=8)
+    plt.show()
+
+
+def trained_by_share(aps: dict[float, list[float]], spent: dict[str, Sequence[float]]) -> None:
+    """AP of each seed, with the interval of its mean; what is spent, as a share of that at rho = 1.
+
+    aps: by rho, 1 first. spent: by name, for each rho of aps.
+    """
+    left, right = plt.subplots(1, 2, figsize=(8, 2.8))[1]
+    for rho, values in aps.items():
+        left.plot([rho] * len(values), values, "o", color=VALUE, ms=4, alpha=0.6)
+        if len(values) > 1:
+            mean = interval(values)
+            left.plot([rho, rho], [mean.low, mean.high], color=VALUE, lw=2)
+            left.plot(rho, mean.mean, "_", color=VALUE, ms=14, mew=2)
+    right.plot([0, 1], [0, 1], ":", color=QUIET, label="in proportion to ρ")
+    for (name, values), colour in zip(spent.items(), (VALUE, QUERY, POINT, LOSS), strict=True):
+        right.plot(list(aps), np.array(values) / values[0], "o-", color=colour, label=name)
+    left.set(xlabel="share ρ of updated tokens", ylabel="AP on test")
+    left.set(ylim=(0, None), xlim=(0, 1.08))
+    right.set(xlabel="share ρ of updated tokens", ylabel="spent, dense = 1", ylim=(0, 1.15))
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    plt.show()
+
+
+def at_equal_cost(members: dict[str, dict], base: list[float]) -> None:
+    """AP of each member, and of the base for as many multiply-adds; those without are left out.
+
+    members: as in equal_cost.json. base: AP after as many images, of each seed.
+    """
+    known = {name: each for name, each in members.items() if "ap" in each}
+    axes = plt.subplots(figsize=(7, 0.8 + 0.4 * max(len(known), 2)))[1]
+    for row, each in enumerate(known.values()):
+        for side, colour, y in (("member", QUERY, row - 0.14), ("base", QUIET, row + 0.14)):
+            found = each["ap"][side]
+            axes.plot([found["low"], found["high"]], [y, y], color=colour, lw=2)
+            label = {"member": "the member", "base": "the base, equal multiply-adds"}[side]
+            axes.plot(found["mean"], y, "o", color=colour, label=label if row == 0 else None)
+    axes.axvline(np.mean(base), color=QUIET, ls=":", label="the base, equal images")
+    labels = [f"{name} ({each['steps of the base']:.0f})" for name, each in known.items()]
+    axes.set_yticks(range(len(known)), labels)
+    axes.set(ylim=(max(len(known), 1) - 0.5, -0.5), xlabel="AP on test")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     plt.show()
