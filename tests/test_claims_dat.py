@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from deformable_detr.backbones.dat import CONFIGS, DAT, DATConfig, Patches
-from deformable_detr.evaluation.intervals import difference
+from deformable_detr.evaluation.intervals import difference, verdict
 from deformable_detr.layers.dat_attention import DAttention, sample
 from deformable_detr.layers.spatial_reduction import SpatialReductionAttention
 from deformable_detr.look.shared_keys import record_shared_keys
@@ -147,12 +147,12 @@ def test_the_study_is_too_small_for_effects_of_the_papers_size(study):
 def test_queries_attend_alike_in_the_last_stage_and_by_chance_before(study):
     shared = {s: study["dense attention", "val", f"shared body.stage{s}.blocks.1"] for s in (3, 4)}
     assert min(shared[4]) > 0.5
-    assert min(shared[3]) < 0.15
-    if len(shared[3]) > 1:
-        assert max(shared[3]) > 0.4
+    first, *others = shared[3]  # the first is the network that the chapter looks at
+    assert first < 0.15 and all(0.4 < each < 0.6 for each in others)
+    if others:
         assert np.ptp(study["dense attention", "test", "accuracy"]) < 0.1
     for stage in (3, 4):
-        assert min(study["dense attention", "val", f"cosine body.stage{stage}.blocks.1"]) > 0.7
+        assert min(study["dense attention", "val", f"cosine body.stage{stage}.blocks.1"]) > 0.65
 
 
 def test_attention_finds_the_digits_more_than_places_do(study):
@@ -162,6 +162,25 @@ def test_attention_finds_the_digits_more_than_places_do(study):
     )
     for each in zip(unmoved, moved, attended, strict=True):
         assert abs(each[1] / each[0] - 1) < 0.3 and each[2] / each[1] > 1.6
+
+
+def test_a_small_resnet_is_the_better_backbone_for_the_digits():
+    """Each at its better learning rate on val, at equal cost."""
+    values = {}
+    with (DATA / "results" / "dat_detector.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["status"] == "done" and row["at"] == "450":
+                key = row["configuration"], row["split"], row["metric"]
+                values.setdefault(key, []).append(float(row["value"]))
+
+    def best(backbone):
+        names = {name for name, *_ in values if name.startswith(backbone)}
+        name = max(names, key=lambda name: np.mean(values[name, "val", "ap"]))
+        return values[name, "test", "ap"], values[name, "model", "multiply_adds_of_backbone"][0]
+
+    (dat, dat_cost), (resnet, resnet_cost) = best("small DAT"), best("small ResNet")
+    assert abs(dat_cost / resnet_cost - 1) < 0.05
+    assert verdict(resnet, dat).startswith("better")
 
 
 # The kept networks
