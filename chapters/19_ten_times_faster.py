@@ -330,6 +330,11 @@ else:
 # on Faster R-CNN: where it must stop, its learning rate has not fallen yet. And apart from its rate (beyond the chosen
 # one there may be a better one) Faster R-CNN was set once: its anchors, proposals and widths were not searched for.
 #
+# A lead of Faster R-CNN would be no surprise. In each step it learns from hundreds of anchors and dozens of boxes per
+# picture, while one-to-one matching gives each digit one query per layer. (Whether this is the reason was not
+# tested.) DETR and its relatives do without anchors and suppression, and pay with a slow start. "Ten times faster" is
+# said of DETR, not of every detector.
+#
 # ## {{n}}.4 The factor
 #
 # So far we have compared upwards, at equal steps. Now across. For an AP of $a$, how many steps did each seed need? Between two evaluations we draw a straight line, and
@@ -811,8 +816,8 @@ for claim, found in lines:
 # - "n times faster" compares two curves across; it needs the AP at which it is made, and an interval over seeds.
 # - On the same map, with the same backbone and nearly the same cost per step, the deformable detector needs far fewer
 #   steps than DETR. The cell above Figure {{n}}.4 says how many times fewer, at which APs, and from how many seeds.
-# - Refinement and two stages make the start faster still. Beside Faster R-CNN it matters what is counted: images, or
-#   multiply-adds, of which Faster R-CNN needs more per image.
+# - Refinement and two stages make the start faster still. But faster than DETR is not faster than every detector: section
+#   {{n}}.3 has Faster R-CNN beside them, at equal images and at equal multiply-adds.
 # - Steady matches and narrow attention are not enough to detect, and the fastest learner has the least steady matches. So
 #   neither explains the difference alone.
 #
