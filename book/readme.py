@@ -86,12 +86,32 @@ def detector_table() -> str:
     return "\n".join(rows)
 
 
+def forms_table() -> str:
+    """Inference of both detectors in each form, and what products of matrices alone would take."""
+    results = json.loads((ROOT / "data" / "results" / "forms_cpu.json").read_text())
+    found = {(row["model"], row["form"]): row for row in results["rows"]}
+    forms = dict.fromkeys(form for _, form in found)
+    rows = [f"| {results['cpu']}, 1 thread | ours | Hugging Face | limit |", "|---" * 4 + "|"]
+    for form in forms:
+        cells = [form]
+        for model, key in (
+            ("ours", "median_ms"),
+            ("Hugging Face", "median_ms"),
+            ("limit", "limit_ms"),
+        ):
+            milliseconds = found.get((model, form), {}).get(key)
+            cells.append(f"{milliseconds / 1e3:.1f} s" if milliseconds else "")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def updated(text: str) -> str:
     """The README with its tables made anew between their markers."""
     tables = {
         "chapters": chapters_table(),
         "operator": operator_table(),
         "detector": detector_table(),
+        "forms": forms_table(),
         "results": results_table(),
     }
     for name, table in tables.items():
