@@ -11,6 +11,7 @@ import torch
 from torchvision.ops import box_iou
 
 from deformable_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid
+from deformable_detr.evaluation.intervals import verdict
 from deformable_detr.models import denoising
 from deformable_detr.models.anchors import AnchorDecoder
 from tests.members import build, make_batch, tiny
@@ -155,3 +156,22 @@ def test_the_less_stable_of_two_detectors_can_be_the_better_one():
     for metric, split in (("instability", "val"), ("ap", "test")):
         plain, refined = (last(n, metric, split) for n in ("two maps", "two maps, refinement"))
         assert refined > 1.5 * plain > 0
+
+
+def test_noise_calms_dn_detrs_matching_and_pairs_raise_dinos_ap():
+    found = {}
+    for name in ("members", "denoising"):
+        with open(ROOT / "data" / "results" / f"{name}.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                if row["status"] == "done" and row["at"] == "300":
+                    key = row["configuration"], row["split"], row["metric"]
+                    found.setdefault(key, []).append(float(row["value"]))
+    with_noise, without = (
+        found[name, "val", "instability"] for name in ("DN-DETR", "DN-DETR, no groups")
+    )
+    assert verdict(without, with_noise).startswith("better")  # more of it
+    assert verdict(found["DINO", "test", "ap"], found["DINO, no pairs", "test", "ap"]).startswith(
+        "better"
+    )
+    without = found["DN-DETR, no groups", "test", "ap"]
+    assert verdict(found["DN-DETR", "test", "ap"], without).startswith("no difference")
