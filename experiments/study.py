@@ -214,8 +214,12 @@ def finish(place: Place, code: int) -> None:
 
 
 def write_tables(studies: list[Study]) -> None:
-    """NAME.csv and NAME.json of each study, as far as it has come."""
+    """NAME.csv and NAME.json of each study, as far as it has come; but not over those of more
+    finished trials, whose folders are somewhere else."""
     for study in studies:
+        found = about(study)
+        if finished(stored(study, found)) > finished(found):
+            continue
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -224,7 +228,22 @@ def write_tables(studies: list[Study]) -> None:
         write_atomically(
             RESULTS / f"{study.name}.csv", lambda path, text=content: Path(path).write_text(text)
         )
-        write_json(RESULTS / f"{study.name}.json", about(study))
+        write_json(RESULTS / f"{study.name}.json", found)
+
+
+def stored(study: Study, like: dict) -> dict:
+    """What NAME.json says of the same trials; nothing where there is none."""
+    like = json.loads(json.dumps(like))
+    with suppress(FileNotFoundError):
+        content = json.loads((RESULTS / f"{study.name}.json").read_text())
+        if all(content[key] == like[key] for key in ("configurations", "seeds")):
+            return content
+    return {}
+
+
+def finished(content: dict) -> int:
+    """How many trials a NAME.json has."""
+    return content["trials"] - len(content["missing"]) if content else 0
 
 
 def rows_of(study: Study) -> Iterator[Row]:

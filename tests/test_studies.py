@@ -163,6 +163,17 @@ def test_what_was_not_begun_has_a_row_too(study, make, tmp_path):
     assert card(tmp_path)["missing_cpu_minutes"] == 2
 
 
+def test_a_finished_table_is_not_written_over_where_its_runs_are_not(study, make, here, tmp_path):
+    quick = make("a")
+    study.run_studies([quick], jobs=1)
+    before = table(tmp_path), card(tmp_path)
+    shutil.rmtree(tmp_path / "runs")
+    study.write_tables([quick])
+    assert (table(tmp_path), card(tmp_path)) == before
+    study.write_tables([make("a", "b")])  # another study
+    assert {row["status"] for row in table(tmp_path)} == {"missing"}
+
+
 def test_a_trial_in_use_is_left_to_its_process(study, make, here, tmp_path, capsys):
     quick = make("a", seeds=(0,))
     place = study.Place(quick, "a", 0)
