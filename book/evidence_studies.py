@@ -8,7 +8,7 @@ from statistics import mean
 
 from claims import CONDITION, RESULTS, TRUE, UNCONFIRMED, UNTESTABLE, Finding, evidence, judge
 
-from deformable_detr.evaluation.intervals import Interval, interval
+from deformable_detr.evaluation.intervals import Interval, in_words, interval
 
 C, M, K, QUERIES = 256, 8, 4, 300  # of the published models
 IMAGES_PER_STEP = 8  # of the studies on the digits
@@ -33,14 +33,6 @@ def ablated(ours: str, theirs: str) -> Interval | None:
             aps[row["configuration"]][row["seed"]] = float(row["value"])
     pairs = [aps[ours][seed] - aps[theirs][seed] for seed in aps[ours].keys() & aps[theirs].keys()]
     return interval(pairs) if len(pairs) > 1 else None
-
-
-def in_words(found: Interval) -> str:
-    """What a difference allows to say, as in chapter what_matters."""
-    low, high = sorted((abs(found.low), abs(found.high)))
-    if found.low > 0 or found.high < 0:
-        return f"{'better' if found.low > 0 else 'worse'} by {low:.3f} to {high:.3f}"
-    return f"no difference larger than {high:.3f}"
 
 
 def promises_nothing(changed: bool, small: bool) -> str:

@@ -1,6 +1,8 @@
 """Detecting in bfloat16 finds what float32 finds."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +117,14 @@ def test_explaining_has_it(tmp_path):
     arguments = ["explain", SAMPLES[1], "--model", DIGITS, "--precision", "bf16"]
     assert main([*arguments, "--output", str(page)]) == 0
     assert page.stat().st_size > 10_000
+
+
+def test_stored_figures():
+    """Measured by benchmarks/precision.py, and told in the README."""
+    rows = json.loads(Path("data/results/precision.json").read_text())["rows"]
+    found = {(row["model"], row["precision"]): row for row in rows}
+    for model in ("digits", "trees"):
+        plain, narrow, int8 = (found[model, p] for p in ("float32", "bfloat16", "int8"))
+        assert abs(narrow["ap"] - plain["ap"]) < 5e-4
+        assert narrow["moved"]["largest"] < 1 and narrow["moved"]["lost"] == 0
+        assert int8["median_ms"] > plain["median_ms"]  # why there is no such option

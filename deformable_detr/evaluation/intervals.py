@@ -60,7 +60,11 @@ def verdict(ours: Sequence[float], theirs: Sequence[float], digits: int = 3) -> 
     An ordering is claimed only where the interval of the difference leaves out zero; otherwise c is
     its end that is farther from zero: a larger difference, of either sign, would not fit.
     """
-    found = difference(ours, theirs)
+    return in_words(difference(ours, theirs), digits)
+
+
+def in_words(found: Interval, digits: int = 3) -> str:
+    """What `verdict` says of the interval of a difference, of pairs too."""
     low, high = sorted(map(abs, (found.low, found.high)))
     if found.low > 0 or found.high < 0:
         word = "better" if found.low > 0 else "worse"
