@@ -471,7 +471,7 @@ plt.show()
 
 # %% [markdown]
 # *Figure {{n}}.5. What to see: circles are starts and stars are ends. Two points feel the slope of the
-# spot and climb to its centre. The third (its star covers its circle) lies where the map is flat.
+# spot and climb to its centre. (They overshoot a little, because Adam has momentum.) The third (its star covers its circle) lies where the map is flat.
 # Its gradient is exactly zero, so it never moves.*
 
 # %% tags=["hide-input"]
@@ -699,8 +699,8 @@ plt.show()
 # forgotten, all of it moves up and to the left by half a cell (each cell shows what lies half a
 # cell further down and to the right). With `align_corners=True` it is right in the middle and off
 # at the borders. With H and W swapped it is out of shape. The grey strips at the edges were read
-# outside the map. On a square map the swap of H and W would not show at all. The numbers below are
-# the largest error of each panel; the colours run from -0.3 to 0.5.*
+# outside the map. The numbers below are the largest error of each panel; the colours run from -0.3 to
+# 0.5.*
 
 # %% tags=["hide-input"]
 errors = {title: (look - scene).abs().max().item() for title, look in looks.items()}
@@ -805,9 +805,9 @@ turned_box()
 # - The result has `shape` (rows, columns). Its pixels divide the box evenly, and each is read at its own
 #   centre. Outside the picture everything is zero.
 #
-# The checker asks for four things: the whole picture comes back unchanged; a part comes back
-# enlarged; a quarter turn gives the same as `torch.rot90`; and an upright box gives the same as
-# torchvision's `roi_align`.
+# The checker asks for five things: the whole picture comes back unchanged; a part comes back
+# enlarged; a box larger than the picture has zeros around it; a quarter turn gives the same as
+# `torch.rot90`; and an upright box gives the same as torchvision's `roi_align`.
 
 
 # %% tags=["exercise"]

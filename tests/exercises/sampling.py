@@ -93,12 +93,15 @@ def check_cut_out(cut_out):
     wanted = bilinear_sample(picture, corner / torch.tensor([7.0, 4.0])).permute(2, 0, 1)
     hint = "5 points in 2 pixels lie 0.4 apart, the first 0.2 from the edge of the box"
     expect(cut_out(picture, (2.5, 1.0), (2, 1), 0.0, (3, 5)), wanted, hint)
+    yield "a box larger than the picture has zeros around it"
+    around = cut_out(picture, middle, (13, 10), 0.0, (10, 13))
+    expect(around, F.pad(picture, (3, 3, 3, 3)), "outside the picture everything is zero")
     yield "a quarter of a turn clockwise is torch.rot90, whose turn is the other way"
     hint = "y points down: (u, v) goes to (u cos - v sin, u sin + v cos)"
     turned = cut_out(picture, middle, (4, 7), math.pi / 2, (7, 4))
     expect(turned, picture.rot90(1, (1, 2)), hint)
-    yield "an upright box, also one that leaves the picture, is torchvision's RoIAlign"
-    picture = F.pad(torch.randn(2, 5, 8), (3, 3, 3, 3))  # zeros: RoIAlign repeats the border
+    yield "an upright box is torchvision's RoIAlign"
+    picture = torch.randn(2, 11, 14)
     box = torch.tensor([[1.3, 2.1, 12.4, 9.0]])  # left, top, right, bottom, from edge to edge
     wanted = roi_align(picture[None], [box], (6, 9), sampling_ratio=1, aligned=True)[0]
     centre, size = (1.3 + 12.4) / 2 - 0.5, 12.4 - 1.3
@@ -142,10 +145,12 @@ def _on_edges(count):
     return torch.linspace(-0.5, 0.5, count)
 
 
-def _cut_out(picture, centre, size, angle, shape, spread=_evenly):
+def _cut_out(picture, centre, size, angle, shape, spread=_evenly, border=False):
     v, u = torch.meshgrid(spread(shape[0]) * size[1], spread(shape[1]) * size[0], indexing="ij")
     x = centre[0] + u * math.cos(angle) - v * math.sin(angle)
     y = centre[1] + u * math.sin(angle) + v * math.cos(angle)
+    if border:
+        x, y = x.clamp(0, picture.shape[2] - 1), y.clamp(0, picture.shape[1] - 1)
     points = pixel_to_normalised(torch.stack([x, y], -1), picture.shape[1:])
     return bilinear_sample(picture, points).permute(2, 0, 1)
 
@@ -184,6 +189,7 @@ WRONG = {
         ("turned the other way", lambda p, c, s, a, shape: _cut_out(p, c, s, -a, shape)),
         ("size as (h, w)", lambda p, c, s, a, shape: _cut_out(p, c, s[::-1], a, shape)),
         ("half a pixel off", lambda p, c, *box: _cut_out(p, (c[0] + 0.5, c[1] + 0.5), *box)),
+        ("the border repeated", lambda *box: _cut_out(*box, border=True)),
         ("the angle forgotten", lambda p, c, s, a, shape: _cut_out(p, c, s, 0.0, shape)),
     ],
 }
