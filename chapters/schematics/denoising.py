@@ -54,14 +54,16 @@ def flips(boxes: list[Tensor], asked: Sequence[int], costs: list[Sequence[float]
     is matched."""
     places = plt.subplots(1, 2, figsize=(7, 3.4))[1]
     for step, (axes, pair, one) in enumerate(zip(places, boxes, asked, strict=True)):
-        _picture(axes, window=(15, 112, 45, 135))
+        _picture(axes, window=(15, 112, 45, 128))
         for number, (box, name) in enumerate(zip(pair, "AB", strict=True)):
             colour, wanted = (QUERY, "seven") if number == one else (QUIET, "nothing")
             _box(axes, box, color=colour, lw=2.5)
-            x, y = (box[0] + 1, box[1] - 1) if number == 0 else (box[2] - 1, box[3] + 3)
-            side = ("left", "bottom") if number == 0 else ("right", "top")
+            x, y = (box[0], box[1] - 2) if number == 0 else (box[2], box[3] - 2)
+            side = ("left", "bottom") if number == 0 else ("right", "bottom")
             text = f"{name}: {wanted}, cost {costs[step][number]:.2f}"
-            axes.text(x, y, text, color=colour, ha=side[0], va=side[1], fontsize=9, weight="bold")
+            plate = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 1.5}
+            axes.text(x, y, text, color=colour, ha=side[0], va=side[1], fontsize=9, weight="bold",
+                      bbox=plate)  # fmt: skip
         axes.set_title("at one step" if step == 0 else "at the next")
     plt.show()
 
