@@ -5,7 +5,8 @@
 
 The paper's base model (ResNet-50, four levels, 300 queries) on one image of 800 x 1066 pixels:
 inference, and a training step of forward, loss and backward. The loss is the same simple one for
-both, so that only the models differ. Writes data/results/model_cpu.json.
+both, so that only the models differ. Writes data/results/model_avx2.json, or what
+the processor's vectors are called.
 """
 
 import os
@@ -233,7 +234,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    path = timing.RESULTS / "model_cpu.json"
+    path = timing.results_path("model")
     result = stored(path, provenance(COMMAND, ("torchvision", "transformers")))
 
     def save(table: str, rows: list[dict]) -> None:
@@ -275,7 +276,7 @@ def warm_up(models: dict[str, nn.Module], image: Tensor) -> None:
 
 def replace(result: dict, table: str, rows: list[dict]) -> None:
     """Put rows into a table of the result, in the place of those for the same thing."""
-    keys = ("mode", "threads", "model", "channels_last")
+    keys = ("mode", "threads", "model", "channels_last", "form")
     found = {tuple(row.get(k) for k in keys): row for row in (*result.get(table, ()), *rows)}
     result[table] = list(found.values())
 

@@ -3,12 +3,13 @@
     python benchmarks/operator.py                     # all of it, some minutes
     python benchmarks/operator.py --part kept         # or a part: its rows alone are replaced
 
-Writes data/results/operator_cpu.json and data/results/operator.png, and where there is a CUDA
-device operator_cuda.json. Each part is a process of its own, since the C library reads its
-allocator's settings when a process starts: "default" is the allocator as it comes, "kept" is told
-to keep its memory, which spares the peers that make large temporaries their page faults. Memory is
-counted in a third, "mapped", where every tensor is a mapping of its own: the heap, once told to use
-pages of 2 MiB, holds up to 4 MiB more, now in one call, now in another.
+Writes data/results/operator_avx2.json and operator_avx2.png, or what the processor's vectors are
+called, and where there is a CUDA device operator_cuda.json. Each part is a process of its own,
+since the C library reads its allocator's settings when a process starts: "default" is the allocator
+as it comes, "kept" is told to keep its memory, which spares the peers that make large temporaries
+their page faults. Memory is counted in a third, "mapped", where every tensor is a mapping of its
+own: the heap, once told to use pages of 2 MiB, holds up to 4 MiB more, now in one call, now in
+another.
 
 torch-ms-deform-attn takes part where it can be imported. It is built for this alone:
     pip install --no-build-isolation --target FOLDER torch-ms-deform-attn   # setuptools>=77
@@ -256,7 +257,7 @@ def main() -> None:
             result["rows"] = measure(part, shape, arguments.threads, arguments.attempts, compiled)
         Path(output).write_text(json.dumps(result))
         return
-    path = timing.RESULTS / "operator_cpu.json"
+    path = timing.results_path("operator")
     about = provenance(COMMAND, ("transformers", PACKAGE))
     about |= {"build": build_seconds(), "limit": cache_limit()}
     if "default" in arguments.part and 2 in arguments.threads:
@@ -265,7 +266,7 @@ def main() -> None:
         new = about | measure_apart(part, shape, sys.argv[1:])
         old = json.loads(path.read_text()) if path.exists() else {}
         write_json(path, merge(old, new))  # what is measured is safe if the rest is stopped
-    plot(json.loads(path.read_text()), timing.RESULTS / "operator.png")
+    plot(json.loads(path.read_text()), path.with_suffix(".png"))
     if torch.cuda.is_available():
         write_json(timing.RESULTS / "operator_cuda.json", measure_cuda())
 

@@ -1,4 +1,4 @@
-"""What both benchmarks share: calls timed in turn, their spread, peak memory."""
+"""What the benchmarks share: calls timed in turn, their spread, peak memory, where results go."""
 
 import ctypes
 import gc
@@ -8,12 +8,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results"
 STATUS = Path("/proc/self/status")  # Linux
 CALM = 0.25  # the distance of the quartiles over the median, above which a section is run again
 
 Call = Callable[[], object]
+
+
+def results_path(benchmark: str) -> Path:
+    """The file of a benchmark's results on processors like this one: a file for each set of vector
+    instructions, operator_avx2.json beside operator_avx512.json."""
+    vectors = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
+    return RESULTS / f"{benchmark}_{vectors}.json"
 
 
 def side_by_side(

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -55,41 +56,45 @@ def results_table() -> str:
 
 
 def operator_table() -> str:
-    """How many times as long as ours each peer takes, one thread, medians."""
-    results = json.loads((ROOT / "data" / "results" / "operator_cpu.json").read_text())
-    times = {
-        (row["shape"], row["mode"], row["peer"]): row["times"]
-        for row in results["ratios"]
-        if row["threads"] == 1 and row["allocator"] == "default"
-    }
+    """How many times as long as ours each peer takes, one thread, medians; a row for each kind of
+    call, and in it a figure for each processor."""
+    files = sorted((ROOT / "data" / "results").glob("operator_avx*.json"))
+    times: dict[tuple, list[str]] = defaultdict(list)
+    for path in files:
+        for row in json.loads(path.read_text())["ratios"]:
+            if row["threads"] == 1 and row["allocator"] == "default":
+                key = row["shape"], row["mode"], row["peer"]
+                times[key].append(f"{row['times']:.1f}")
     peers = list(dict.fromkeys(peer for _, _, peer in times))
-    rows = ["| shape | " + " | ".join(peers) + " |", "|---" * (len(peers) + 1) + "|"]
+    vectors = ", ".join(path.stem.removeprefix("operator_").upper() for path in files)
+    rows = [f"| times on {vectors} | " + " | ".join(peers) + " |", "|---" * (len(peers) + 1) + "|"]
     for shape, mode in dict.fromkeys((shape, mode) for shape, mode, _ in times):
-        found = (times.get((shape, mode, peer)) for peer in peers)
-        cells = " | ".join("" if n is None else f"{n:.1f} x" for n in found)
+        cells = " | ".join(", ".join(times[shape, mode, peer]) for peer in peers)
         rows.append(f"| {shape}, {mode} | {cells} |")
     return "\n".join(rows)
 
 
 def detector_table() -> str:
     """The whole detector against Hugging Face's: seconds, and memory above the weights."""
-    results = json.loads((ROOT / "data" / "results" / "model_cpu.json").read_text())
-    found = {(row["mode"], row["threads"], row["model"]): row for row in results["times"]}
-    rows = ["| | threads | ours | Hugging Face | times | memory |", "|---" * 6 + "|"]
-    for mode, threads in dict.fromkeys((mode, threads) for mode, threads, _ in found):
-        ours, theirs = (found[mode, threads, model] for model in ("ours", "Hugging Face"))
-        seconds = [row["median_ms"] / 1e3 for row in (ours, theirs)]
-        rows.append(
-            f"| {mode} | {threads} | {seconds[0]:.1f} s | {seconds[1]:.1f} s "
-            f"| {seconds[1] / seconds[0]:.1f} x | {ours['extra_mib'] / theirs['extra_mib']:.0%} |"
-        )
+    rows = ["| | | threads | ours | Hugging Face | times | memory |", "|---" * 7 + "|"]
+    for path in sorted((ROOT / "data" / "results").glob("model_avx*.json")):
+        results = json.loads(path.read_text())
+        found = {(row["mode"], row["threads"], row["model"]): row for row in results["times"]}
+        for mode, threads in dict.fromkeys((mode, threads) for mode, threads, _ in found):
+            ours, theirs = (found[mode, threads, model] for model in ("ours", "Hugging Face"))
+            seconds = [row["median_ms"] / 1e3 for row in (ours, theirs)]
+            rows.append(
+                f"| {results['vectors']} | {mode} | {threads} | {seconds[0]:.1f} s "
+                f"| {seconds[1]:.1f} s | {seconds[1] / seconds[0]:.1f} x "
+                f"| {ours['extra_mib'] / theirs['extra_mib']:.0%} |"
+            )
     return "\n".join(rows)
 
 
 def forms_table() -> str:
-    """Inference of both detectors in each form, and what products of matrices alone would take."""
-    results = json.loads((ROOT / "data" / "results" / "forms_cpu.json").read_text())
-    found = {(row["model"], row["form"]): row for row in results["rows"]}
+    """Both detectors in each form, and what an inference's products alone would take."""
+    results = json.loads((ROOT / "data" / "results" / "forms_avx512.json").read_text())
+    found = {(row["model"], f"{row['mode']}, {row['form']}"): row for row in results["rows"]}
     forms = dict.fromkeys(form for _, form in found)
     rows = [f"| {results['cpu']}, 1 thread | ours | Hugging Face | limit |", "|---" * 4 + "|"]
     for form in forms:

@@ -118,7 +118,13 @@ def test_plot(tmp_path):
 
 
 def test_stored_operator_results():
-    stored = json.loads((timing.RESULTS / "operator_cpu.json").read_text())
+    files = sorted(timing.RESULTS.glob("operator_avx*.json"))
+    assert files
+    for path in files:
+        check_operator_results(json.loads(path.read_text()))
+
+
+def check_operator_results(stored):
     assert {"cpu", "vectors", "versions", "limit", "build", "ratios", "scaling"} <= stored.keys()
     named = {
         (r["shape"], r["mode"], r["threads"], r["allocator"], r["peer"]) for r in stored["rows"]
