@@ -479,8 +479,8 @@ print(f"(at a confidence of {strict:.4f} each)")
 # %% [markdown]
 # Rows printed here (there may be none) are what the table shows beyond reasonable doubt. All others are hints at most.
 #
-# How many seeds would it take to see a given effect? That depends on the spread of the differences. (From two or three
-# pairs per row it is known only roughly.)
+# How many seeds would it take to see a given effect? That depends on the spread of the differences. (From so few pairs
+# per row it is known only roughly.)
 
 # %%
 spreads = [np.std(d, ddof=1) for d in rows.values() if len(d) > 1]
@@ -636,7 +636,7 @@ for name in rules["weight at least w"]:
     print(f"{name:21} {points(name):4.1f} points: {says(d)}")
 
 # %% [markdown]
-# At no threshold is the second rule seen to be better, and at one it is slightly worse. So for this detector there is no
+# A row that says "better" would speak for the second rule; there is none. So for this detector there is no
 # sign that choosing by a threshold beats the same $K$ for all, and the rows say how large a gain would contradict the
 # measurement. (A detector that was *trained* with a variable number of points may behave differently.)
 #
@@ -708,7 +708,7 @@ draw.points_in_training(followed)
 
 # %% [markdown]
 # *Figure {{n}}.7. What to see: one line per seed, darker for larger digits. Lengths and the use of the maps change a lot.
-# Directions stay close to the star, and what is a query's own stays below a fiftieth.*
+# Directions stay close to the star, and the share that differs from query to query stays below a fiftieth.*
 #
 # - **Directions turn little.** A cosine of 0.9 is an angle of 26 degrees. So the star is not only a start: these detectors
 #   keep most of it.
@@ -759,8 +759,8 @@ for theirs, gain, row, sign, step in table:
     print(f"{paper:32} | {step:17} {said}")
 
 # %% [markdown]
-# (Our differences are multiplied by 100 here; "cannot be told" means that the interval contains zero.) How to read the two
-# columns together:
+# (Our differences are multiplied by 100 here, and where our row takes the paper's step backwards, their sign is turned.
+# "Cannot be told" means that the interval contains zero.) How to read the two columns together:
 #
 # - **Maps.** A digit narrower than 16 pixels is less than one
 #   cell of our coarsest map, which is all that "one map" has, so a large effect is to be expected here.
@@ -769,7 +769,7 @@ for theirs, gain, row, sign, step in table:
 #   differ by a few tenths of an AP, and 0.9 is not far above that. In our
 #   study, a $K$ that is not seen to matter after 300 steps may still matter after many epochs.
 # - **Across scales** (per map -> joint). The paper compares with points that stay on their token's own map. Our row "weights per level"
-#   changes less: points on all maps, but each map has a softmax of its own and the same share of the attention.
+#   changes less: points stay on all maps, but each map has a softmax of its own and the same share of the attention.
 # - **Choices without a table.** Appendix A.4 says that refinement is "robust" to the size of the first boxes, from 0.05 to
 #   0.5, and gives no numbers. (Our rows change something similar, the anchors of two stages.) The offsets' learning
 #   rate is multiplied by 0.1 without a comparison; we have a row for it.
