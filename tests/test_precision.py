@@ -101,6 +101,27 @@ def test_a_detector_in_float32_is_itself():
     assert isinstance(detector.in_precision("bf16"), Detector)
 
 
+def test_a_copy_runs_its_own_weights():
+    narrow = in_bf16(small())
+    other = copy.deepcopy(narrow)
+    torch.nn.init.ones_(other.class_heads[0].bias)
+    batch = Batch.from_images([torch.rand(3, 64, 64)])
+    with torch.no_grad():
+        expected, found = narrow(batch).logits, other(batch).logits
+    assert (found > expected + 1).all()  # a bias of 1 in the place of -4.6
+    assert in_bf16(narrow) is narrow
+
+
+def test_other_classes_do_not_widen_it_nor_round_boxes():
+    narrow = load_detector(DIGITS, precision="bf16")
+    turned = narrow.for_categories(narrow.categories[::-1])
+    dtypes = [[p.dtype for p in d.model.parameters()] for d in (narrow, turned)]
+    assert dtypes[0] == dtypes[1]
+    found, same = predict(narrow, SAMPLES[1])[0], predict(turned, SAMPLES[1])[0]
+    assert same.names == found.names and same.boxes.dtype == torch.float32
+    torch.testing.assert_close(same.boxes, found.boxes, atol=0.01, rtol=0.0)  # pixels
+
+
 def test_the_command_has_it(tmp_path, capsys):
     found = tmp_path / "found.json"
     assert (

@@ -11,7 +11,7 @@ from deformable_detr.data.names import counted, listed
 from deformable_detr.data.preparation import DEFAULT as PREPARATION
 from deformable_detr.data.preparation import PREPARATIONS, preparation_of
 from deformable_detr.data.transforms import SHORT_SIDE, SMALLEST_SIDE
-from deformable_detr.inference.precision import choose_precision, in_bf16
+from deformable_detr.inference.precision import choose_precision, in_bf16, is_narrow
 from deformable_detr.models import BaseDetector
 from deformable_detr.weights.classes import with_classes
 from deformable_detr.weights.ours import load_model, read_card, save_model
@@ -74,6 +74,8 @@ class Detector:
                 f"the model has the classes {', '.join(names[:8])}{', ...' * (len(names) > 8)}; "
                 f"{len(missing)} of the data's it has not, such as {missing[0]!r}"
             )
+        if is_narrow(self.model):
+            model = in_bf16(model)
         return replace(self, model=model, categories=wanted)
 
     def in_precision(self, precision: str, device: torch.device | str | None = None) -> "Detector":

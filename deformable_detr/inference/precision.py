@@ -2,6 +2,7 @@
 Chapter training_at_every_size."""
 
 import copy
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +34,24 @@ def choose_precision(precision: str, device: torch.device) -> str:
 def in_bf16(model: BaseDetector) -> BaseDetector:
     """A copy for detecting, whose products and convolutions are in bfloat16; what comes out, boxes
     and places of samples are in float32. Autocast would narrow the weights at each call: here it
-    is done once."""
+    is done once. A model that is such a copy is returned as it is."""
+    if is_narrow(model):
+        return model
     narrow = copy.deepcopy(model)
     for layer in _narrowed(narrow):
         layer.to(torch.bfloat16)
-    forward = narrow.forward
-
-    def autocast_forward(batch: Batch) -> Output:
-        with torch.autocast(batch.images.device.type, torch.bfloat16):
-            return forward(batch).float()
-
-    narrow.forward = autocast_forward
+    narrow.forward = MethodType(_autocast_forward, narrow)  # a copy's is bound to the copy
     return narrow
+
+
+def is_narrow(model: BaseDetector) -> bool:
+    """Whether `in_bf16` has made this model."""
+    return getattr(model.forward, "__func__", None) is _autocast_forward
+
+
+def _autocast_forward(model: BaseDetector, batch: Batch) -> Output:
+    with torch.autocast(batch.images.device.type, torch.bfloat16):
+        return type(model).forward(model, batch).float()
 
 
 def _narrowed(model: BaseDetector) -> list[nn.Module]:

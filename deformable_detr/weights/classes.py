@@ -80,7 +80,8 @@ def with_classes(
         return model, report
     new = build_model(wanted)
     _carry_over(model, new, rows, report)
-    return new.to(next(model.parameters())).train(model.training), report
+    widest = max(model.parameters(), key=lambda p: p.dtype.itemsize)  # of bfloat16 beside float32
+    return new.to(widest).train(model.training), report
 
 
 def plain_categories(num_classes: int) -> list[dict]:
