@@ -27,8 +27,8 @@
 
 # %% [markdown]
 # Dense attention lets a query weigh all $HW$ places of a map. That is flexible but expensive.
-# Deformable convolution reads a few moved points with fixed weights. That is cheap, but only the
-# cells of the map itself get an output, not any other query. Deformable attention
+# Deformable convolution reads a few moved points with fixed weights. That is cheap, but its outputs
+# belong to the cells of the map: it has no queries of any other kind. Deformable attention
 # {cite}`zhu2021deformable` joins the two. It reads a few points, as the convolution does, and
 # weighs them for any query, as attention does: **each query says where its $K$ points are, and how
 # much each of them counts**.
@@ -223,6 +223,7 @@ the_module()
 #
 # One detail needs care. Offsets come out of their layer in **pixels** of the map, but reference
 # points are normalised to [0, 1]. So an offset's x is divided by the width and its y by the height.
+# Nothing limits an offset: a point may leave the map, where it reads zero.
 
 
 # %%
@@ -344,7 +345,7 @@ check("deformable_attention.2", where_and_how_much)
 # with the content of each place. Deformable attention has no keys. Offsets and weights are computed
 # from the query alone.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two diagrams. In dense attention, an arrow named keys leads from what stands on the map to where and how much, beside the arrow from the query; values lead to the output. In deformable attention the keys' arrow is dashed and red, named no keys; the rest is the same."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two diagrams. In dense attention, an arrow named keys leads from the content of the map to where and how much, beside the arrow from the query; values lead to the output. In deformable attention the keys' arrow is dashed and red, named no keys; the rest is the same."}}
 from schematics.deformable_attention import who_decides
 
 who_decides()
@@ -409,9 +410,9 @@ assert (weights_after - weights_before).abs().max() > 0.1
 
 # %% [markdown]
 # Then how can deformable attention find anything? It can because the **query** itself has seen
-# something. In an encoder the query *is* the content of its own cell (plus a code of its position).
-# So there the offsets and weights do depend on the picture, but only on the content of the query's
-# own cell. (The offsets of a deformable 1 x 1 convolution depend on the picture in the same way.)
+# something. In an encoder the query *is* the content of its own cell (plus a code of its position),
+# as the layers before have left it. So there the offsets and weights do depend on the picture, but
+# within one layer only on the query's own cell. (The offsets of a deformable 1 x 1 convolution depend on the picture in the same way.)
 # In a decoder the query has gathered its content in the layers before.
 #
 # We can see this for the encoder. We change the content of one cell of a map whose cells are the
@@ -472,7 +473,8 @@ print("M = 1, K = 1, W' = I: a deformable 1 x 1 convolution")
 # %% [markdown]
 # A 3 x 3 kernel has nine taps, so it takes nine heads, one for each tap, and $W_m$ is the weight of
 # tap $m$. Each of these heads must read all $C$ channels. The module cannot do that, because its heads
-# share the channels out among themselves ($D = C/M$), but the operator can:
+# share the channels out among themselves ($D = C/M$), but the operator can. Each head gets one
+# point per pixel: the pixel itself, plus the step to the head's tap, plus the tap's own offset.
 
 # %%
 outputs = 7
@@ -542,7 +544,7 @@ from schematics.deformable_attention import two_orders
 two_orders()
 
 # %% [markdown]
-# *Figure {{n}}.5. Two orders of work; green is what is projected. Left, the cost grows with the map,
+# *Figure {{n}}.5. Two orders of work; filled green is what gets multiplied by $W'$. Left, the cost grows with the map,
 # right, with the number of queries.*
 #
 # The paper's Appendix A.1 counts multiply-adds, for $N_q$ queries (our $Q$):

@@ -100,7 +100,7 @@ def who_decides() -> None:
     for left, name in ((0.1, "dense attention"), (3.9, "deformable attention")):
         axes.text(left + 1.7, 2.15, name, ha="center", fontsize=10)
         block(axes, left + 0.6, 1.5, "query", QUERY, 0.9, 0.5)
-        block(axes, left + 0.6, 0.55, "what stands\non the map", VALUE, 1.1, 0.6)
+        block(axes, left + 0.6, 0.55, "content\nof the map", VALUE, 1.1, 0.6)
         block(axes, left + 2.5, 1.5, "where, and\nhow much", POINT, 1.1, 0.6)
         block(axes, left + 2.5, 0.55, "output", QUIET, 0.9, 0.5)
         arrow(axes, (left + 1.08, 1.5), (left + 1.92, 1.5), colour=QUERY)
