@@ -70,8 +70,8 @@ for part, size in sizes.most_common():
 print(f"{'all':>17} {sizes.total():>11,}")
 
 # %% [markdown]
-# The `neck` projects the backbone's maps to the width of the transformer. `query_embed` holds the learned queries, and
-# `reference_points` is the layer that makes a reference point out of each of them.
+# The `neck` projects the backbone's maps to the width of the transformer and adds the embedding of their levels.
+# `query_embed` holds the learned queries, and `reference_points` is the layer that makes a reference point out of each.
 #
 # A count is a first test of whether a model is the published one. The three multi-scale models of the official code have
 # 40,069,665, 40,849,660 and 41,181,529 parameters. If ours had one more or one less, it would be another model.
@@ -273,7 +273,8 @@ differences = {
     "logits": (mine.logits - other.logits).abs().max().item(),
     "boxes": (mine.boxes - other.pred_boxes).abs().max().item(),
 }
-print({name: x < 1e-4 for name, x in differences.items()})
+for name, difference in differences.items():
+    print(f"{name} agree to 1e-4: {difference < 1e-4}")
 assert max(differences.values()) < 1e-4
 
 # %% [markdown]
@@ -324,7 +325,8 @@ with torch.no_grad():
         tensor.copy_(tensor.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
 parted = compare(model, theirs)
 for layer, difference in enumerate(parted):
-    print(f"layer {layer}: {'equal' if difference < 1e-4 else 'different'}")
+    name = f"encoder {layer}" if layer < 3 else f"decoder {layer - 3}"
+    print(f"{name}: {'equal' if difference < 1e-4 else 'different'}")
 assert [x < 1e-4 for x in parted] == [True, False, False, False, False]
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of five layers. Below, the second encoder layer is marked as wrong. Arrows between the rows: equal after the first layer, unequal after the second and after all that follow."}}
@@ -348,7 +350,7 @@ def first_difference(mine, theirs, tolerance=1e-4):
     """mine, theirs: dicts name -> tensor, the same names. Returns a name or None."""
     # BEGIN SOLUTION
     for name, tensor in mine.items():
-        if not torch.allclose(tensor, theirs[name], atol=tolerance, rtol=tolerance):
+        if not torch.allclose(tensor, theirs[name], rtol=0, atol=tolerance):
             return name
     return None
     # END SOLUTION
@@ -365,7 +367,7 @@ check("published_weights.2", first_difference)
 #
 # <details><summary>Hint 2</summary>
 #
-# `torch.allclose` is False where one of them is NaN. That is what you want.
+# `torch.allclose` is False where one of them is NaN, as you want. But it also has a relative tolerance: set `rtol=0`.
 #
 # </details>
 #
@@ -394,7 +396,8 @@ assert len(changed.report.fresh) < 0.1 * len(changed.report.kept)
 # %% [markdown]
 # The class heads are new. They start with a bias for which every class has the score 0.01 (the prior of
 # {{chapter matching_and_loss}}). The seven queries of the file are kept, and the two further ones start with random
-# numbers, as in a new model.
+# numbers, as in a new model. (A row of `query_embed` has twice the model's width, one half for the position and one
+# for the content of the query.)
 #
 # Where the names of the classes are known, less is lost. A class with the same name keeps its row in the class heads,
 # whatever its place or id was. In the next cell the owl moves from the fifth place to the first.

@@ -188,7 +188,7 @@ command("check data")
 
 # %% [markdown]
 # It finds no fault that would stop a training (only the first twelve lines are shown). But it gives two kinds of warning.
-# First, each picture has more trees than the hundred boxes per image that COCO's measure counts. Of 366 trees, 100 are 27 per
+# First, each picture has more trees than the hundred boxes per image that are kept, and that COCO's measure counts. Of 366 trees, 100 are 27 per
 # cent, so the AP could not rise much above 0.27. Second, a detector finds at most one object per query, and it has fewer
 # queries than the training picture has trees. Both warnings are gone once the pictures are cut into tiles, below.
 #
@@ -639,9 +639,9 @@ temporary.cleanup()
 # | missed | each tile enlarged to 192 pixels | 128 pixels | `--tta --tta-scales 1.5` |
 # | missed | several views again, counted by this kind | one view | `--tta` |
 #
-# Whoever shows fewer boxes makes fewer errors of most kinds. So, but for the row of the threshold, errors are counted where as many boxes
-# are shown as there are trees in val, whatever the scores are; the score that does this on val is the threshold on test too.
-# Errors are given per 100 trees of the split, and AP50 is over all scores, as before. A verdict is about the *change*, seed by seed, and names a direction only
+# A detector that shows fewer boxes makes fewer errors of most kinds. So that this decides nothing, each detector's threshold is the
+# score at which it shows as many boxes on val as val has trees (for "a higher threshold", half as many), and the same threshold is
+# used on test. Errors are given per 100 trees of the split, and AP50 is over all scores, as before. A verdict is about the *change*, seed by seed, and names a direction only
 # if the 95 % interval of the changes leaves out zero. (`python experiments/study.py tree_errors` runs it, in half an hour of a core.)
 
 # %% tags=["hide-input"]
@@ -707,7 +707,7 @@ show(lambda kind: kind, 1, better=-1)
 print("\nAP50: before to after (seeds), verdict")
 show(lambda kind: "ap50", 2, better=1)
 
-# %% mystnb={"image": {"alt": "Two panels with a row for each remedy. Left, errors of its kind per 100 trees of val, right, AP50 on val and on test: lines from before, a small grey point, to after, a coloured point, one line per seed."}}
+# %% mystnb={"image": {"alt": "Two panels with a row for each remedy. Left, errors of its kind per 100 trees, right, AP50, each on val and on test: lines from before, a small grey point, to after, a coloured point, one line per seed."}}
 figure, (left, middle) = plt.subplots(1, 2, figsize=(7.6, 3.2), sharey=True)
 for row, (kind, name) in enumerate(REMEDIES):
     for axis, metric in ((left, kind), (middle, "ap50")):
@@ -746,10 +746,10 @@ print(
 )
 
 # %% [markdown]
-# **The two that help are free.** NMS removes nearly all duplicates, as it must, and the AP50 rises with it in every seed, near and
+# **The two that help most need no training.** NMS removes nearly all duplicates, as it must, and the AP50 rises with it in every seed, near and
 # far. A DETR should not need it, and the digits' detector does not. But leaving each object to one query is learned late, and these
 # detectors trained for minutes. Looking in several views helps still more. A box that only one view shows is given a low score, the
-# boxes of all views are averaged, and each view's own duplicates go on the way. It costs six looks instead of one.
+# boxes of all views are averaged, and the duplicates within a view are merged as well. It costs six looks instead of one.
 #
 # **A remedy need not keep to its kind.** Several views were chosen for loose boxes, because an average of boxes should be more exact.
 # Yet what fell most is the number of missed trees: where fewer of the boxes are duplicates, more trees have a box at all, if often a
@@ -757,12 +757,13 @@ print(
 # case. It removes errors of every kind, and correct boxes with them, and the AP50, which is over all scores, cannot change at all: it is a
 # choice, not a remedy.
 #
-# **One made it worse.** Enlarged tiles were to show small trees better. But this detector has never seen crowns of that size, and its AP50
-# fell, near and far. What helps a detector that was trained so from the start need not help one that was not.
+# **Larger was worse.** Enlarged tiles were to show small trees better. But this detector has never seen crowns of that size, and its AP50
+# fell, near and far. What helps a detector that was trained on enlarged tiles from the start need not help one that was not.
 #
-# For the two remedies that cost training, twice as long and tiles without trees, read the verdict in their rows: where it says
-# "no difference larger than", the seeds differ more than the remedy changed, and so few seeds cannot say more. And none of the six brings
-# the far forest near the forest next door. For that the list of kinds has no remedy but pictures from there.
+# For the two remedies that cost training, twice as long and tiles without trees, read the verdicts in their rows: where one says
+# "no difference larger than", the seeds differ more than the remedy changed, and so few seeds cannot say more. (Tiles without trees
+# take the place of tiles with trees when the number of steps is the same, so they may also cost something.) None of the six makes
+# the far forest as easy as the one next door. For that there is no remedy in the table but pictures from there.
 
 # %% [markdown]
 # ## {{n}}.10 Which recipe, which transforms?

@@ -57,6 +57,8 @@ def check_first_difference(first_difference):
     expect(first_difference(one, one | {"layer1": one_off}), "layer1", "one number is enough")
     near = {name: tensor + 1e-2 for name, tensor in one.items()}
     expect(first_difference(one, near, tolerance=0.1), None, "the tolerance is an argument")
+    large = {"stem": torch.tensor([1000.0])}
+    expect(first_difference(large, {"stem": torch.tensor([1000.01])}), "stem", "not relative")
     yield "not a number"
     other["layer1"] = torch.full((3, 4), torch.nan)
     expect(first_difference(one, other), "layer1", "a comparison with NaN is False")
@@ -90,6 +92,11 @@ def _first(mine, theirs, tolerance=1e-4):
 def _means(mine, theirs, tolerance=1e-4):
     pairs = ((name, (x - theirs[name]).abs().mean()) for name, x in mine.items())
     return next((name for name, difference in pairs if not difference <= tolerance), None)
+
+
+def _relative(mine, theirs, tolerance=1e-4):
+    close = {n: torch.allclose(x, theirs[n], atol=tolerance, rtol=1e-4) for n, x in mine.items()}
+    return next((name for name, same in close.items() if not same), None)
 
 
 def _sums(mine, theirs, tolerance=1e-4):
@@ -159,6 +166,7 @@ WRONG = {
         ("the largest difference", _largest),
         ("sums compared", _sums),
         ("means of differences compared", _means),
+        ("a relative tolerance", _relative),
     ],
     "published_weights.3": [
         (
