@@ -67,7 +67,7 @@ torch.set_num_threads(1)
 # ## {{n}}.1 One object, one query
 #
 # The matching of {{chapter matching_and_loss}} gives each object exactly one query. All others are told
-# "nothing is here", also those whose box is nearly as good. How many are told so? We ask the shipped detector
+# "nothing is here", also those whose box is nearly as good. How many are told that? We ask the shipped detector
 # about the 24 sample pictures.
 
 # %%
@@ -82,14 +82,13 @@ matches = HungarianMatcher()(output, batch.targets)
 positives = sum(len(queries) for queries, _ in matches)
 print(positives, "of", output.logits[..., 0].numel(), "queries are matched with an object")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left, the green seven with the boxes of all thirty queries of the shipped detector: one in thick purple around the seven, the others in thin grey, two of them small ones on the seven, a dozen around a bright stone, the rest elsewhere. Right, thirty circles for the queries, one filled in purple, named class seven and this box, twenty-nine empty, named nothing is here."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left, the green seven with the boxes of all thirty queries of the shipped detector: one in thick purple around the seven, the others in thin grey all over the picture. Right, thirty circles for the queries, one filled in purple, named class seven and this box, twenty-nine empty, named nothing is here."}}
 boxes = 128 * cxcywh_to_xyxy(output.boxes[9])
 draw.one_of_thirty(boxes, int(matches[9][0]))
 
 # %% [markdown]
 # *Figure {{n}}.1. What to see: one object means one query that learns what a seven is and where it is (purple).
-# The 29 others are told only that nothing is there, be it wood, a bright stone, or the seven that another one
-# has.*
+# The 29 others are told only that nothing is there, wherever their boxes lie.*
 #
 # On COCO it is more extreme: there are 300 queries, and a picture has about seven objects. So nearly all queries
 # are trained as negatives.
@@ -100,8 +99,8 @@ draw.one_of_thirty(boxes, int(matches[9][0]))
 # tried it {cite}`chen2023group`: on Conditional DETR {cite}`meng2021conditional`, after 12 epochs on COCO, the
 # AP falls from 32.6 to 8.4.
 #
-# So they keep the matching as it is, one query per object, and do it several times, in groups that know nothing
-# of one another.
+# So they keep the matching as it is, one query per object, and do it several times, in groups that do not see
+# one another.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left, three groups of five queries, one below the other, group 0 framed in green. Arrows lead from each group through one large block, one decoder with all weights shared, to five predictions of each group. In each row two predictions are purple and joined by lines to the two objects, seven and three, on the right; which two differs from row to row. Below: after training only group 0 is left."}}
 draw.groups()
@@ -114,7 +113,7 @@ draw.groups()
 # ## {{n}}.2 Build the groups
 #
 # Where could one group notice another? In a decoder layer, each query by itself asks the memory, and each query
-# by itself passes the feed-forward part. Queries meet in one place only, in self-attention. So self-attention
+# by itself passes through the feed-forward part. Queries meet in one place only, in self-attention. So self-attention
 # must be blocked between groups.
 #
 # ## Exercise {{n}}.1  The mask
@@ -152,7 +151,7 @@ check("groups_and_queries.1", group_mask)
 # <details><summary>I pass the first check but fail the second</summary>
 #
 # Either True and False are exchanged (True means forbidden, as in PyTorch), or `% groups` deals the queries out
-# like cards, where the groups stand one after another.
+# like cards, although the groups stand one after another.
 #
 # </details>
 #
@@ -258,7 +257,7 @@ check("groups_and_queries.2", match_in_groups)
 # %% [markdown]
 # ## {{n}}.3 A group is a detector of its own
 #
-# If the groups really know nothing of one another, then a model with five groups must say, in its first group,
+# If the groups really do not see one another, then a model with five groups must say, in its first group,
 # exactly what a model with that group alone would say. In training mode, too. We check it on Deformable DETR
 # and on DETR with dense attention: the idea needs neither of them. Both are small and untrained.
 
@@ -323,8 +322,8 @@ print("the GIoU loss is the mean of five groups' losses")
 
 # %% [markdown]
 # So one may think of Group DETR as K detectors that share all weights but the table of queries. They are
-# trained together, on the same pictures, and one of them is used. Each weight of encoder and decoder hears of
-# each object from K queries instead of one. The paper reports that the groups end up equally good, within 0.1
+# trained together, on the same pictures, and one of them is used. Each weight of encoder and decoder gets
+# gradients about an object from K queries instead of one. The paper reports that the groups end up equally good, within 0.1
 # AP, so it does not matter which one is kept.
 #
 # ## {{n}}.4 What a training step costs
@@ -333,7 +332,7 @@ print("the GIoU loss is the mean of five groups' losses")
 # K times as many queries. Is training K times as slow, then?
 #
 # **Before you run**: at full size (ResNet-50, 800 × 1066 pixels, 300 queries per group), by how much do 11
-# groups raise the multiply-adds of a training step's forward pass? By about a tenth, by half, or to eleven times?
+# groups raise the multiply-adds of a training step's forward pass? By about a seventh, by half, or to eleven times?
 
 
 # %%
@@ -357,9 +356,9 @@ for groups, parts in counts.items():
 assert 1.1 < counts[11]["all"] / counts[1]["all"] < 1.2
 
 # %% [markdown]
-# About a seventh more. Backbone and encoder do not know of the queries, and they are most of the work. Even the
+# About a seventh more. Backbone and encoder do not see the queries, and they are most of the work. Even the
 # decoder's cost grows less than eleven times, because each of its layers also projects the values of all
-# tokens, and that it does once, for all groups.
+# tokens, and does so only once for all groups.
 #
 # And by the clock? We take a step of the small detector on eight pictures, with its loss and its backward pass:
 
@@ -410,7 +409,7 @@ for layers in (1, 2, 3):
 del shipped.output
 
 # %% [markdown]
-# After one layer four fifths of the AP are there, although this detector was trained with two more layers to
+# The first layer brings most of the AP, although this detector was trained with two more layers to
 # rely on. That is the idea of Efficient DETR {cite}`yao2021efficient`: make the start good enough, and one
 # layer will do. It has 3 layers in the encoder and 1 in the decoder, where Deformable DETR has 6 and 6.
 #
@@ -420,11 +419,11 @@ del shipped.output
 draw.three_ways()
 
 # %% [markdown]
-# *Figure {{n}}.5. What to see: a learned query (left) knows nothing of the picture. In two stages (middle) it
+# *Figure {{n}}.5. What to see: a learned query (left) knows nothing about the picture. In two stages (middle) it
 # knows where a box is. In Efficient DETR (right) it also knows what the token there has seen: its content is a
 # row of the memory (green).*
 #
-# There are four changes against the two-stage Deformable DETR:
+# Efficient DETR changes four things in the two-stage Deformable DETR:
 #
 # 1. **Content.** The chosen rows of the memory become the contents, unchanged and with their gradient. So the
 #    decoder's loss also tells the encoder what a good query would have been.
@@ -486,7 +485,8 @@ print("tokens that the queries' contents reach:", touched, "of", reached[..., 0]
 print("references carry a gradient:", made.references.requires_grad)
 
 # %% [markdown]
-# And the shared head hears from both parts, the dense and the sparse:
+# The 18 tokens are nine for each of the two pictures. And the shared head is trained by both parts, the dense and the
+# sparse:
 
 # %%
 losses = SetCriterion()(model.train()(two), two.targets)
@@ -575,7 +575,7 @@ for name, (member, options) in sizes_of.items():
 # exactly as many as Sparse DETR's official code has when it is set to 3 and 1 layers and to these queries. The shared
 # head saves one pair of heads.
 #
-# **What is uncertain.** There is no official code of Efficient DETR. What stands here is built from the paper
+# **What is uncertain.** There is no official code of Efficient DETR. This version is built from the paper
 # and from what others took over: the code of Sparse DETR has its queries and its class-specific first stage
 # as options, with separate heads and with six layers. Three things we could not settle: how
 # the positions of queries are made (here from the boxes, as in two stages), how 300 proposals become 100 (the
@@ -587,12 +587,12 @@ for name, (member, options) in sizes_of.items():
 # All members of the family were trained on the digits for 300 steps on two maps, with the same pictures, seeds
 # and learning rates (`python experiments/members.py`, not run here). None was tuned. Group DETR has five groups of
 # learned queries, so we compare it with Deformable DETR with learned queries and refinement. Efficient DETR we
-# compare with Deformable DETR in two stages. All of this is at equal images, although groups make a step dearer: the
+# compare with Deformable DETR in two stages. All of this is at equal images, although groups make a step more expensive: the
 # end of {{chapter fewer_tokens}} compares the whole family at equal multiply-adds.
 #
-# AP lies between 0 and 1. In brackets stands a 95 % confidence interval for the mean over seeds. "Better" and "worse"
-# are said only where the interval of the difference leaves out zero; elsewhere the size of a difference is given that
-# could have been missed.
+# AP lies between 0 and 1. The brackets give a 95 % confidence interval for the mean over seeds. "Better" and "worse"
+# are said only where the interval of the difference leaves out zero. Elsewhere the number says how large a difference could
+# have been missed.
 
 # %%
 with Path("../data/results/members.csv").open() as file:
@@ -634,7 +634,7 @@ draw.seeds_and_costs(
 # mean. Group DETR costs at inference what Deformable DETR with refinement costs (to 0.02 %); the two are drawn side by
 # side to be told apart.*
 #
-# Efficient DETR is not cheaper *here*, but dearer. The detectors of the digits are small: Deformable DETR has two
+# *Here* Efficient DETR is not cheaper, but more expensive. The detectors of the digits are small: Deformable DETR has two
 # encoder layers and three decoder layers among them, not six and six. So the third encoder layer of Efficient DETR costs
 # more than the two decoder layers that it does without. It saves only where the encoder was deep.
 #
@@ -661,8 +661,9 @@ for ours, base in PAIRS.items():
         print(compare(ours, base, f"ap_{size}"))
 
 # %% [markdown]
-# Read these with care. Three hundred steps are the first minutes of a training. They show who learns faster at
-# the beginning, at this size, and not who is better in the end.
+# Read these with care. Three hundred steps are the very beginning of a training: they show which detector learns
+# faster there, at this size, and not which is better in the end. And of twenty comparisons at 95 %, one is expected to show a
+# difference where there is none.
 #
 # ### Beside the papers' figures
 #
@@ -676,8 +677,8 @@ for ours, base in PAIRS.items():
 # | Efficient DETR, 36 epochs, 35 M parameters, 210 G | | 45.1 |
 #
 # The first five rows are those of {cite}`chen2023group`. The last one is as RT-DETR's table quotes it
-# {cite}`zhao2024rtdetr`; how many multiply-adds there are depends on the size of the pictures, so its 210 G are
-# not comparable with ours above. Two things stand out. Groups gain more in a short training than in a long one,
+# {cite}`zhao2024rtdetr`; multiply-adds depend on the size of the pictures, so its 210 G are
+# not comparable with ours above. Its 35 M parameters are more than we counted, so it may be another variant. Two things stand out. Groups gain more in a short training than in a long one,
 # and more where the detector is weaker. And users report that the first row is hard to repeat: an independent
 # implementation first reached 33.9 in place of 37.6.
 #
@@ -708,4 +709,4 @@ for ours, base in PAIRS.items():
 # - {cite}`chen2023group`: groups, with ablations, among them the naive version that fails.
 # - {cite}`yao2021efficient`: why random starts need many layers.
 # - {cite}`jia2023hybrid`: another way to more positives, in a second branch with repeated objects.
-# - {cite}`zhao2024rtdetr`: a fast detector whose queries also are chosen tokens.
+# - {cite}`zhao2024rtdetr`: a fast detector whose queries are also chosen tokens.
