@@ -41,8 +41,8 @@ draw.whole_detector()
 # %% [markdown]
 # *Figure {{n}}.1. What to see: the whole detector. The upper row looks at the image: its result, the
 # memory (green), has one vector per place. (The fourth, palest shade is a coarser level that section {{n}}.2
-# adds to the three maps.) The lower row answers: each query (blue) samples the
-# memory and becomes one class and one box.*
+# adds to the three maps. Six layers are the paper's number; our small model has fewer.) The lower row
+# answers: each query (blue) samples the memory and becomes one class and one box.*
 #
 # | step | what comes out | shape |
 # |:--|:--|:--|
@@ -203,22 +203,13 @@ draw.maps_to_tokens()
 # comes from the backbone's last map itself, not from level 2 (the paper's Appendix A.2). Then all levels become
 # one sequence.*
 #
-# A 1 × 1 convolution is a matrix that is applied to every cell. By hand for one cell, row 4 and
-# column 7 of image 1:
-
-# %%
-convolution, _ = model.neck.input_proj[0]
-by_hand = convolution.weight[:, :, 0, 0] @ maps[0][1, :, 4, 7] + convolution.bias
-projected = convolution(maps[0])
-assert torch.allclose(by_hand, projected[1, :, 4, 7], atol=1e-5)
-print(tuple(maps[0].shape), "->", tuple(projected.shape))
-
-# %% [markdown]
-# Group norm follows: it splits the channels into 32 groups, and gives each group mean 0 and variance 1
-# over its channels and all places of one image.
+# A 1 × 1 convolution is a matrix that is applied to every cell. Group norm follows: it splits the
+# channels into 32 groups, and gives each group mean 0 and variance 1 over its channels and all places
+# of one image.
 #
 # There is no feature pyramid, which would add coarse maps to fine ones, because multi-scale
-# attention already carries information between levels. So `project` is the whole neck:
+# attention already carries information between levels. So `project` is all that the neck does to the
+# maps:
 
 
 # %%
@@ -352,8 +343,8 @@ check("pixels_to_boxes.1", token_place)
 
 # %% [markdown]
 # Attention does not see order. So each token carries its place, as a vector that is added: a sine
-# code of (y, x), measured on the part of the level that is not padding, plus a learned vector of its
-# level. The level's vector is needed because two cells at the same place on different levels have the
+# code of (y, x) ({{chapter attention}}), measured on the part of the level that is not padding, plus a
+# learned vector of its level. The level's vector is needed because two cells at the same place on different levels have the
 # **same** sine code:
 
 # %%
@@ -655,9 +646,10 @@ check("pixels_to_boxes.2", decode_layer)
 #
 # ## {{n}}.8 Boxes: why the inverse sigmoid
 #
-# The box head is three linear layers. It does not predict a box but a **delta**: how far the box is from
-# the reference point. Why? The query has sampled *around its reference*. What it saw there says how far
-# off the object is, but not where in the image it all happens.
+# The box head is three linear layers. It does not predict the centre of a box but a **delta**: how far the
+# centre is from the reference point. Why? The query has sampled *around its reference*. What it saw there
+# says how far off the object is, but not where in the image it all happens. (A point has no size, so width
+# and height are predicted outright.)
 #
 # Reference and delta are added before the sigmoid (Appendix A.3):
 #

@@ -96,7 +96,8 @@ def maps_to_tokens() -> None:
         if level < 3:
             cells(axes, 1.1, y, height, width, 0.16, QUIET)
             axes.text(0.98, middle, names[level], ha="right", va="center", fontsize=8)
-            arrow(axes, (2.0, middle), (3.55, middle), "1 × 1, group norm" if level == 0 else "")
+            start = 1.2 + 0.16 * width
+            arrow(axes, (start, middle), (3.55, middle), "1 × 1, group norm" if level == 0 else "")
         else:
             arrow(axes, (1.5, 0.7), (3.55, middle))
             axes.text(1.45, 0.08, "3 × 3, stride 2, group norm", fontsize=8, color=QUIET)

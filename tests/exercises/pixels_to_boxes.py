@@ -63,7 +63,7 @@ def check_decode_layer(decode_layer):
         expect(given, expected, hint, atol=1e-4)
 
     yield "order, sums and norms, with positions that are zero"
-    hint = "self-attention, cross-attention, feed-forward; each: norm(queries + update)"
+    hint = "self-attention, cross-attention (with padding), feed-forward; norm(queries + update)"
     compare(torch.zeros_like(position), hint)
     yield "positions, in the right places only"
     hint = "position joins query and key of self-attention and the query of cross-attention"
