@@ -157,7 +157,7 @@ print(f"deformable, four levels: {per_token(0, levels=4)['deformable']:,}")
 # %% [markdown]
 # Only the dense row contains the number of tokens. And it says something that one easily overlooks: by this
 # count deformable attention is the cheapest **from the first token on**. Even without a single pair, dense
-# attention has four projections, and deformable attention two (it has no queries and keys to compare). On
+# attention has four projections, and deformable attention two (it does not compare queries with keys). On
 # paper the curves do not cross. Remember that for the clock.
 #
 # ### May one drop the small terms?
@@ -650,8 +650,8 @@ draw.three_orders()
 
 # %% [markdown]
 # *Figure {{n}}.5. What to see: three orders with the same result, for one query and one head. Green is the projection
-# with $W'$, and the letters are the width of what passes. The later one projects, the fewer products there are, but
-# the more channels must be read: all $C$, not the head's own $D$.*
+# with $W'$, and the letters are the width of what passes. The $S$ products above serve all queries together. The
+# others are those of one query, which must read more channels: all $C$, not the head's own $D$.*
 #
 # Reading, weighing and adding are linear in the map's values, and so is a projection without bias. So they may change places. The paper
 # uses this for its second order ("samples first"). One step further, "sums first", there is only one projection per
@@ -798,9 +798,9 @@ for title, (name, options) in contestants.items():
 draw.parts_of_the_detector(parts)
 
 # %% [markdown]
-# *Figure {{n}}.7. What to see: the backbone is linear in the pixels too, and always was. Deformable DETR's cost per
-# pixel does not change with the image. That of DETR grows slowly and stays the lowest by far, because at stride 32 it has
-# few tokens. The quadratic bill is DETR-DC5's.*
+# *Figure {{n}}.7. What to see: the backbone is linear in the pixels too. Deformable DETR's cost per
+# pixel hardly changes with the image. That of DETR grows slowly and stays the lowest by far, because at stride 32 it has
+# few tokens. Where dense attention reads finer maps, in DETR-DC5, its quadratic cost shows.*
 
 # %%
 for name, values in parts.items():

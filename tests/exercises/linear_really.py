@@ -40,6 +40,8 @@ def check_traffic(Traffic):
     expect(moved(lambda: a.T), 0, "a transpose has the storage of what it was made of")
     expect(moved(lambda: a.view(15)[3:].view(4, 3)), 0)
     expect(moved(lambda: a.chunk(2, dim=1)), 0, "every one of several results is a view")
+    yield "a part of a tensor"
+    expect(moved(lambda: a[:2].exp()), 4 * (10 + 10), "what is read, not the whole storage")
     yield "several operators"
     expect(moved(lambda: (a.T.exp() + 1).sum()), 4 * (15 + 15) + 4 * (15 + 15) + 4 * (15 + 1))
 
@@ -107,6 +109,7 @@ WRONG = {
     "linear_really.2": [
         ("elements, not bytes", _traffic(size=lambda x: x.numel())),
         ("4 bytes for each", _traffic(size=lambda x: 4 * x.numel())),
+        ("whole storages", _traffic(size=lambda x: x.untyped_storage().nbytes())),
         ("views are counted", _traffic(views=True)),
         ("lists are overlooked", _traffic(lists=False)),
         ("only what is read", _traffic(written=False)),
