@@ -73,8 +73,9 @@ one_step()
 # The library's recipes lie in `deformable_detr/training/recipes`, one file each, with a reason beside
 # every value that needs one. A value that a recipe does not mention is the paper's. The next cell
 # compares four recipes and prints the rows in which they differ: the paper's, a more recent one for
-# COCO, one for small data sets, and the one behind the digits' detector (which was trained for 14 epochs
-# instead of the file's 12).
+# COCO, one for small data sets, and the one behind the digits' detector (which may have been trained for
+# more epochs than the file's 12: `data/checkpoints/digits.json` has what was used). A 0 for `warmup_steps`,
+# `ema_decay` or `patience` switches it off, and None for `frozen` means the default.
 
 # %%
 names = ("paper", "modern", "small-data", "digits")
