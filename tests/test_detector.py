@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deformable_detr import Batch, DeformableDETR, DeformableDETRConfig, Target
-from deformable_detr.layers.feed_forward import Dropout
+from deformable_detr.layers.feed_forward import ROWS, Dropout, FeedForward
 from deformable_detr.layers.position import LearnedPositionEncoding, SinePositionEncoding
 from deformable_detr.losses.criterion import SetCriterion
 from deformable_detr.structures import Queries
@@ -236,3 +236,19 @@ def test_a_small_image_has_as_many_queries_as_tokens():
     output = DeformableDETR(config)(make_batch((9, 5), (7, 8)))
     assert output.logits.shape == (2, 9, 5)  # 3 x 2, 2 x 1 and 1 x 1 tokens
     output.logits.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(2, ROWS, 8), (ROWS + 3, 8), (1, 5, 8), (3, 0, 8), (8,)])
+def test_the_feed_forward_half_in_parts_is_the_whole(shape):
+    """Without gradients a CPU takes ROWS tokens at a time; float64, since products of other sizes
+    may be summed in another order."""
+    torch.manual_seed(0)
+    half, x = FeedForward(8, 16, 0.0).double(), torch.randn(shape, dtype=torch.float64)
+    seen = []
+    half.linear1.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    whole = half(x)
+    with torch.no_grad():
+        parts = half(x)
+    torch.testing.assert_close(parts, whole.detach())
+    tokens = x.numel() // 8
+    assert len(seen) == 1 + max(1, -(-tokens // ROWS))

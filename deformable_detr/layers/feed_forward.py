@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+ROWS = 2048  # tokens whose wide form a processor's caches hold, at the paper's 1,024 numbers
+
 
 class Dropout(nn.Dropout):
     """torch's, with a mask of one byte for each number also on a CPU, where its own is of four."""
@@ -24,7 +26,15 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C). Hooks see what goes out of linear1 after the relu."""
+        """(..., C) to (..., C). Hooks see what goes out of linear1 after the relu, and on a CPU
+        that infers, in parts of ROWS tokens."""
+        whole = torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling()
+        if whole or x.numel() <= ROWS * x.shape[-1]:
+            return self._feed(x)
+        parts = x.flatten(0, -2).split(ROWS)
+        return torch.cat([self._feed(part) for part in parts]).view(x.shape)
+
+    def _feed(self, x: Tensor) -> Tensor:
         # relu after dropout, in place: the same numbers, of which one large map is kept, not two
         inner = self.dropout(self.linear1(x)).relu_()
         return self.norm(x + self.dropout(self.linear2(inner)))
