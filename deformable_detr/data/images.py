@@ -18,7 +18,7 @@ SUFFIXES = (
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 ORIENTATION = 0x0112  # the tag of EXIF; 1 is upright
 
-Picture = Path | str | np.ndarray | Image.Image
+Picture = Path | str | bytes | np.ndarray | Image.Image
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Opened:
 
 def read_image(source: Picture) -> Image.Image:
     """An RGB picture, turned as its EXIF says, and what is transparent shown in its own colour, as
-    in training.
+    in training. source: a file's path or its content (bytes), pixels, or a picture.
 
     Of 16 bits the upper eight are kept; where its numbers end below 256 or 4096, it is one of 8 or
     12 bits, which a warning says once. FileNotFoundError and ValueError, in one line, name the file
@@ -59,25 +59,26 @@ def open_image(source: Picture) -> Opened:
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _opened(source)
-    name = printable(source)
+    is_path = not isinstance(source, bytes)
+    name = f"image {printable(source)}" if is_path else f"an image from {len(source)} bytes"
     try:
-        path = Path(source)
-        if path.exists() and not path.is_file():
+        file = Path(source) if is_path else BytesIO(source)
+        if is_path and file.exists() and not file.is_file():
             raise ValueError("it is no file")  # but a folder, or a pipe, which would never end
-        with Image.open(path, formats=_formats()) as image:
-            return _opened(image, path)
+        with Image.open(file, formats=readable_formats()) as image:
+            return _opened(image, file)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no image at {name}") from None
+        raise FileNotFoundError(f"no image at {printable(source)}") from None
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        reason = f"it is none of {', '.join(_formats())}"
+        reason = f"it is none of {', '.join(readable_formats())}"
     except Exception as error:  # decoders raise what they like
         reason = getattr(error, "strerror", None) or printable(error) or type(error).__name__
-    raise ValueError(f"cannot read image {name}: {reason}")
+    raise ValueError(f"cannot read {name}: {reason}")
 
 
-def _formats() -> list[str]:
+def readable_formats() -> list[str]:
     """Those of FORMATS that this Pillow reads. Its other readers are rare, and some of them call
     programs."""
     Image.init()
@@ -146,7 +147,7 @@ def _lower_bytes(file: Path | BytesIO, mode: str) -> np.ndarray:
     swapped = f"{mode[:-1]}{'B' if little else 'L'}"
     if mode.startswith("LA"):  # of which Pillow knows one order only: four bytes are read as such
         swapped = "RGBA"
-    with Image.open(file, formats=_formats()) as image:
+    with Image.open(file, formats=readable_formats()) as image:
         tile = image.tile[0]
         how = swapped if tile[3] == mode else (swapped, *tile[3][1:])
         made = (*tile[:3], how)

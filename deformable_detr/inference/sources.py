@@ -5,15 +5,14 @@ Chapter your_own_data.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from deformable_detr.data.images import SUFFIXES, read_image
-from deformable_detr.data.names import counted, printable
+from deformable_detr.data.images import SUFFIXES, read_image, readable_formats
+from deformable_detr.data.names import counted
 
 # pictures by their names, which are not read here
 UNREAD = (".arw", ".cr2", ".dcm", ".dng", ".exr", ".heic", ".heif", ".jxl", ".nef", ".psd", ".svg")
@@ -39,15 +38,7 @@ class Source:
 
     def read(self) -> Image.Image:
         """As `read_image` has it; ValueError and FileNotFoundError in one line."""
-        if not isinstance(self.picture, bytes):
-            return read_image(self.picture)
-        try:
-            return read_image(Image.open(BytesIO(self.picture)))
-        except Exception as error:  # decoders raise what they like
-            given = f"{len(self.picture)} bytes"
-            if isinstance(error, UnidentifiedImageError):  # its text has an address in memory
-                error = "no kind of image that is known begins so"
-            raise ValueError(f"cannot read an image from {given}: {printable(error)}") from None
+        return read_image(self.picture)
 
     def header(self) -> tuple[object, int]:
         """What tells its size from others, as far as it is known without reading it, and its number
@@ -59,7 +50,7 @@ class Source:
         if self.path is None or not self.path.is_file():  # a pipe would wait for ever
             return None, 1
         try:
-            with Image.open(self.path) as image:
+            with Image.open(self.path, formats=readable_formats()) as image:
                 several = self.path.suffix.lower() in SEVERAL_FRAMES
                 return image.size[::-1], getattr(image, "n_frames", 1) if several else 1
         except Exception:  # which reading it will say
