@@ -12,7 +12,7 @@ from deformable_detr.data.checks import check_dataset
 from deformable_detr.data.coco import CocoDataset, find_split
 from deformable_detr.data.places import training_splits
 from deformable_detr.data.split_checks import check_data
-from deformable_detr.data.voc import convert_voc, read_xml
+from deformable_detr.data.voc import convert_voc, find_voc, read_xml
 
 NAMES = ("zebra", "cat", "dog", "bird")
 BOX = {"xmin": 7, "ymin": 11, "xmax": 30, "ymax": 22}  # counted from one, the last pixel included
@@ -152,6 +152,15 @@ def test_corners_may_be_swapped_and_sizes_unknown(tmp_path):
     path.write_text(xml("dog", box=dict(zip(BOX, (30, 22, 7.5, 0), strict=True)), size=(0, 0)))
     (box,) = read_xml(path)["boxes"]
     assert box["bbox"] == [6.5, 0, 23.5, 22] and read_xml(path)["size"] is None
+
+
+def test_a_list_from_windows_with_spaces_in_names(tmp_path):
+    write_voc(tmp_path, "voc", {"train": [["dog"]]})
+    write_pair(tmp_path / "JPEGImages", tmp_path / "Annotations", "große katze 2", "cat")
+    listed = tmp_path / "ImageSets" / "Main" / "train.txt"
+    listed.write_bytes("\ufefftrain_0\r\ngroße katze 2\r\n".encode())
+    pairs = find_voc(tmp_path)["train"].pairs
+    assert [picture.stem for picture, _ in pairs] == ["große katze 2", "train_0"]
 
 
 def test_folders_that_cannot_be_converted(tmp_path, capsys):

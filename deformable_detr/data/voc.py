@@ -78,7 +78,10 @@ def _as_voc_comes(source: Path) -> dict[str, VocSplit]:
     found = {}
     for split in SPLITS:
         if (file := source / "ImageSets" / "Main" / f"{split}.txt").is_file():
-            wanted = {line.split()[0] for line in file.read_text().splitlines() if line.strip()}
+            lines = file.read_text("utf-8-sig").splitlines()  # Windows' editors mark it
+            names = (line.strip() for line in lines if line.strip())
+            # a name, which may have spaces, or one with a number behind, as VOC's lists of a class
+            wanted = {name for each in names for name in (each, each.split()[0])}
             listed_ones = ({k: v for k, v in of.items() if k in wanted} for of in (pictures, files))
             found[split] = _pairs(*listed_ones)
     return found
