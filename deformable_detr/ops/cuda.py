@@ -61,7 +61,7 @@ def options(macros: dict[str, str | int]) -> tuple[str, ...]:
 
 def source() -> str:
     """The kernel's text."""
-    return sources().joinpath("ms_deform_attn.cu").read_text()
+    return sources().joinpath("ms_deform_attn.cu").read_text("utf-8")
 
 
 @cache
