@@ -464,8 +464,8 @@ assert torch.allclose(ratios[1, :, 1], torch.tensor([5 / 8, 3 / 4, 2 / 2]))
 # shrunk by taking one pixel for each cell, its first one. So a cell counts as image if its *first* pixel
 # is image, and a cell that is only begun counts in full. In other words the number of valid cells is
 # always rounded **up**: 60/8 = 7.5 becomes 8, 40/16 = 2.5 becomes 3, 40/32 = 1.25 becomes 2. We check
-# this for all widths up to 96 pixels. (If the padded size is not divisible by the stride, the cells of
-# the mask are a little smaller than the stride. Then the count can be one more, but never one less.)
+# this for all widths up to 96 pixels. (Where a stride does not divide the padded size, the count can be
+# one more, never one less.)
 
 # %%
 for stride in (8, 16, 32):
@@ -474,12 +474,6 @@ for stride in (8, 16, 32):
     shrunk = F.interpolate(columns[:, None].float(), size=96 // stride)[:, 0].bool()
     assert (~shrunk).sum(1).tolist() == begun
 print("widths 1 to 96, three strides: the number of valid cells is always rounded up")
-columns = torch.arange(90) >= torch.arange(1, 91)[:, None]  # padded to 90, stride 32: 3 cells
-shrunk = F.interpolate(columns[:, None].float(), size=3)[:, 0].bool()
-more = (~shrunk).sum(1) - torch.tensor([-(-valid // 32) for valid in range(1, 91)])
-print("padded to 90 pixels, stride 32: at least", more.min().item(), "and at most", end=" ")
-print(more.max().item(), "cell more")
-assert more.min() == 0 and more.max() == 1
 
 # %% [markdown]
 # So each level puts the end of the image at a slightly different place. That matters when a token of one
@@ -603,7 +597,7 @@ clean = attention(query, places, features, shapes, padding)
 torch.testing.assert_close(attention(query, places, nonsense, shapes, padding), clean)
 without = attention(query, places, nonsense, shapes)
 assert not torch.allclose(without, clean)
-print("with the mask, what stands on padding changes nothing; without it, it changes the output")
+print("nonsense on the padding: with the mask the output stays, without the mask it changes")
 
 # %% [markdown]
 # So does a detector find the same in an image, however much padding its batch adds? Nearly. Two
@@ -644,12 +638,13 @@ for name, batch in (("256 x 256", twice), ("153 x 165", odd), ("mask ignored", u
     boxes, scores = boxes_of(batch)
     moved[name] = (alone[:, None] - boxes).abs().amax(-1).amin(1).max().item()  # to the nearest box
     print(f"{name:>12}: {(scores > 0.4).sum()} found; boxes within {moved[name]:.1f} pixels")
-assert moved["256 x 256"] < 1 < moved["153 x 165"] < 5 < moved["mask ignored"]
+assert moved["256 x 256"] < moved["153 x 165"] < moved["mask ignored"]
+assert moved["256 x 256"] < 1 and moved["153 x 165"] < 5 < moved["mask ignored"]
 
 # %% [markdown]
-# With the mask the boxes hardly move, and least in the batch of 256 x 256, whose size is divisible
-# by all strides. So the detector is nearly, but not exactly, independent of padding. If the mask is
-# ignored, no box has a score above 0.4.
+# With the mask the boxes move by a few pixels at most, and least in the batch of 256 x 256, whose
+# size is divisible by all strides. So the detector is nearly, but not exactly, independent of padding.
+# If the mask is ignored, it is not: at least one box is lost or lies far off (last line).
 
 # %% [markdown]
 # ## {{n}}.10 Where a trained detector looks
@@ -670,7 +665,7 @@ weights = sampling.weights[0, found]  # (M, L, K)
 print(tuple(points.shape), "points; share of each level:", end=" ")
 print([round(share, 2) for share in (weights.sum((0, 2)) / len(weights)).tolist()])
 
-# %% mystnb={"image": {"alt": "The running example three times, in cells of 4, 8 and 16 pixels, with a blue box around the seven and 16 orange points on each. All points lie inside the box, on the seven and around its outline; larger discs are points with larger weights."}}
+# %% mystnb={"image": {"alt": "The running example three times, in cells of 4, 8 and 16 pixels, with a blue box around the seven and 16 orange points on each. Nearly all points lie inside the box, on the seven and around its outline; larger discs are points with larger weights."}}
 from schematics.many_scales import draw_level
 
 cx, cy, w, h = (output.boxes[0, found] * 128).tolist()
@@ -866,12 +861,11 @@ plt.show()
 # | four scales | **all four scales** | 4 | **43.8** |
 # | four scales, after an FPN | all four scales | 4 | 43.8 |
 #
-# Several scales bring 1.7, more points 0.9, and reading across scales 1.5. An FPN (feature pyramid
+# Several scales bring 1.7, more points 0.9, and reading across scales 1.5 (with four times as many
+# points, since $K$ counts per level). An FPN (feature pyramid
 # network {cite}`lin2017fpn`), which most detectors use to pass information from coarse maps to fine
 # ones, brings nothing more here. Attention across levels passes that information already, so Deformable
-# DETR has no FPN. (These are the paper's numbers; nobody trained on COCO for this book. The paper calls
-# attention to one scale with $K = 1$ a deformable convolution. Strictly, $W'$ must then also be the
-# identity, as {{chapter deformable_attention}} showed.)
+# DETR has no FPN. (These are the paper's numbers; nobody trained on COCO for this book.)
 
 # %% [markdown]
 # ## Summary
