@@ -418,6 +418,8 @@ check("matching_and_loss.3", pairwise_giou)
 #
 # $$\text{cost} = 2 \cdot \text{class} + 5 \cdot \mathrm{L1} - 2 \cdot \mathrm{GIoU}$$
 #
+# (2, 5 and 2 are the official code's weights, here and in the loss. DETR, with its softmax, has 1, 5 and 2.)
+#
 # A case small enough to do by hand: two objects of class 0 and three queries, all boxes 0.2 × 0.4 in one
 # row, all scores 0.1.
 
@@ -481,7 +483,8 @@ draw.greedy_and_best(object_x, query_x, cost, greedy(cost), brute_force(cost))
 # a query far away. The least total (solid) gives up the cheapest pair, so that both objects are served.*
 #
 # Trying everything is hopeless for a real image. The Hungarian algorithm {cite}`kuhn1955hungarian` finds
-# the same assignment in polynomial time, and SciPy has it:
+# the same assignment in polynomial time; SciPy has a fast relative of it. No gradient passes through the
+# matching: it only says which pairs the loss compares.
 
 # %%
 from scipy.optimize import linear_sum_assignment
@@ -587,7 +590,7 @@ draw.every_layer()
 
 # %% [markdown]
 # *Figure {{n}}.5. What to see: each layer is matched by itself, with the same objects (dashed). So an object may
-# belong to another query in the next layer. All losses are added; at test time only the last layer is used.*
+# belong to another query in the next layer, or at the next step ({{chapter denoising}}). All losses are added; at test time only the last layer is used.*
 #
 # We take the small model of {{chapter pixels_to_boxes}} and two pictures: the seven that we have followed,
 # and the four digits of figure {{n}}.1.
@@ -767,8 +770,8 @@ print("less than half is left:", ratio < 0.5)
 draw.falling_losses(history)
 
 # %% [markdown]
-# *Figure {{n}}.6. What to see: all three terms fall. The class term starts near 2.3, as section {{n}}.2
-# promised (a little above, because the head's weights are random); where L1 and GIoU start depends on where the
+# *Figure {{n}}.6. What to see: all three terms fall. The class term starts in the neighbourhood of 2.3, as
+# section {{n}}.2 promised (the head's random weights move it a little); where L1 and GIoU start depends on where the
 # 25 boxes, all of one size before training, happen to lie.*
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The two pictures after training on them, the green seven and the four digits: dashed rectangles around every digit, and the predicted boxes on top of them with class and score."}}
