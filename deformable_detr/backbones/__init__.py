@@ -1,6 +1,5 @@
-"""Backbones: an image in, feature maps at three strides out. Chapter pixels_to_boxes; deformable
-convolution,
-chapter deformable_convolution; DAT, deformable attention as a backbone, a chapter of its own.
+"""Backbones: an image in, feature maps at three strides out.
+Chapters pixels_to_boxes, deformable_convolution and dat.
 
 BACKBONES has what makes each by its name: a function of dilation, of whether ImageNet's weights are
 loaded, and of how many last stages have deformable convolutions.

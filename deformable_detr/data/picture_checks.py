@@ -15,9 +15,7 @@ from deformable_detr.data.places import Pictures, pictures_in
 from deformable_detr.data.transforms import SHORT_SIDE, SMALLEST_SIDE
 
 DARK = 127  # of 255: a picture that is nowhere brighter may have been read with the wrong range
-THIN = (
-    40  # times as long as wide: of 1333 pixels, the largest that COCO's recipe makes, 33 are left
-)
+THIN = 40  # times as long as wide: of 1333 pixels, COCO's recipe's longest side, 33 are left
 LARGE = 3  # times the side to which COCO's recipe resizes
 PADDED = 1 << 26  # pixels of an image that was padded to the largest width and height of all
 

@@ -41,8 +41,8 @@ def to_onnx(
     in the file's metadata, as JSON. Before the file is put in place onnxruntime runs it, at other
     batches and sizes too where it is dynamic. Returns what came of that. on_step is called with a
     line before each of three steps, which take minutes. Raises ImportError without onnx, onnxscript
-    and onnxruntime; ValueError, in one line, where the model cannot be exported,
-    or where the file gives other numbers.
+    and onnxruntime; ValueError, in one line, where the model cannot be exported, or where the file
+    gives other numbers.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:

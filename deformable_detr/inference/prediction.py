@@ -20,12 +20,12 @@ class Prediction:
     """What was found in one image, best first.
 
     boxes: (N, 4) xyxy in pixels of the image as it is shown, that is, turned as its EXIF says, and
-    cut at its border, as evaluation by the official code does not.
-    scores: (N,) in [0, 1]. labels: (N,) int64, positions among the model's classes. queries: (N,)
-    int64, the index of the query that found each, as `look` asks for it. names and category_ids: N
-    each, of those classes in the data that the model was trained on. size: the image's (H, W).
-    path: its file, if it came from one. image_id: what this file is called in COCO results.
-    highest: the best score of all, also below the threshold, from which on detections are kept.
+    cut at its border, as evaluation by the official code does not. scores: (N,) in [0, 1]. labels:
+    (N,) int64, positions among the model's classes. queries: (N,) int64, the index of the query
+    that found each, as `look` asks for it. names and category_ids: N each, of those classes in the
+    data that the model was trained on. size: the image's (H, W). path: its file, if it came from
+    one. image_id: what this file is called in COCO results. highest: the best score of all, also
+    below the threshold, from which on detections are kept. picture: where there is no file.
     """
 
     boxes: Tensor

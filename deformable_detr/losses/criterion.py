@@ -43,11 +43,11 @@ class SetCriterion(nn.Module):
 
         Keys: loss_class, loss_box and loss_giou for the last decoder layer; with suffix _0, _1...
         for the earlier ones and _first for the first stage; loss_ and its name for a term that the
-        model has computed itself. targets: B of them, on the model's
-        device; labels in [0, classes). num_boxes: what the terms are divided by, for each group of
-        queries; by default `count_boxes` of the targets. share: the part of a step's images that
-        these are, where several batches make a step: their terms add up to those of one large
-        batch. ValueError: another number of targets, or a label outside.
+        model has computed itself. targets: B of them, on the model's device; labels in [0,
+        classes). num_boxes: what the terms are divided by, for each group of queries; by default
+        `count_boxes` of the targets. share: the part of a step's images that these are, where
+        several batches make a step: their terms add up to those of one large batch. ValueError:
+        another number of targets, or a label outside.
         """
         scoring = scoring_of(output)
         self._check(output, targets, scoring)

@@ -1,8 +1,7 @@
 """How class logits are read: what a match costs, what the loss is, which detections they make.
 
 A model has one scoring, and its output carries it. Chapter matching_and_loss builds the focal one;
-the softmax with
-a class for "no object" is DETR's.
+the softmax with a class for "no object" is DETR's.
 """
 
 import math

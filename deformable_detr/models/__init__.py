@@ -1,5 +1,5 @@
-"""The detectors, by name: a configuration and a class each. Chapters pixels_to_boxes and
-refinement.
+"""The detectors, by name: a configuration and a class each.
+Chapters pixels_to_boxes and refinement.
 
 MODELS is what a file's metadata, a recipe and a run mean by a model's name; a file that has none
 holds a model of DEFAULT.

@@ -57,9 +57,8 @@ def ms_deform_attn_gather(
 
 
 def sample_levels(value: Tensor, spatial_shapes: Shapes, locations: Tensor) -> Tensor:
-    """Bilinear samples of every level, before anything weights or sums them; chapter sampling's
-    sampling
-    at all points at once.
+    """Bilinear samples of every level, before anything weights or sums them; what chapter sampling
+    computes, at all points at once.
 
     value: (B, S, M, D), the L maps one after another; spatial_shapes: their sizes (H, W).
     locations: (B, Q, M, L, K, 2) as (x, y), normalised: (0, 0) is the top-left corner of the

@@ -2,8 +2,8 @@
 
 kernels/cuda_threads.cpp supplies CUDA's words, and the macros are those of a GPU: several lanes to
 a head, shuffles, shared memory, atomic additions. For tests and for chapters cuda_kernel and
-making_it_fast, which trace
-this build and watch a race in it; `deformable_detr.ops.dispatch` never picks it.
+making_it_fast, which trace this build and watch a race in it; `deformable_detr.ops.dispatch` never
+picks it.
 """
 
 import ctypes

@@ -1,9 +1,8 @@
 """The training loop, to be read from top to bottom: data, step, losses, clip, end of an epoch.
 
 Chapters training and training_at_every_size. Beside it: `setup` makes what it works on, `batches`
-chooses the images of each
-step, `optimiser` the rates; `run` is the folder with checkpoint and log, `remarks` says what a
-person should know, `faults` what is not finite.
+chooses the images of each step, `optimiser` the rates; `run` is the folder with checkpoint and log,
+`remarks` says what a person should know, `faults` what is not finite.
 """
 
 import signal
