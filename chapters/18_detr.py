@@ -285,8 +285,8 @@ check("detr.1", class_loss)
 # <details><summary>I pass the first check but fail the second</summary>
 #
 # The first check has only queries with objects, whose weights are all 1. With others, the divisor matters: it is the
-# sum of the weights. A plain mean over queries is about ten times smaller. Deformable DETR divides by the
-# number of boxes; DETR does so for its boxes only.
+# sum of the weights. A plain mean over queries is several times smaller. Deformable DETR divides all three terms of
+# its loss by the number of boxes; DETR does so for the two terms of the boxes only.
 #
 # </details>
 #
@@ -330,7 +330,8 @@ print(f"by hand {total:.3f}, the library's {theirs:.3f}")
 # We compare two small detectors on small pictures. Both of our detectors use **one** map, at stride 16,
 # which for a picture of 128 pixels is 8 x 8 tokens. Both have 30 learned queries, 2 + 3 layers of width 64 and the same
 # pretrained backbone. Neither refines boxes or has two stages. They differ in three of the four red notes of Figure
-# {{n}}.1, all but the maps: attention, reference points, and what the heads say. We call them *DETR* and *one map*.
+# {{n}}.1, all but the maps: attention, reference points, and what the heads say. We call them *DETR* and
+# *one map*, because the Deformable DETR of other chapters reads several maps.
 
 
 # %%
@@ -353,8 +354,7 @@ for name in RECIPES:
     print(f"{name:8} {sum(p.numel() for p in build(name).parameters()):,} parameters")
 
 # %% [markdown]
-# Three explanations have been given for the slow start. What each of them claims can be looked at before the first
-# step, or in the first few hundred.
+# Three explanations have been given for the slow start. We look at them one by one.
 #
 # ## {{n}}.4 Explanation one: attention starts everywhere
 #
@@ -444,12 +444,13 @@ draw.one_query_of_each(dense.view(8, 8), points, place)
 
 # %% [markdown]
 # *Figure {{n}}.2. What to see: where one head of one query of an untrained decoder looks. DETR's looks at all 64
-# cells (left; the darker the tint, the larger the weight). No cell has much more than an even share, which is 1/64 =
+# cells (left; the darker the tint, the larger the weight). No cell stands out: an even share would be 1/64 =
 # 0.016. The deformable one has a place (right, blue cross) and looks at four points beside it.*
 #
 # A study measured this for five seeds and three sizes of picture (`python experiments/initialisation.py`, on images of
-# noise). It also measured the gradient of one query's output in the encoder's first layer. How large is the gradient at
-# each token, and over how many tokens is it spread, in the same sense?
+# noise). It also took the gradient of one token's output of the encoder's first layer, with respect to all tokens that
+# enter the layer. The size of the gradient at each token, divided by the sum of the sizes, is a weight too. So $e^H$
+# says over how many tokens the gradient is spread.
 
 
 # %%
@@ -519,8 +520,7 @@ draw.all_boxes({name: output.boxes[0] for name, output in outputs.items()})
 # the picture, before it has learned anything (right).*
 #
 # To divide the objects of a picture among themselves, DETR's queries must first learn to differ. How long does that
-# take? We shall train both detectors and see. The same training also shows the third explanation at work, so that one
-# comes first.
+# take? The training below shows it, and the third explanation at work as well, so that one comes first.
 #
 # ## {{n}}.6 Explanation three: the matching is not stable
 #
@@ -529,7 +529,7 @@ draw.all_boxes({name: output.boxes[0] for name, output in outputs.items()})
 # learning. The authors of DN-DETR {cite}`li2022dn` measured this between epochs, and propose denoising as the remedy
 # ({{chapter denoising}}).
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two matrices of queries and objects at two steps. At step 1, query 2 has object A and query 4 has object B. At step 2, query 3 has object A and query 4 still has object B. The moved match is red. Below: instability is 1 of 2."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two matrices of queries and objects at two steps. At one moment, query 2 has object A and query 4 has object B. A few steps later, query 3 has object A and query 4 still has object B. The moved match is red. At the right: 1 of 2 objects has changed."}}
 draw.a_match_that_moves()
 
 # %% [markdown]
@@ -690,7 +690,7 @@ print("DETR's mean share of changed matches is more than twice that of one map")
 # %% [markdown]
 # What happens after these two hundred steps? A study trained both detectors for 1,500, each at three learning rates
 # (`python experiments/rates.py`; the next chapter chooses among them). Every 500 steps it compared the matches of 64
-# pictures of *val* with the last ones, and measured the object AP, which is AP without classes:
+# pictures of *val* with those of 500 steps before, and measured the object AP, which is AP without classes:
 
 # %%
 rates, pairs = read("rates"), []
@@ -718,15 +718,14 @@ print(
 )
 
 # %% [markdown]
-# First, the AP. DETR's boxes are spread since step 200, and yet its AP after 1,500 steps is a small fraction of one
-# map's. So equal boxes at the start cannot be the whole story.
+# First, the AP. DETR's boxes are spread from about step 200 on, and yet its AP after 1,500 steps is a small fraction of
+# one map's. So equal boxes at the start cannot be the whole story.
 #
-# Second, the matches; the last line counts in how many rows DETR's change more. Even if they do in every row, this does
-# not show that the changes make DETR slow. It may be the other way round: a detector whose boxes are poor changes its
-# matches *because* the boxes are poor. To tell cause from effect, one has to train without the unstable matching.
-# DN-DETR does so for a part of its queries, and {{chapter denoising}} tries it.
+# Second, the matches. Even if DETR's change more in every row, this does not show that the changes make DETR slow. A
+# detector may change its matches *because* its boxes are poor. To tell cause from effect, one has to train without the
+# unstable matching. DN-DETR does so for a part of its queries, and {{chapter denoising}} tries it.
 #
-# ## {{n}}.7 One attention head, nothing else
+# ## {{n}}.7 One attention module, nothing else
 #
 # Back to the first explanation: does spread-out attention learn slowly? Here is an experiment small enough to leave
 # everything else out. Every cell of a map holds a number. A query stands on a cell, and must answer with the number
@@ -865,15 +864,16 @@ print(
 )
 
 # %% [markdown]
-# So with nothing else changed, dense attention does slow down with the number of keys. The deformable learner has two
+# So with nothing else changed, dense attention does slow down as the map grows. The deformable learner has two
 # advantages by design: its points start near the right cell, and a small step of a point reaches the next cell. Dense
 # attention must learn both from place codes, which hardly differ between neighbours. Even the fastest wave of these
 # codes has one period over the whole picture: on a map of 8 x 8 cells, neighbours differ by an eighth of a period in
-# it, and by less in all others. DETR's codes have more channels, but the same fastest wave.
+# it, and by less in all others. DETR's codes have more channels, but the same fastest wave. So two things change with
+# the map, and this experiment does not separate them: more keys share the gradient, and their codes are more alike.
 #
 # The design has a price, too. A point's gradient comes from the few cells around it ({{chapter sampling}}). On a map of
 # pure noise these say nothing about where the right cell is, so points that have moved in the wrong direction come back
-# late or never. The maps of a backbone are smoother, and a detector has many heads and layers.
+# late or never. (The maps of a backbone are smoother.)
 #
 # ### The other way round
 #
@@ -926,7 +926,7 @@ print("dense learns it, and deformable stays at the error of answering 0")
 # | attention and its gradient start everywhere | yes: five seeds, up to 1,024 tokens | in a whole detector, a change of this alone |
 # | queries must learn where to look | yes: at the start, and in 200 steps of one seed | what it costs later on |
 # | the matching is unstable | yes: by a study and live | whether it is a cause: {{chapter denoising}} |
-# | dense attention slows down with more keys | yes: in one layer, three seeds | in a whole detector, with more layers |
+# | dense attention learns more slowly on a larger map | yes: in one layer, three seeds | more keys or closer codes? And in a whole detector? |
 #
 # Others have looked for the main cause. {cite}`sun2021tspfcos` find that cross-attention in the decoder is the slow part,
 # and that unstable matching matters early in training. {cite}`meng2021conditional` give DETR's queries a reference point

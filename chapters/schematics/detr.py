@@ -109,7 +109,8 @@ def at_the_start(rows: list[dict]) -> None:
         axes.set(xlabel="tokens", title=title, xticks=[64, 256, 1024], ylim=(2, 2000))
         axes.set_xticklabels(["64", "256", "1,024"])
         axes.minorticks_off()
-    places[0].legend()
+    handles, labels = places[0].get_legend_handles_labels()
+    places[0].figure.legend(handles, labels, loc="outside upper center", ncols=3)
     plt.show()
 
 
@@ -210,5 +211,5 @@ def steps_and_cells(needed: dict[tuple[bool, int], list[int]], most: int) -> Non
     axes.set_xlim(13, 80)
     axes.set_xticklabels([str(number) for number in numbers])
     axes.minorticks_off()
-    axes.legend(loc="center left")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     plt.show()
