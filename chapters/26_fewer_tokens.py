@@ -122,7 +122,7 @@ print({name: f"{value / sum(parts.values()):.0%}" for name, value in parts.items
 #
 # So the idea is to update only tokens that matter. But matter to whom? Not all tokens on an object are needed,
 # and some background around it may be. The authors of Sparse DETR ask the decoder {cite}`roh2022sparse`: **a
-# token matters as much as the decoder's cross-attention reads of it.**
+# token matters as much as the decoder's cross-attention reads it.**
 #
 # With dense attention we would add up columns of the attention map. Deformable attention has no such map, since
 # it reads between tokens. But each sample is a blend of four tokens ({{chapter sampling}}), so its attention
@@ -172,17 +172,17 @@ for rho in (0.1, 0.3):
     best = read.topk(int(S * rho) + 1).values.sum(1) / read.sum(1)
     print(f"the {rho:.0%} of tokens that are read most have {best.mean():.0%} of it, on average")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "The picture of the seven, and beside it three maps of how much the decoder read of each token, for levels 0, 1 and 2. On all levels the tokens of the seven stand out, and brighter still are those of a bright stone at the upper right; most of the rest is dark."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The picture of the seven, and beside it three maps of how much the decoder read of each token, for levels 0, 1 and 2. On all levels the tokens of the seven are brighter than the dark rest, and so are some other places where queries have their boxes."}}
 draw.read_maps(read[9], shapes)
 
 # %% [markdown]
 # *Figure {{n}}.2. What to see: how much was read of each token of the three levels (bright: much; square roots,
-# so that little is seen too), and the share of each level. The decoder reads the seven. It reads even more of a
-# bright stone at the upper right, because many queries have their boxes there and have to find out that it is
-# no digit.*
+# so that little is seen too), and the share of each level. The decoder reads the seven. It also reads
+# places without a digit, sometimes even more, because many queries have their boxes there and have to find out that they
+# contain none.*
 #
 # **The target of the scorer.** An encoder that updates the share $\rho$ of the tokens should update those that
-# are read most. They are called 1, all others 0.
+# are read most. Their target is 1, that of all others 0.
 #
 # ## Exercise {{n}}.1  The target
 #
@@ -245,7 +245,7 @@ for rho in (0.1, 0.3):
     print(f"rho {rho}: {(wanted * official).sum() / wanted.sum():.0%} of the tokens are the same")
 
 # %% [markdown]
-# That is not small. (What it costs in AP was not measured.) The library draws the target where it was read; the other
+# So half a cell changes the target visibly. (What it costs in AP was not measured.) The library draws the target where it was read; the other
 # form is an option (`half_cell`), for published weights, which were trained with it.
 #
 # ## {{n}}.3 A scorer that guesses it
@@ -260,8 +260,8 @@ draw.sparse_flow()
 # *Figure {{n}}.3. What to see: above, what happens in a forward pass; below (purple), how the scorer learns.
 # The choice itself passes no gradient (red).*
 #
-# One half of what the scorer knows is the token's own. The other half is the mean over all tokens, so that it
-# also knows what kind of picture it is. (Its input has passed the first stage's projection, as proposals do in
+# Half of the scorer's features describe the token itself. The other half is their mean over all tokens, which tells
+# what kind of picture it is. (Its input has passed the first stage's projection, as proposals do in
 # {{chapter refinement}}.)
 
 
@@ -335,7 +335,7 @@ for rho in (0.1, 0.3):
     print(f"rho {rho}: the scorer finds {shares_found[rho]:.1f} of the tokens that are read most")
 assert shares_found[0.1] > 0.3 and shares_found[0.3] > 0.5
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "The picture of the seven four times with the kept tokens of three levels as blue dots, orange and green circles. The tenth that is read most lies on the seven, around a bright stone, and at the right rim. The tenth that the scorer keeps lies on the seven, at the stone and along the left rim. Three tenths: read most, the seven and the whole upper right; the scorer, the seven, the stone, the rim and nearly all coarse tokens."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The picture of the seven four times with the kept tokens of three levels as blue dots, orange and green circles. The first and the third panel show the tenth and the three tenths that are read most, on the seven and in other places; the second and the fourth those that the scorer keeps."}}
 marks = {}
 for rho in (0.1, 0.3):
     for name in ("read most", "scorer"):
@@ -347,8 +347,7 @@ draw.kept(marks, shapes)
 # %% [markdown]
 # *Figure {{n}}.4. What to see: which tokens of the seven's picture are kept (blue dots: level 0, orange and
 # green circles: levels 1 and 2). "Read most" is the target; the scorer has not seen this picture in training.
-# It finds the seven and something of the stone. It also keeps what is a safe guess in any picture: the rim,
-# and, with three tenths to give away, the coarse tokens.*
+# It finds the seven. What it keeps far from any digit is what it learned to keep in other pictures.*
 #
 # ## {{n}}.4 Update a few, look at all
 #
@@ -438,7 +437,7 @@ assert aps[0.3, "random"] < 0.5 * aps[0.3, "scorer"] and aps[0.3, "scorer"] > 0.
 # %% [markdown]
 # So it matters very much which tokens they are. Three tenths of the tokens nearly suffice if they are the right
 # ones, even in a detector that has never met such an encoder; with as many random ones more than half of the AP
-# is lost. (The pictures are few, so take the second digit lightly.)
+# is lost. (The pictures are few, so the second digit says little.)
 #
 # ### How the scorer learns, and how not
 #
@@ -541,8 +540,7 @@ def parts_of_layer(rho):
 
 
 # %% [markdown]
-# **Before you run**: which of these will fall to about a tenth where a tenth of the tokens is updated, and which will
-# not fall at all?
+# **Before you run**: which of these will fall where fewer tokens are updated, and which will not?
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -948,9 +946,8 @@ for ours, base in PAIRS.items():
         print(compare(ours, base, f"ap_{size}"))
 
 # %% [markdown]
-# And do key-aware weights go to fewer samples, as in the task above? Here is over how many of its 8 samples a
-# token of the encoder's last layer spreads its weights (the exponential of their entropy; "better" means
-# fewer):
+# And do key-aware weights go to fewer samples, as in the task above? A token of the encoder's last layer has 8
+# samples. We measure over how many of them it spreads its weights (the exponential of their entropy; "better" means fewer):
 
 # %% tags=["hide-input"]
 for ours, base in (("Lite DETR", BASE), ("Lite-DINO", "DINO")):
@@ -960,14 +957,15 @@ for ours, base in (("Lite DETR", BASE), ("Lite-DINO", "DINO")):
     print(compare(ours, base, *asked_for, sign=-1))
 
 # %% [markdown]
-# Three hundred steps show who learns faster at the beginning, not who is better in the end. And two levels with
+# Three hundred steps show which detector learns faster at the beginning, not which is better in the end. And two levels with
 # two layers leave little to save: at full size the encoder has six layers and half of all work.
 #
 # ### AP by the share of updated tokens
 #
 # Section {{n}}.5 counted what a smaller share $\rho$ saves. What does it cost in AP, if the detector is trained with it
 # (`python experiments/sparse.py`)? At $\rho = 1$ the encoder is the dense one, with a scorer that decides nothing. All
-# else is the same, so here the share alone differs. Beside AP we put what is spent (`python
+# else is the same, so here the share alone differs. (Not so above: there the base has other queries and another first
+# stage, so part of that difference can be theirs.) Beside AP we put what is spent (`python
 # experiments/member_costs.py`, one core): by an inference of one picture, and by a step of training on eight.
 
 # %% tags=["hide-input"]
@@ -1001,7 +999,7 @@ draw.trained_by_share(by_share, spent_on)
 # ### The family at equal multiply-adds
 #
 # Equal images are not equal work. Noised objects ({{chapter denoising}}) and groups ({{chapter groups_and_queries}}) make
-# a step of training dearer, and the encoders of this chapter make it cheaper. What does each member of the family spend?
+# a step of training more expensive, and the encoders of this chapter make it cheaper. What does each member of the family spend?
 
 # %% tags=["hide-input"]
 FAMILY = dict.fromkeys(row["configuration"] for row in tables["members"])
@@ -1014,7 +1012,7 @@ for name in FAMILY:
     print(f"{once[0]:15.0f}{once[1]:7.1f}{once[2]:6.1f}")
 
 # %% [markdown]
-# (M: million multiply-adds per picture. A step is on eight pictures, with its backward pass.) Groups make the dearest
+# (M: million multiply-adds per picture. A step is on eight pictures, with its backward pass.) Groups make the most expensive
 # step, and at inference they cost nothing. Sparse DETR and Lite DETR save nearly a fifth of the multiply-adds, and on
 # these small pictures no time: choosing, gathering and writing back tokens take time but no multiply-adds, and key-aware
 # weights run the operator once more.
@@ -1032,13 +1030,13 @@ for name in FAMILY:
         found = equal[name]["ap"]["verdict"] if "ap" in equal[name] else "too few trainings to say"
         print(f"    equal multiply-adds: {found}")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "A row for each member of the family: in blue the interval of its AP after 300 steps, in grey that of the base after as many multiply-adds. A dotted line marks the base after 300 steps. Grey marks lie to the right of the line for Group DETR, DINO and DN-DETR, whose steps are dearer, and to its left for Sparse DETR and Lite DETR."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A row for each member of the family: in blue the interval of its AP after 300 steps, in grey that of the base after as many multiply-adds. A dotted line marks the base after 300 steps. Grey marks lie to the right of the line for Group DETR, DINO and DN-DETR, whose steps are more expensive, and to its left for Sparse DETR and Lite DETR."}}
 draw.at_equal_cost({name: equal[name] for name in FAMILY if name != BASE}, values(BASE, "ap"))
 
 # %% [markdown]
 # *Figure {{n}}.11. What to see: AP of a member after 300 steps (blue), and of the base after as many multiply-adds
-# (grey; its steps in brackets), with 95 % intervals. Dotted: the base after 300 steps, its mean. A member with dear steps
-# has a harder opponent here than at equal images, and one with cheap steps an easier one.*
+# (grey; its steps in brackets), with 95 % intervals. Dotted: the base after 300 steps, its mean. A member with expensive
+# steps has a harder opponent here than at equal images, and one with cheap steps an easier one.*
 #
 # One thing both comparisons leave open: all members used one learning rate, 0.001. Would each be best with it? A study
 # tries half of it and twice of it, with one seed each, and judges by AP without classes on val (`python
@@ -1068,7 +1066,7 @@ print("not all three tried:", "; ".join(untried) or "none")
 # | Lite-DINO, H2L2-(2+1)x3 / H3L1-(6+1)x1 / H3L1-(2+1)x3 | 49.9 / 50.2 / 50.4 | | |
 #
 # Sources: {cite}`roh2022sparse` and {cite}`li2023lite`, with their repositories; G counts multiply-adds.
-# A higher AP is not what these two are for. By these tables they are about as good as their counterparts, at about two
+# Neither detector aims at a higher AP. By these tables they are about as good as their counterparts, at about two
 # thirds of the work. Lite DETR's authors make no claim of speed on real hardware: their key-aware attention has no
 # kernel of its own.
 #
@@ -1084,18 +1082,18 @@ print("not all three tried:", "; ".join(untried) or "none")
 # - Key-aware weights compare the query with its samples. They answer what linear weights cannot; the products
 #   need no tensor of samples.
 #
-# > **Differs from the paper.** Sparse DETR's paper calls the target a map of the decoder's attention; how samples
-# > between tokens are shared out to the half cell is not said. Lite DETR's (A+1)xB is read as A layers per block, as the
+# > **Differs from the paper.** Sparse DETR's paper calls the target a map of the decoder's attention; it does not say
+# > how a sample between tokens is shared out among them (the half cell). Lite DETR's (A+1)xB is read as A layers per block, as the
 # > released models have it.
 # >
 # > **Differs from the official code.** Sparse DETR's target is drawn half a cell to the right and below there,
-# > and padding has a part in the mean of the scorer; both are options here (`half_cell`, `scored_padding`). Lite
+# > and padding is counted in the scorer's mean; both are options here (`half_cell`, `scored_padding`). Lite
 # > DETR's code runs only if an option is set that no configuration has (`key_aware`), and builds the tensor of all
 # > samples.
 #
 # ## Further reading
 #
 # - {cite}`roh2022sparse`: the map of the decoder's attention, and what else was tried as a target.
-# - {cite}`li2023lite`: which tokens are many, and which matter.
+# - {cite}`li2023lite`: how the tokens are spread over the levels, and which of them matter.
 # - {cite}`yao2021efficient`: the queries that Sparse DETR took over.
 # - {cite}`zhao2024rtdetr`: another answer, an encoder that attends on the coarsest map only.
