@@ -28,7 +28,7 @@
 # %% [markdown]
 # Deformable DETR puts its attention behind a convolutional backbone. In 2022 the authors of DAT, the
 # Deformable Attention Transformer {cite}`xia2022dat`, asked for a deformable attention that can *be* the
-# backbone. They kept the idea that sampling points move to where they are of use. They changed who owns the
+# backbone. They kept the idea that sampling points move to where they are useful. They changed who owns the
 # points: in Deformable DETR each query has a few points of its own; in DAT **all queries share the same
 # points**, and compare themselves with what is found there.
 
@@ -49,7 +49,7 @@ draw.two_attentions()
 #
 # | | Deformable DETR | DAT |
 # |:--|:--|:--|
-# | where the points lie | each query says it, with a linear layer | one small network says it for the whole map |
+# | where the points lie | each query decides, by a linear layer | one small network decides for the whole map |
 # | they start from | the query's reference point | a regular grid |
 # | how many | $K$ = 4 per query, head and level | $N_s = HW / r^2$, the same for all queries |
 # | how much each counts | softmax of a linear layer on the query | softmax of query · key, plus a position bias |
@@ -170,9 +170,9 @@ draw.alike(
 # they cancel each other. So we measure **the mean square of the average row, divided by the mean square of all
 # rows**. It is 1 where all queries attend alike.
 #
-# By hand, with two queries and two keys: rows (1, -1) and (1, -1) have the average (1, -1), so the part is
-# 1. Rows (1, -1) and (-1, 1) want opposite things. Their average is (0, 0), so the part is 0. Between the two lie
-# rows that have nothing to do with each other: $Q$ rows at random do not cancel completely, and the part is about $1/Q$,
+# By hand, with two queries and two keys: rows (1, -1) and (1, -1) have the average (1, -1), so the measure is
+# 1. Rows (1, -1) and (-1, 1) want opposite things. Their average is (0, 0), so it is 0. Between the two lie
+# rows that have nothing to do with each other: $Q$ rows at random do not cancel completely, and it is about $1/Q$,
 # which is 0.028 for the 36 queries of stage 3 and 0.11 for the 9 of stage 4.
 
 
@@ -188,7 +188,7 @@ assert shared_part(torch.tensor([[1.0, -1.0], [-1.0, 1.0]])) == 0
 print("scores at random:", round(shared_part(torch.randn(1000, 36, 36)), 3))
 
 # %% [markdown]
-# Before you run: what will it be in the two stages of the trained network? And in a network with random
+# **Before you run**: what will it be in the two stages of the trained network? And in a network with random
 # weights?
 
 # %%
@@ -204,7 +204,7 @@ assert parts[0] < 0.2 and parts[1] > 0.5
 # %% [markdown]
 # With random weights more than half is shared in both stages, so queries attend alike before anything is learned.
 # Training has changed stage 3: hardly anything is shared any more, so each query has preferences of its own. In
-# stage 4 about as much is shared as before.
+# stage 4 about as much is shared as with random weights.
 #
 # But that is one network. The study has trained several, which differ in their seeds only, and has measured them on other pictures
 # (those of its validation set):
@@ -463,10 +463,10 @@ print("keys on all pixels: dense attention")
 #
 # ## {{n}}.5 A position bias between the cells
 #
-# Attention does not know where a key lies. Swin {cite}`liu2021swin` tells it with a table per head: one learned number for each difference of rows
-# and columns, added to the score. A map of $H \times W$ has $2H - 1$ differences of rows, from $-(H-1)$ to $H - 1$, and $2W - 1$ of columns.
+# Attention does not know where a key lies. Swin {cite}`liu2021swin` adds a number to the score that a table per head has learned
+# for each difference of rows and columns. A map of $H \times W$ has $2H - 1$ differences of rows, from $-(H-1)$ to $H - 1$, and $2W - 1$ of columns.
 #
-# DAT's keys lie between pixels, so their differences are no integers. The table is then read **between its
+# DAT's keys lie between pixels, so their differences are not integers. The table is then read **between its
 # cells**, by the same interpolation with which features are read between pixels. For one axis with $H = 3$ rows the table has
 # five cells:
 
@@ -614,7 +614,7 @@ check("dat.3", dat_cost)
 # The paper's example: stage 3 of a Swin-T, $H = W = 14$, $C = 384$, $N_s = 49$ keys (so $r = 2$), $k = 5$. It says that the attention costs 79.63 M and
 # that "the additional overhead is 5.08M Flops, which is only 6.0% of the whole module".
 #
-# Before you run: compute the overhead, $(25 + 2) \cdot 49 \cdot 384$, roughly in your head.
+# **Before you run**: compute the overhead, $(25 + 2) \cdot 49 \cdot 384$, roughly in your head.
 
 # %%
 pixels, C, k = 14 * 14, 384, 5
@@ -663,9 +663,10 @@ draw.backbone()
 
 # %% [markdown]
 # *Figure {{n}}.5. What to see: DAT-T. Each letter is a block: an attention and two linear layers, each normalised before and added after. The first two
-# stages are Swin's, because there "the keys and values have a rather large spatial size". In the last two, windows gather what is near, then shared keys relate the whole map.*
+# stages are Swin's, because there "the keys and values have a rather large spatial size". In the last two, windows gather what is near, then shared keys connect the whole map.*
 #
-# The library has it in four sizes. We count parameters without allocating any:
+# The library has it in three sizes, and the largest also for images of 384 x 384. We count parameters without allocating
+# any:
 
 # %%
 for name, expected in (
@@ -701,7 +702,7 @@ for name, top1 in (
 # nothing of the kind was trained here.) At 224 x 224 a DAT costs 2 to 3 % more than the Swin of its size. At 800 x 1066,
 # with $r = 1$, it costs a third to a half more.
 #
-# **Any image size.** The authors' model takes 224 x 224 and nothing else: windows, masks and tables are made for it. Ours pads maps to whole windows, and
+# **Any image size.** Each of the authors' models takes images of one size and nothing else: windows, masks and tables are made for it. Ours pads maps to whole windows, and
 # reads the tables of the position bias as above. The small network shows it, on pictures that were resized:
 
 # %%
@@ -755,8 +756,8 @@ if min(len(dat), len(resnet)) > 1:
     print("DAT against ResNet, each at its better rate:", verdict(dat, resnet))
 
 # %% [markdown]
-# (`crops` is the accuracy on crops of val, read from a map of stride 32, before the detector is trained.) What this can say is about
-# 450 steps of 8 images, on pictures of 128 x 128, after 800 steps on crops. Convolutions see neighbours by construction; attention
+# (`crops` is the accuracy on crops of val, read from a map of stride 32, before the detector is trained.) This holds for
+# 450 steps of 8 images, on pictures of 128 x 128, after 800 steps on crops; rates above 0.002 were not tried. Convolutions see neighbours by construction; attention
 # has to learn to. The paper's detectors, which gain from DAT, start from weights that have seen ImageNet's million pictures.
 
 # %% [markdown]
@@ -816,13 +817,13 @@ for name, values in accuracy.items():
         print(f"{name:<30}{verdict(accuracy['DAT'], values):<36}{reported}")
 
 # %% [markdown]
-# Read the two columns together. The paper's differences are between 0.003 and 0.007. Here, seeds of one and the same
+# Read the two columns together. The paper's differences are between 0.003 and 0.007. Here, seeds of the same
 # variant differ by more than that. So **where our column says "no difference larger than c", the study is too small
 # to see an effect of the paper's size**: it neither confirms nor refutes it. It can only tell large effects, and only for
 # this task, digits in small pictures after a short training.
 #
 # Two cautions for the paper's column. Each of its rows is one accuracy without an interval, so nobody can tell whether 0.003 is more
-# than two seeds differ by. And it does not say how many keys the first stages had where they moved in all stages; here they
+# than two seeds differ by. And for moved keys in all stages it does not say how many keys the first stages had; here they
 # had one per pixel.
 #
 # The rows with a dash are not in those tables. One of them answers the question with which the chapter began: is the step
@@ -832,7 +833,7 @@ for name, values in accuracy.items():
 #
 # ## {{n}}.9 What it looks at
 #
-# Where do the keys go, and which of them are used? `record_shared_keys` returns it for each layer: the places, and how
+# Where do the keys go, and which of them are used? For each layer `record_shared_keys` returns the places, and how
 # much of each head's attention a key gets, on average over all queries.
 
 # %%
@@ -853,10 +854,10 @@ draw.shared_keys(pictures[:4], keys.places[:4, 1].numpy(), attention[:4, 1].nump
 # digit, also where the prediction is wrong.*
 #
 # The paper shows such pictures (its Fig. 5) and concludes that the attention "learns to place the keys mostly in the foreground".
-# Here the foreground is known: it is the digit's ink. So we can ask two questions that one picture mixes up. Which part of
-# the keys *stands* on ink, before and after moving? And which part of the attention *falls* on keys that do?
+# Here the foreground is known: it is the digit's ink. So we can ask two questions that one picture mixes up. How many of
+# the keys *stand* on ink, before and after moving? And how much of the attention *falls* on keys that do?
 #
-# Before you run: which of the two will stand out?
+# **Before you run**: which of the two will stand out?
 
 
 # %%
@@ -891,7 +892,7 @@ pair = (final(name, "attention on ink", "val") for name in ("DAT", "no offsets")
 print("attention on ink, DAT against no offsets (more is called better):", verdict(*pair))
 
 # %% [markdown]
-# This shows how to read such figures: a large disc in the foreground says that a key there is *used*, not that it *moved* there. To say
+# So such figures must be read with care: a large disc in the foreground says that a key there is *used*, not that it *moved* there. To say
 # that, one has to compare with the grid.
 #
 # Last, do the offsets grow in training?
