@@ -44,12 +44,19 @@ def require_folder(path: Path | str) -> None:
     """OSError, in one line, where a path is something else than a folder, and no folder can be made
     there either."""
     wanted = Path(path).absolute()
-    folder = next(each for each in (wanted, *wanted.parents) if each.exists())
+    folder = nearest(wanted)
     if not folder.is_dir():
-        what = "is a file" if folder == wanted else f"cannot be: {folder} is a file"
+        what = "is a file" if folder.exists() else "is not there"
+        what = what if folder == wanted else f"cannot be: {folder} {what}"
         raise NotADirectoryError(f"{path} {what}, expected a folder")
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"cannot write {path}: nobody may write into {folder}")
+        raise PermissionError(f"cannot write {path}: {folder} may not be written into")
+
+
+def nearest(path: Path) -> Path:
+    """The path, absolute, or the nearest of its parents that is there; its drive, if none is."""
+    places = path.absolute(), *path.absolute().parents
+    return next((place for place in places if place.exists()), places[-1])
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -77,8 +84,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _is_full(path: Path) -> bool:
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    return shutil.disk_usage(folder).free < 1 << 20
+    folder = nearest(path.parent)
+    return folder.exists() and shutil.disk_usage(folder).free < 1 << 20
 
 
 def first_line(error: Exception) -> str:

@@ -17,7 +17,9 @@ from PIL import Image
 
 from deformable_detr import DeformableDETR, cli
 from deformable_detr.cli import main
+from deformable_detr.cli.beforehand import refuse_targets
 from deformable_detr.cli.commands import COMMANDS
+from deformable_detr.files import require_folder
 from deformable_detr.inference.detector import read_card, update_card
 from deformable_detr.inference.views import MERGES
 from deformable_detr.training.recipes import FOLDER as RECIPES
@@ -209,6 +211,16 @@ def test_what_cannot_be_written_is_said_at_the_start(coco, model_file, tmp_path,
         for target, message in ((tmp_path, "is a folder"), (inside, "no folder that can be")):
             assert main([command, data, "--model", "not read yet", option, str(target)]) == 2
             assert message in capsys.readouterr().err
+
+
+def test_a_drive_that_is_not_there_is_one_line(monkeypatch):
+    """On Windows not even the last parent of a path need be there."""
+    for name in ("exists", "is_dir"):
+        monkeypatch.setattr(Path, name, lambda path: False)
+    with pytest.raises(ValueError, match=r"cannot write .*found.json: .* no folder that can be"):
+        refuse_targets(Path("a", "found.json"))
+    with pytest.raises(NotADirectoryError, match=r"cannot be: .* is not there, expected a folder"):
+        require_folder(Path("a", "b"))
 
 
 @pytest.mark.parametrize("command", ["train", "tile", "predict", "convert"])

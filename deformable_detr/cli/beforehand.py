@@ -13,7 +13,7 @@ from deformable_detr.data.faults import Fault, told
 from deformable_detr.data.names import counted
 from deformable_detr.data.places import Place
 from deformable_detr.data.split_checks import check_data
-from deformable_detr.files import first_line
+from deformable_detr.files import first_line, nearest
 
 
 def refuse_faults(data: Path, splits: dict[str, Place], accelerator: Accelerator) -> None:
@@ -57,7 +57,7 @@ def refuse_targets(*paths: Path | None) -> None:
     for path in filter(None, paths):
         if path.is_dir():
             raise ValueError(f"{path} is a folder, expected the name of a file")
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        folder = nearest(path.parent)
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise ValueError(f"cannot write {path}: {folder} is no folder that can be written")
 
