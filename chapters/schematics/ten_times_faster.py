@@ -151,7 +151,7 @@ def by_size(
         for number, values in enumerate(zip(*columns, strict=True)):
             label = None if number else name
             axes.plot(range(3), values, "o-", color=COLOURS[name], lw=1, ms=3, label=label)
-    axes.set(xticks=range(3), xticklabels=sizes, ylabel="AP on test", xlim=(-0.2, 3.4))
+    axes.set(xticks=range(3), xticklabels=sizes, ylabel="AP on test", xlim=(-0.2, 2.2))
     axes.set_ylim(bottom=0)
-    axes.legend(loc="center right", fontsize=8)
+    axes.figure.legend(loc="outside right center", fontsize=8)
     plt.show()

@@ -35,6 +35,8 @@ def check_steps_to_reach(steps_to_reach):
     expect(steps_to_reach(steps, values, 0.25), 175.0, "the first time counts")
     falling = [0.1, 0.4, 0.1, 0.2]
     expect(steps_to_reach(steps, falling, 0.25), 150.0, "np.interp needs rising values")
+    dips = [0.2, 0.1, 0.4, 0.5]
+    expect(steps_to_reach(steps, dips, 0.25), 250.0, "from the value just before, not the best")
     yield "before the first evaluation"
     expect(steps_to_reach(steps, values, 0.05), 50.0, "from step 0 with value 0")
     yield "exactly at an evaluation"
@@ -89,6 +91,11 @@ def _no_interpolation(steps, values, target):
     return next((s for s, v in zip(steps, values, strict=True) if v >= target), math.inf)
 
 
+def _best_so_far(steps, values, target):
+    reached = max(values) >= target
+    return _first_time(steps, np.maximum.accumulate(values), target) if reached else math.inf
+
+
 def _above(steps, values, target):
     reached = max(values) > target
     return _first_time(steps, values, target) if reached else math.inf
@@ -127,6 +134,7 @@ WRONG = {
         ("the last time", _last_time),
         ("no interpolation", _no_interpolation),
         ("np.interp on values that fall", _interpolated),
+        ("the best value so far", _best_so_far),
         ("above the target, not at it", _above),
     ],
     "ten_times_faster.3": [
