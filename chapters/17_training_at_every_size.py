@@ -842,12 +842,11 @@ for way, (start, slope) in lines.items():
     print(text, f"the queries {queries[way] / 1e6:.0f} MB of it")
 
 # %% [markdown]
-# Can the 671 MB be explained? In a step that keeps everything, the peak comes at the end of the forward pass. At that
-# moment there are weights, AdamW's averages and what the queries need, but no gradients yet. One thing comes on top:
-# the backbone's convolutions are multiplied by their frozen batch norms, and these products are kept, so that its weights
-# are there twice. (With recomputing, the peak comes in the backward pass, when a part of the gradients exists.)
+# What is left at zero pixels can be explained. When everything is kept, the peak comes at the end of the forward pass.
+# Then there are weights, AdamW's averages and what the queries need, and the backbone's weights a second time, because
+# each is multiplied by its frozen batch norm and the product is kept. (The gradients come later.)
 
-# %%
+# %% tags=["hide-input"]
 twice = 4 * sum(p.numel() for p in base.backbone.parameters())
 fixed = budget["weights"] + budget["AdamW"]
 print(f"computed for zero pixels: {(fixed + twice + queries['keep']) / 1e6:.0f} MB")
