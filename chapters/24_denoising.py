@@ -114,8 +114,7 @@ draw.flips(corners, [asked(boxes) for boxes in both], [costs(boxes) for boxes in
 # learned at the first step, it must unlearn at the second.*
 #
 # How often this happens can be counted. We call **instability** the share of objects that are matched with another
-# query than at the evaluation before. (The measure is DN-DETR's, whose paper counts *queries* whose object is another
-# one. An object that changes its query counts twice there, for the query that loses it and for the one that gets it.)
+# query than at the evaluation before. (The measure is DN-DETR's, whose paper counts queries in place of objects.)
 
 
 # %%
@@ -156,8 +155,8 @@ draw.instability(curves)
 # dot for each seed. It falls towards the end. (So does the learning rate, which reaches 0 there: boxes that hardly move
 # hardly change their tasks.)*
 #
-# A warning about this measure. It says only that tasks changed, not why. A detector that has learned nothing yet moves its
-# boxes little and can look very stable, and one that improves quickly changes many tasks. So it must be read beside AP. For
+# A warning: a detector that has learned nothing yet moves its boxes little and can look very stable, and one that improves
+# quickly changes many tasks. So this measure must be read beside AP. For
 # two of these detectors, at the end of training:
 
 
@@ -908,9 +907,8 @@ draw.gains(
 )
 
 # %% [markdown]
-# *Figure {{n}}.10. What to see: one dot per seed, a line at the mean. In the right panel fewer are better. If contrast
-# helps, the first row lies to the right of the second in the first two panels and to its left in the last. If mixed
-# selection helps, the first row has a higher AP than the third.*
+# *Figure {{n}}.10. What to see: one dot per seed, a line at the mean. In the right panel fewer are better. Contrast
+# is what sets the first row apart from the second; mixed selection sets it apart from the third.*
 #
 # How far do these results carry? Where both APs are close to 0, neither detector has learned to find digits yet, and their
 # difference says little. And all trainings end after 300 steps of 8 pictures, while twelve epochs of COCO are about 90,000 steps

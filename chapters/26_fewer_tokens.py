@@ -587,8 +587,8 @@ draw.interleaved(plans)
 # three coarse ("high") levels and one fine ("low") one.*
 #
 # What does (2+1)x3 mean? Three blocks, and in each of them two updates of the coarse tokens and one of all. It
-# is easy to read this as three layers per block, nine in all. But the published models have six layers: the
-# last layer of a block does both. The number of their parameters settles it, as we will see.
+# is easy to read this as three layers per block, nine in all. But the last layer of a block does both, so there are six, as
+# the number of parameters of the published models will show.
 #
 # By hand, with layers of the base:
 
@@ -992,9 +992,6 @@ draw.trained_by_share(by_share, spent_on)
 # %% [markdown]
 # *Figure {{n}}.10. What to see: left, AP after 300 steps, one dot per seed, a bar for the interval of the mean. Right,
 # what is spent, dense = 1; far above the dotted line of proportion at ρ = 0.1.*
-#
-# Updating a tenth of the tokens does not make the rest free. The backbone, the projection of the values, the first stage
-# and the decoder stay as they were, and scoring and choosing come on top.
 #
 # ### The family at equal multiply-adds
 #
