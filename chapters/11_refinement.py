@@ -111,7 +111,7 @@ print([round(x, 2) for x in inverse_sigmoid(torch.tensor([0.0, 0.5, 1.0])).tolis
 
 # %% [markdown]
 # All four numbers stay between 0 and 1, whatever Δ is. This keeps the *centre* inside the image and the size
-# below that of the image. It does not keep the *edges* inside: cx = 0.9 with w = 0.4 ends at 1.1.
+# below that of the image. It does not keep the *edges* inside ({{chapter pixels_to_boxes}}).
 #
 # ## Exercise {{n}}.1  Move a reference
 #
@@ -229,7 +229,7 @@ assert flattered.mean(1).diff().sum() > 1.5 * gains.sum()
 print(f"gained in all: {gains.sum():.3f}, and {flattered.mean(1).diff().sum():.3f} if chosen last")
 
 # %% [markdown]
-# The first two layers gain about as much as each other, the third hardly anything. In all it is little, because
+# The last layer gains least, less than half of what either layer before it gains. In all it is little, because
 # this detector's proposals are good already. Chosen by the last box, the gain looks much larger, but only because
 # of the choice: if one picks the winners at the end, they will have improved on the way.
 #
@@ -259,8 +259,8 @@ draw.steps_of_one(
 )
 
 # %% [markdown]
-# *Figure {{n}}.3. What to see: another digit, whose proposal is near but not right. The first two layers make it
-# fit.*
+# *Figure {{n}}.3. What to see: another digit, whose proposal is near but not right. Layer by layer its box moves
+# towards the true one.*
 #
 # And how often do boxes stick out of the image? We count those that end more than half a pixel outside.
 
@@ -511,9 +511,9 @@ for name, index in (("the seven", 9), ("eight digits", 8)):
     print("the best thirty by level:", counts)
 
 # %% [markdown]
-# In the picture of the seven, two more tokens score above 0.5, although there is only one digit. This does little
-# harm, because a proposal is only a start. The decoder can still say no, and does: the queries of these two end with
-# scores below 0.3.
+# In the picture of the seven more tokens than one score above 0.5, although there is only one digit. This does
+# little harm, because a proposal is only a start. The decoder can still say no, and does: the queries that start
+# from the second and third proposal end with scores below 0.3.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left, a picture of eight digits of many sizes with thirty proposal boxes in three colours for the three levels, several on each digit. Right, the scores of all tokens of each level as three heat maps: the finest is bright at small digits, the coarser ones at larger digits."}}
 first = outputs[8].others["first"]
@@ -708,7 +708,7 @@ assert max(aps["refinement"]) < min(aps["refinement, two stages"])
 print("the plain detector's best seed:", max(aps["plain"]))
 
 # %% [markdown]
-# Read this with care. After 300 steps the plain detector has learned next to nothing: an AP of 0.006 is that of a
+# Read this with care. After 300 steps the plain detector has learned next to nothing: its AP is that of a
 # detector that is not trained yet. So the figure shows how much *sooner* boxes become right with refinement, and sooner
 # still with two stages. It does not show how good each becomes in the end.
 #
