@@ -726,14 +726,16 @@ plt.show()
 # digits are found, several of them more than once, and not all are read correctly. That an object belongs to one
 # query alone has to be learned too.*
 #
-# So after a minute, more digits are found than are read correctly, and the AP of small digits is lower than that of the
-# others.
+# A digit that is read is also found, so the second share cannot be the larger one. It is their ratio that answers the
+# question: of the digits that have a box, more than half have the right name too, where guessing would give one in
+# ten. So after a minute it is *finding* that lags behind. Reading has a head start, because the backbone was prepared
+# with it. The AP of small digits is lower than that of the others.
 #
 # ## {{n}}.7 The shipped detector
 #
 # The same code was run for longer on one core: `python experiments/digits.py` trains two seeds with the recipe above,
-# for 14 epochs of all 8,000 images (two more than the recipe's file says), and the first of them is the detector that
-# this repository ships. (`make results` runs this and all other experiments.) Its weights lie in `data/checkpoints`,
+# on all 8,000 images and for somewhat more epochs than the recipe's file says, and the first of them is the detector
+# that this repository ships. (`make results` runs this and all other experiments.) Its weights lie in `data/checkpoints`,
 # and beside them its card, which says how they were made.
 
 # %%
@@ -865,8 +867,7 @@ print("duplicates are rare; small digits are missed more often than others")
 # %% [markdown]
 # Duplicates are rare, because one-to-one matching in training does what non-maximum suppression does elsewhere
 # ({{chapter matching_and_loss}}): the second query that sees a digit was taught to say "nothing". Most mistakes are
-# wrong names and missed digits. (A digit is missed if no box has an IoU of 0.5 with it.) Small digits are missed more
-# often than others.
+# wrong names and missed digits. (A digit is missed if no box has an IoU of 0.5 with it.)
 
 # %% mystnb={"image": {"alt": "Left: bars that count the kinds of mistakes among 200 test images, missed digits among them. Right: a table of ten by ten, the digit that is there against the name that was given, for detections in the right place; nearly everything lies on the diagonal."}}
 confusion, fits = np.zeros((10, 10), int), [[] for _ in names]
@@ -906,9 +907,9 @@ print(f"lowest mean IoU: {names[np.argmin(fit)]} {min(fit):.2f}, all classes {np
 assert names[np.argmin(widths)] == names[np.argmin(fit)] == "one" and "one" in lowest
 
 # %% [markdown]
-# Eights and ones have the lowest AP. For eights, the table on the right of Figure {{n}}.12 gives a reason: they are
-# taken for many other digits. Ones are sometimes misread as well, but they also have the narrowest boxes, and their
-# boxes fit worst. A box that is off by one pixel loses more IoU when it is narrow: one that is 8 pixels wide has an
+# Ones are among the two classes of lowest AP. (For the other one, look up its row on the right of Figure {{n}}.12: how
+# often is it taken for another digit?) Ones are sometimes misread as well, but they also have the narrowest boxes, and
+# their boxes fit worst. A box that is off by one pixel loses more IoU when it is narrow: one that is 8 pixels wide has an
 # IoU of 7/9 = 0.78 after a shift by one pixel, and one that is 20 pixels wide has 19/21 = 0.90. AP takes its mean up
 # to a threshold of 0.95, so such a loss counts.
 
@@ -938,11 +939,11 @@ plt.show()
 # - A data set in COCO's format is three lists that point to each other by ids; a transform moves pictures and boxes.
 # - AP is the area under precision over recall, a mean over ten overlaps; a duplicate is an error.
 # - The loop is: match, add the losses, backward, clip, step. The schedule sets the rate.
-# - After a minute the live run finds more digits than it reads. The shipped detector was trained for almost two hours
-#   on one core; it makes few duplicates, and it misses small digits most often.
+# - After a minute the live run reads most of the digits that it finds, and it still misses many. The shipped detector
+#   was trained for longer; it makes few duplicates, and it misses small digits most often.
 #
 # > **Differs from the paper.** The paper trains for 50 epochs on COCO with a ResNet-50, a step schedule and
-# > learned queries or two stages; here a small detector is trained for almost two hours, with one rate for all parts
+# > learned queries or two stages; here a small detector is trained on one core, with one rate for all parts
 # > and a cosine. **Differs from the official code.** There, the gradient is clipped at a norm of 0.1; the digits'
 # > recipe clips at 0.5. Its random resizing and mirroring are replaced by zooming and by changes of colour.
 #
