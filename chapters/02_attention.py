@@ -539,7 +539,7 @@ for axis in axes:
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.5. What to see: three of the 256 channels of the code, on a map of 14 x 22 cells (red
+# *Figure {{n}}.5. What to see: three of the 256 channels of the code, with their numbers, on a map of 14 x 22 cells (red
 # positive, blue negative). On the right, the dot product of one cell's code with that of every cell,
 # divided by 128, so that it is 1 for the cell itself. It is largest there and falls with distance.
 # So with codes, near and far exist.*
@@ -672,7 +672,8 @@ with torch.no_grad():
         for found, weights in zip(measured.values(), (A, A_packed), strict=True):
             found.append(-(weights * weights.log()).sum(-1).mean().item())
 for name, found in measured.items():
-    print(f"{name}: in effect {math.exp(found[-1]) / 4096:.1f} of the 4,096 keys")
+    share = 100 * round(math.exp(found[-1]) / 4096, 1)
+    print(f"{name}: in effect about {share:.0f} % of the 4,096 keys")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Entropy of the attention weights against the number of keys. Both measured curves run parallel to the line of equal weights, half a unit and an eighth of a unit below it."}}
 figure, axis = plt.subplots()
@@ -737,8 +738,8 @@ check("attention.4", score_gradient)
 #
 # <details><summary>Hint 2</summary>
 #
-# $\partial A_j / \partial s_k = A_j (\delta_{jk} - A_k)$. Multiply by $g \cdot v_j$ and sum over
-# $j$.
+# $\partial A_j / \partial s_k = A_j (\delta_{jk} - A_k)$, where $\delta_{jk}$ is 1 for $j = k$ and 0
+# otherwise. Multiply by $g \cdot v_j$ and sum over $j$.
 #
 # </details>
 #
@@ -812,9 +813,11 @@ def gradients(num_keys, draws=50, D=32):
 
 # %%
 torch.manual_seed(1)
-told = np.array([torch.cat([gradients(n) for _ in range(6)]).mean(0).tolist() for n in sizes])
-told = np.stack([told[:, 0], told[:, 1], told[:, 2] / told[:, 3]], 1)  # the query's: a ratio
-slopes = np.polyfit(np.log(sizes), np.log(told), 1)[0]
+reached = np.array([torch.cat([gradients(n) for _ in range(6)]).mean(0).tolist() for n in sizes])
+reached = np.stack(
+    [reached[:, 0], reached[:, 1], reached[:, 2] / reached[:, 3]], 1
+)  # the query's: a ratio
+slopes = np.polyfit(np.log(sizes), np.log(reached), 1)[0]
 print("slopes", slopes.round(1))
 assert np.allclose(slopes, [-1, -1, -0.5], atol=0.1)
 
@@ -823,9 +826,9 @@ figure, axes = plt.subplots(1, 2)
 names = ("gradient of its value", "gradient of its score", "right key's term / all others")
 for i, (axis, name) in enumerate(zip((axes[0], axes[0], axes[1]), names, strict=True)):
     slope = -0.5 if i == 2 else -1
-    line = told[2, i] * (np.array(sizes) / sizes[2]) ** slope
+    line = reached[2, i] * (np.array(sizes) / sizes[2]) ** slope
     axis.plot(sizes, line, color="0.7", label=f"slope {slope}" if i else None, zorder=0)
-    axis.plot(sizes, told[:, i], "os^"[i], color=f"C{i}", label=name)
+    axis.plot(sizes, reached[:, i], "os^"[i], color=f"C{i}", label=name)
 for axis, title in zip(axes, ("what reaches the right key", "what reaches the query"), strict=True):
     axis.set(xscale="log", yscale="log", xlabel="number of keys $N_k$", title=title)
     axis.set(xticks=sizes, xticklabels=sizes)
@@ -839,8 +842,8 @@ plt.show()
 # becomes smaller in comparison with that of all the others (right, slope $-\frac12$).*
 
 # %% tags=["hide-input"]
-print("at 4,096 keys the right key's part is", round(told[-1, 2], 2), "of the others'")
-assert told[-1, 2] < 0.07 < 0.7 < told[0, 2]
+print("at 4,096 keys the right key's part is", round(reached[-1, 2], 2), "of the others'")
+assert reached[-1, 2] < 0.07 < 0.7 < reached[0, 2]
 
 # %% [markdown]
 # The paper speaks of "ambiguous gradients for input features", and the first formula above shows
@@ -901,15 +904,18 @@ for batch, (right, others) in parts.items():
 # becomes queries and keys, so that places are compared. It does **not** add them to what becomes
 # values, so that the output is a mixture of contents alone.
 #
-# The library does this in `DenseAttention`, a small subclass of PyTorch's module. For the attention
-# among a detector's queries it adds their places to what becomes queries and keys, and then calls
-# PyTorch's module:
+# The library does this in `DenseAttention`, a small subclass of PyTorch's module. Its method `mix` is
+# the attention among a detector's queries:
 
 # %%
 from deformable_detr.layers.dense_attention import DenseAttention
+from deformable_detr.structures import Queries
 
-print("DenseAttention is nn.MultiheadAttention:", issubclass(DenseAttention, nn.MultiheadAttention))
-assert issubclass(DenseAttention, nn.MultiheadAttention)
+dense = DenseAttention(C, M)
+content, position = torch.randn(2, 2, 5, C)  # of 2 images, with 5 queries each
+expected, _ = dense(content + position, content + position, content)  # PyTorch's forward: q, k, v
+assert torch.allclose(dense.mix(Queries(content, position)), expected, atol=1e-6)
+print("places are in what becomes queries and keys, and not in what becomes values")
 
 # %% [markdown]
 # ## Exercise {{n}}.5  The module, complete

@@ -55,7 +55,7 @@ def query_key_value() -> None:
 
 def heads() -> None:
     """Multi-head attention as blocks, with the shape of what flows at each arrow."""
-    axes = canvas(7.4, 3.0)
+    axes = canvas(7.8, 3.0)
     block(axes, 0.6, 2.4, "queries\n$z$", QUERY, 0.95, 0.7)
     block(axes, 0.6, 0.9, "features\n$x$", VALUE, 0.95, 0.7)
     for y, name, colour in ((2.4, "$U$", QUERY), (1.35, "$V$", VALUE), (0.45, "$W'$", VALUE)):
@@ -69,16 +69,16 @@ def heads() -> None:
     axes.text(2.95, 2.4, "(M, Q, D)", ha="center", fontsize=8, color=QUERY)
     arrow(axes, (2.38, 1.35), (3.55, 1.75), "", VALUE)
     axes.text(3.05, 1.33, "(M, N, D)", ha="center", fontsize=8, color=VALUE)
-    block(axes, 5.5, 1.2, "weighted\nsum", QUERY, 0.95, 0.75)
-    arrow(axes, (4.55, 1.75), (5.03, 1.42), "", QUERY)
-    axes.text(4.84, 1.66, "$A$ (M, Q, N)", ha="left", fontsize=8, color=QUERY)
-    arrow(axes, (2.38, 0.45), (5.03, 0.95), "", VALUE)
+    block(axes, 5.4, 1.2, "weighted\nsum", QUERY, 0.95, 0.75)
+    arrow(axes, (4.55, 1.75), (4.93, 1.42), "", QUERY)
+    axes.text(4.8, 1.66, "$A$ (M, Q, N)", ha="left", fontsize=8, color=QUERY)
+    arrow(axes, (2.38, 0.45), (4.91, 0.95), "", VALUE)
     axes.text(3.7, 0.5, "(M, N, D)", ha="center", fontsize=8, color=VALUE)
-    block(axes, 6.75, 1.2, "$W$", QUERY, 0.6, 0.55, strong=True)
-    arrow(axes, (6.0, 1.2), (6.42, 1.2), "", QUERY)
-    axes.text(6.3, 0.55, "(M, Q, D)\n= (Q, C)", ha="center", va="center", fontsize=8, color=QUERY)
-    arrow(axes, (7.05, 1.2), (7.38, 1.2), "", QUERY)
-    axes.text(7.0, 1.58, "(Q, C)", ha="center", fontsize=8, color=QUERY)
+    block(axes, 6.95, 1.2, "$W$", QUERY, 0.6, 0.55, strong=True)
+    arrow(axes, (5.9, 1.2), (6.62, 1.2), "", QUERY)
+    axes.text(6.26, 1.26, "(M, Q, D)\n= (Q, C)", ha="center", fontsize=8, color=QUERY)
+    arrow(axes, (7.28, 1.2), (7.75, 1.2), "", QUERY)
+    axes.text(7.52, 1.28, "(Q, C)", ha="center", fontsize=8, color=QUERY)
     plt.show()
 
 
