@@ -399,7 +399,7 @@ assert whole == sum(pieces.values())
 #
 # *difficulty ●●○ · 10 minutes · 3 lines*
 #
-# Write the number of FLOPs of all matrix products in Eq. 1, for any sizes, after Figure {{n}}.7. The
+# Write the number of FLOPs of all matrix products in Eq. 1, for any sizes; Figure {{n}}.7 lists them. The
 # checker compares your result with PyTorch's counter. Its last case is DETR's decoder: 100 queries
 # on a map of 25 x 34.
 
@@ -609,8 +609,8 @@ print("from 512 to 2,048 tokens both take more than five times as long")
 # Divide at the end.
 #
 # The checker asks that one block gives plain attention; that many blocks give the same, also when the
-# last is smaller; that scores in the thousands do not overflow; and that no tensor is ever as large as
-# the matrix of weights.
+# last is smaller; that scores in the thousands do not overflow; and that no tensor ever holds a query's
+# scores for all keys.
 
 
 # %% tags=["exercise"]
@@ -883,7 +883,7 @@ for name, counts in table.items():
 # - Cost: $4(N_q C^2 + N_k C^2 + N_q N_k C)$ FLOPs. In an encoder, the last term is the largest
 #   from $2C$ tokens on.
 # - Memory need not be quadratic any more; the computation still is.
-# - Small objects need fine maps, which dense attention cannot pay for, and they get the least gradient.
+# - Small objects need fine maps, which dense attention cannot afford, and they get the least gradient.
 #
 # > **Differs from the paper.** The paper's argument about memory is older than fused kernels and no
 # > longer holds. Its argument about computation still holds.
