@@ -362,7 +362,7 @@ for _ in range(80):
 path = torch.stack(path)  # (81, 9, 2)
 
 # %% mystnb={"image": {"alt": "The green seven with nine paths. They start at rings on a regular grid that is wider than the seven, and end at orange discs, all of which lie on the seven."}}
-from schematics.deformable_convolution import pale_picture
+from schematics.deformable_convolution import ALONG_THE_SEVEN, pale_picture
 
 figure, axis = plt.subplots(figsize=(3.6, 3.6))
 pale_picture(axis)
@@ -384,6 +384,8 @@ plt.show()
 on_green = [int((sample(greenness, (p + 0.5) * 4 - 0.5)[:, 0] > 0.2).sum()) for p in path[[0, -1]]]
 print(f"taps on the seven: {on_green[0]} of 9 before, {on_green[1]} of 9 after")
 assert on_green[0] < 6 and on_green[1] == 9
+by_hand = torch.from_numpy(ALONG_THE_SEVEN).float()  # the first figure's last panel
+assert (sample(greenness, by_hand) > 0.2).all()
 
 # %% [markdown]
 # With several layers the samples multiply. An output of the third layer reads nine places of the
@@ -401,7 +403,7 @@ three_layers()
 # *Figure {{n}}.4. The 729 samples behind one output (cross) of three layers, whose taps are nine pixels
 # of the image apart. Left, fixed taps: 49 different places on a square, and half of the samples lie on
 # wood. Right, taps that each move a few pixels to where the picture is greener: nearly all samples lie
-# on the seven. (This rule is ours and stands in for a trained network, which must find one of its own.)*
+# on the seven. (We wrote this rule by hand. A trained network has to learn its offsets.)*
 
 # %% [markdown]
 # ## {{n}}.5 Offsets that a network computes

@@ -10,7 +10,7 @@ CENTRE = np.array([58.0, 84.0])  # on the seven, in pixels of the running exampl
 GRID = np.array([(x, y) for y in (-1, 0, 1) for x in (-1, 0, 1)], dtype=float)
 STEP = 9.0  # pixels of the image between taps: one cell of a coarse map
 ALONG_THE_SEVEN = np.array(
-    [(48, 67), (60, 67), (72, 66), (52, 79), (63, 77), (70, 78), (54, 105), (60, 95), (66, 87)],
+    [(54, 67), (63, 68), (72, 66), (49, 90), (58, 88), (68, 77), (54, 108), (59, 100), (66, 92)],
     dtype=float,
 )
 

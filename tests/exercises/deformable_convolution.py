@@ -56,9 +56,15 @@ def check_deformable_layer(layer):
     offset, score = module.offset(x).split([18, 9], 1)
     wanted = deform_conv2d(x, offset, module.weight, padding=1, mask=2 * score.sigmoid())
     expect(module(x), wanted, "18 channels of offsets, then 9 scores", atol=1e-4)
-    yield "the gradient reaches the offsets"
+    yield "the gradient reaches the weight, the offsets and the scores"
     module(x).square().sum().backward()
-    expect(bool(module.offset.weight.grad[:18].abs().sum() > 0), True)
+    for name, parameter, channels in (
+        ("the weight", module.weight, slice(None)),
+        ("the offsets", module.offset.weight, slice(18)),
+        ("the scores", module.offset.weight, slice(18, 27)),
+    ):
+        reached = parameter.grad is not None and bool(parameter.grad[channels].any())
+        expect(reached, True, f"{name} cannot be trained")
 
 
 @checks("deformable_convolution.4")
@@ -84,21 +90,23 @@ def check_offset_gradient(offset_gradient):
 
 
 class _Layer(nn.Module):
-    """The layer, with a mistake: in its start, in the modulation or in the order of channels."""
+    """The layer, with a mistake: in its start, its modulation, its channels or its gradient."""
 
-    def __init__(self, inputs, outputs, start=0.0, factor=2, scores_first=False):
+    def __init__(self, inputs, outputs, start=0.0, factor=2, scores_first=False, cut=None):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3))
         self.offset = nn.Conv2d(inputs, 27, 3, padding=1)
         nn.init.zeros_(self.offset.weight)
         nn.init.constant_(self.offset.bias, start)
-        self.factor, self.scores_first = factor, scores_first
+        self.factor, self.scores_first, self.cut = factor, scores_first, cut
 
     def forward(self, x):
         parts = self.offset(x)
         offset, score = parts.split([18, 9], 1)
         if self.scores_first:
             score, offset = parts.split([9, 18], 1)
+        offset = offset.detach() if self.cut == "offsets" else offset
+        score = score.detach() if self.cut == "scores" else score
         mask = self.factor * score.sigmoid() if self.factor else score * 0 + 1
         return deform_conv2d(x, offset.contiguous(), self.weight, padding=1, mask=mask)
 
@@ -134,6 +142,8 @@ WRONG = {
         ("the sigmoid alone", lambda i, o: _Layer(i, o, factor=1)),
         ("no modulation", lambda i, o: _Layer(i, o, factor=0)),
         ("scores before offsets", lambda i, o: _Layer(i, o, scores_first=True)),
+        ("offsets detached", lambda i, o: _Layer(i, o, cut="offsets")),
+        ("scores detached", lambda i, o: _Layer(i, o, cut="scores")),
         ("a start that is not zero", lambda i, o: _Layer(i, o, start=0.5)),
     ],
     "deformable_convolution.4": [
