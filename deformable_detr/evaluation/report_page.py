@@ -13,6 +13,7 @@ from deformable_detr.data.names import counted
 from deformable_detr.evaluation.mistakes import FOUND, KINDS, ImageReport, Judged
 from deformable_detr.evaluation.report import MEASURES, OVER_ALL, Confusion, Curve, Report, figure
 from deformable_detr.files import write_atomically
+from deformable_detr.look.document import document
 from deformable_detr.look.pictures import draw_boxes
 
 COLOURS = {  # Okabe and Ito's, which colour-blind readers tell apart
@@ -39,8 +40,7 @@ dd { margin: 0; }
 h1, dd, p, figcaption, th[scope=row] { overflow-wrap: anywhere; }
 .wide th { min-width: 6.5rem; max-width: 9rem; overflow-wrap: anywhere; }
 th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
-td.number { white-space: nowrap; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem; }
 .pictures { grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
@@ -88,13 +88,7 @@ def page(report: Report) -> str:
         f"<h2>Worst images</h2><p>Those with the most errors {at}. Thin white boxes are the "
         "annotated objects.</p>" + _pictures(report),
     ]
-    return (
-        "<!DOCTYPE html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        f"<title>Detection report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
-    )
+    return document("Detection report", STYLE, sections)
 
 
 def _about(report: Report) -> str:

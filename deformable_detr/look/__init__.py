@@ -3,8 +3,8 @@
 explain: all of it by one call (asking, explanation). sampling: where deformable attention sampled,
 in any model. attention: the weights of dense attention. shared_keys: where DAT's keys are, and how
 much they are attended to. gradients: which pixels move a detection.
-figures, overlays: drawn over the image. page: as one HTML page. pictures: boxes on images, of
-detections and of data sets.
+measures: how much of both lies where. figures, overlays: drawn over the image. page, document: as
+one HTML page. pictures: boxes on images, of detections and of data sets.
 """
 
 from typing import Any

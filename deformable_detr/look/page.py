@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from deformable_detr.look.document import document
 from deformable_detr.look.explanation import Explanation
 from deformable_detr.look.measures import EDGE, energy_shares, weight_shares
 from deformable_detr.look.overlays import SHARES, TITLES
@@ -69,13 +70,7 @@ def page(
             sections += [_token(token, which)]
     if not found:
         sections += [f"<h2>A {token.title}</h2>{_token(token, which)}" for token in tokens]
-    return (
-        "<!DOCTYPE html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        f"<title>What the detector looked at</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
-    )
+    return document("What the detector looked at", STYLE, sections)
 
 
 def picture(found: Sequence[Explanation], which: Which) -> Image.Image:
@@ -163,6 +158,7 @@ def draw_layers(seen: Explanation, which: Which) -> Figure:
 
 
 def png(picture: Figure | Image.Image) -> BytesIO:
+    """As a PNG file's content."""
     buffer = BytesIO()
     if isinstance(picture, Figure):
         picture.savefig(buffer, format="png", dpi=DPI)
