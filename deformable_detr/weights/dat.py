@@ -20,7 +20,7 @@ from deformable_detr.weights.reading import (
     tensors_of,
     unwrapped,
 )
-from deformable_detr.weights.renaming import require_same, to_ours
+from deformable_detr.weights.renaming import replace_start, require_same, to_ours
 
 WHOLE = [  # (ours, theirs)
     ("body.stem.linear.", "patch_proj.0."),
@@ -96,18 +96,13 @@ def their_name(name: str) -> str:
     """The authors' name of one of our tensors."""
     place = re.fullmatch(r"body\.stage(\d)\.(down|blocks\.(\d+))\.(.+)", name)
     if not place:
-        return _replace_start(name, WHOLE)
+        return replace_start(name, WHOLE)
     stage, part, number, rest = place.groups()
     if part == "down":
-        return f"down_projs.{int(stage) - 2}.{_replace_start(rest, DOWN)}"
+        return f"down_projs.{int(stage) - 2}.{replace_start(rest, DOWN)}"
     i = int(number)
-    theirs = _replace_start(rest, BLOCK).format(i=i, n=2 * i, m=2 * i + 1)
+    theirs = replace_start(rest, BLOCK).format(i=i, n=2 * i, m=2 * i + 1)
     return f"stages.{int(stage) - 1}.{theirs}"
-
-
-def _replace_start(name: str, renaming: list[tuple[str, str]]) -> str:
-    ours, theirs = next(pair for pair in renaming if name.startswith(pair[0]))
-    return theirs + name[len(ours) :]
 
 
 def _convolutions(model: DAT) -> dict[str, int]:

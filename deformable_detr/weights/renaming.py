@@ -54,16 +54,17 @@ class Layout:
         """Their name of one of ours, or three of them and which third each is."""
         layer = re.fullmatch(r"(encoder|decoder)\.(layers\.\d+)\.(.+)", name)
         if not layer:
-            return [(_replace_start(name, self.whole), None)]
+            return [(replace_start(name, self.whole), None)]
         kind, index, rest = layer.groups()
-        start = _replace_start(f"{kind}.{index}.", self.whole)
-        theirs = start + _replace_start(rest, getattr(self, kind))
+        start = replace_start(f"{kind}.{index}.", self.whole)
+        theirs = start + replace_start(rest, getattr(self, kind))
         if self.thirds and ".in_proj_" in theirs:
             return [(theirs.replace(".in_proj_", f".{x}_proj."), i) for i, x in enumerate("qkv")]
         return [(theirs, None)]
 
 
-def _replace_start(name: str, renaming: Renaming) -> str:
+def replace_start(name: str, renaming: Renaming) -> str:
+    """Their name of one of ours: the first pair whose part of ours it starts with is applied."""
     ours, theirs = next(pair for pair in renaming if name.startswith(pair[0]))
     return theirs + name[len(ours) :]
 
