@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from deformable_detr.boxes import cxcywh_to_xyxy
+from deformable_detr.data.crowding import TOP_K
 from deformable_detr.data.images import Picture, read_image
 from deformable_detr.evaluation_mode import evaluating
 from deformable_detr.look.explanation import Explanation
@@ -19,7 +20,6 @@ from deformable_detr.look.trace import Trace, trace
 from deformable_detr.losses.scoring import scoring_of
 from deformable_detr.structures import Batch
 
-TOP_K = 100  # detections of an image, as `predict` has it
 COPIES = 16  # noisy ones, of which gradients are the mean
 SAME = 0.5  # IoU from which a box in a noisy copy is of the same object
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from deformable_detr.models.base import Sets
 from deformable_detr.models.learned import LearnedConfig, LearnedQueries
 from deformable_detr.models.selection import FirstStage
-from deformable_detr.options import option
+from deformable_detr.models.two_stage import TwoStageConfig
+from deformable_detr.options import option, with_default
 from deformable_detr.structures import Queries, Target, Tokens
 
 
@@ -16,11 +17,7 @@ class DeformableDETRConfig(LearnedConfig):
     two_stage: bool = option(
         False, "queries from the encoder's proposals; needs refine", "two_stage", "two_stage"
     )
-    anchor_size: float = option(
-        0.05,
-        "side, as a part of the image's, of the boxes that proposals start from on the finest "
-        "level; it doubles on each next one. 0.05 suits stride 8 and images of 800 pixels",
-    )
+    anchor_size: float = with_default(TwoStageConfig, "anchor_size", 0.05)
 
     def __post_init__(self) -> None:
         if self.two_stage and not self.refine:
