@@ -178,7 +178,8 @@ print("detection:   ", [round(n, 3) for n in pixels.tolist()])
 # [DETR 101](https://github.com/facebookresearch/detr/issues/101)). Comparisons with NaN are false, so the assertion
 # fails, although no box is the wrong way round. The message tells where the NaN ended up, not where it was
 # made. Look for its source: in the data, in a division by zero, in float16 beyond 65504, or in a learning
-# rate that is too high. Training here names the first module whose output is not finite, and the images.
+# rate that is too high. This library's matcher names the image, as the next cell shows, and its training
+# also names the first module whose output is not finite.
 
 # %%
 batch = collate([dataset[0], dataset[1]])

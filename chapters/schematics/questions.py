@@ -11,10 +11,10 @@ def where_to_look_first() -> None:
     axes = canvas(7.4, 2.9)
     asked = ("is the loss\nfinite?", "does it fall on\none batch?", "classes right?\nboxes right?")
     found = (
-        "NaN in the data, float16,\nlearning rate too high",
+        "NaN in the data,\nfloat16, or too high\na learning rate",
         "learning rate,\nfrozen parts, or\na missing gradient",
         "ids of classes;\nformat of boxes",
-        "more images,\nlonger training,\npretrained weights",
+        "more images,\nlonger training,\npretrained\nweights",
     )
     for index, text in enumerate(asked):
         x = 1.0 + 1.95 * index
