@@ -53,6 +53,32 @@ def require_folder(path: Path | str) -> None:
         raise PermissionError(f"cannot write {path}: {folder} may not be written into")
 
 
+def require_new(*paths: Path) -> None:
+    """FileExistsError where one of these is a file, or a folder that holds something."""
+    for path in paths:
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise FileExistsError(f"{path} is there already: give another folder")
+
+
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """Make a folder; where it is new or empty, nothing stays in it if what is done then fails.
+    FileExistsError, which removes nothing, where another process does the same."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if new:
+        folder.mkdir()
+    empty = not any(folder.iterdir())
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except BaseException:
+        for path in new[-1:] or (list(folder.iterdir()) if empty else ()):
+            shutil.rmtree(path)
+        raise
+
+
 def nearest(path: Path) -> Path:
     """The path, absolute, or the nearest of its parents that is there; its drive, if none is."""
     places = path.absolute(), *path.absolute().parents

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from deformable_detr import interrupts
 from deformable_detr.cli import main
 from deformable_detr.cli.errors import one_line
+from deformable_detr.data import tiles, voc
+from deformable_detr.data.voc import convert_voc
+from deformable_detr.files import write_json
+from tests.test_voc import write_voc
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["--recipe", "digits", "--epochs", "2", "--batch-size", "2"]
@@ -88,6 +93,43 @@ predict.describe = struck
     ended = program(["predict", image, "--json", tmp_path / "found.json"], before)
     assert (ended.returncode, ended.stderr.splitlines()[-1]) == (130, "interrupted")
     assert (tmp_path / "found.json").read_text().startswith("[")
+
+
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("command", ["tile", "convert"])
+def test_ctrl_c_leaves_no_half_of_a_data_set(tmp_path, monkeypatch, capsys, command, made):
+    """So that the same command can be given again; struck at the second split."""
+    data, new = str(tmp_path / "data"), tmp_path / "new"
+    names = {"train": [["dog"]], "val": [["dog"]]}
+    write_voc(tmp_path / "data", "beside", names)
+    if command == "tile":
+        convert_voc(data, tmp_path / "coco")
+        data = tmp_path / "coco"
+    if made:
+        new.mkdir()
+    written = []
+
+    def write_and_strike(*given):
+        write_json(*given)
+        written.append(given)
+        if len(written) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr({"tile": tiles, "convert": voc}[command], "write_json", write_and_strike)
+    monkeypatch.setattr(interrupts, "_end", lambda *_: pytest.fail("ended at once"))
+    arguments = {
+        "tile": ["tile", str(data), "--output", str(new), "--side", "40"],
+        "convert": ["convert", data, str(new)],
+    }[command]
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        interrupts.end_at_once()  # as a program of its own does
+        assert main(arguments) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert not list(new.iterdir()) if made else not new.exists()
+    assert main(arguments) == 0
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(coco, tmp_path):

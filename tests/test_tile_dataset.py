@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from deformable_detr.cli import main
+from deformable_detr.data import tiles
 from deformable_detr.data.checks import check_dataset
 from deformable_detr.data.coco import CocoDataset
 from deformable_detr.data.places import find_split
@@ -43,17 +44,17 @@ def test_boxes_and_pictures_are_those_of_the_image(large, tmp_path):
     said = tile_dataset(find_split(large, "train"), target, side=100, overlap=0.5, progress=False)
     assert said.startswith("2 images, 3 tiles; 4 boxes, and 2 of crowds")
     assert not [fault for fault in check_dataset(*target) if fault.fatal]
-    tiles, before = CocoDataset(*target), CocoDataset(*find_split(large, "train"))
-    assert [c["name"] for c in tiles.categories] == [c["name"] for c in before.categories]
-    for entry in tiles.coco.dataset["images"]:
+    cut, before = CocoDataset(*target), CocoDataset(*find_split(large, "train"))
+    assert [c["name"] for c in cut.categories] == [c["name"] for c in before.categories]
+    for entry in cut.coco.dataset["images"]:
         x0, y0, x1, y1 = entry["tile"]
         whole = np.asarray(before.load_image(entry["tile_of"]))[y0:y1, x0:x1].astype(int)
-        seen = np.asarray(tiles.load_image(entry["id"])).astype(int)
+        seen = np.asarray(cut.load_image(entry["id"])).astype(int)
         assert seen.shape == whole.shape == (entry["height"], entry["width"], 3)
         # JPEG at its best quality is near
         assert np.abs(seen - whole).mean() < (8 if entry["tile_of"] == "a" else 1e-9)
     # tiles at 0 and at 50; of the third object 40 and 90 of 90 pixels are in them
-    found = [(a["image_id"], a["bbox"], a["area"], a["iscrowd"]) for a in tiles.coco.anns.values()]
+    found = [(a["image_id"], a["bbox"], a["area"], a["iscrowd"]) for a in cut.coco.anns.values()]
     assert found == [
         (1, [10, 10, 20, 10], 100, 0),
         (1, [90, 40, 10, 20], 100, 0),
@@ -62,7 +63,7 @@ def test_boxes_and_pictures_are_those_of_the_image(large, tmp_path):
         (2, [10, 80, 90, 10], 450, 0),
         (2, [70, 0, 30, 30], 450, 1),
     ]
-    labels = [tiles[i][1].labels.tolist() for i in range(3)]
+    labels = [cut[i][1].labels.tolist() for i in range(3)]
     assert labels == [[0, 0], [0, 0], []]
 
 
@@ -89,6 +90,23 @@ def test_a_broken_picture_leaves_nothing_behind(large, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     assert main([*arguments, str(tmp_path / "there")]) == 2
     assert not list((tmp_path / "there").iterdir())
+
+
+def test_what_another_process_writes_stays(large, tmp_path, capsys, monkeypatch):
+    """Which began while this one read the annotations, with tiles of another side."""
+    other = tmp_path / "tiles" / "train" / "a_1_0_0.jpg"
+
+    def read(*place):
+        other.parent.mkdir(exist_ok=True)
+        other.write_bytes(b"theirs")
+        return CocoDataset(*place)
+
+    monkeypatch.setattr(tiles, "CocoDataset", read)
+    arguments = ["tile", str(large), "--side", "64", "--output", str(tmp_path / "tiles")]
+    for _ in range(2):  # at the same time, and later
+        assert main(arguments) == 2
+        assert "train is there already: give another" in capsys.readouterr().err
+        assert other.read_bytes() == b"theirs" and len(list(other.parent.iterdir())) == 1
 
 
 def test_on_the_command_line(large, tmp_path, capsys):

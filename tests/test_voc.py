@@ -166,7 +166,7 @@ def test_a_list_from_windows_with_spaces_in_names(tmp_path):
 def test_folders_that_cannot_be_converted(tmp_path, capsys):
     write_voc(tmp_path / "voc", "beside", {"train": [["dog"]], "val": [["dog"]]})
     for source, target, message in (
-        ("voc", "voc", "is there already and not empty"),
+        ("voc", "voc", "is there already: give another folder"),
         ("no", "coco", "there is no folder"),
         ("empty", "coco", "no picture with an XML file of its name"),
         ("both", "coco", "are both val, expected one"),

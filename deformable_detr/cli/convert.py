@@ -26,7 +26,9 @@ def add(commands: argparse.Action) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was read and what left out."""
     from deformable_detr.data.voc import convert_voc
+    from deformable_detr.interrupts import end_by_exception
 
+    end_by_exception()  # half a data set does not stay after Ctrl-C
     for line in convert_voc(args.source, args.data):
         print(line)
     print(f"now look at it: deformable-detr check {args.data}")

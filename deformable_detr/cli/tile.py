@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from deformable_detr.cli.beforehand import pointing_to_check
     from deformable_detr.data.places import all_splits, find_split
     from deformable_detr.data.tiles import tile_dataset, tile_places
-    from deformable_detr.files import require_folder
+    from deformable_detr.files import removed_on_error, require_folder, require_new
+    from deformable_detr.interrupts import end_by_exception
 
     require_folder(args.output)
     if args.split:
@@ -50,12 +51,12 @@ def run(args: argparse.Namespace) -> int:
         split: (args.output / split, args.output / "annotations" / f"{split}.json")
         for split in places
     }
-    for _, file in targets.values():
-        if file.exists():
-            raise FileExistsError(f"{file} is there already: give another --output")
+    for target in targets.values():
+        require_new(*target)
     tile_places(1, 1, args.side, args.overlap)  # refuses what makes no tiles
-    for split, place in places.items():
-        with pointing_to_check(args.data):
+    end_by_exception()  # half a data set does not stay after Ctrl-C
+    with removed_on_error(args.output), pointing_to_check(args.data):
+        for split, place in places.items():
             print(f"{split}: {tile_dataset(place, targets[split], args.side, args.overlap)}")
     print(f"now look at it: deformable-detr sheet {args.output}")
     return 0

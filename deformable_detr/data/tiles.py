@@ -1,8 +1,6 @@
 """Large images in pieces: where these lie, and a data set made of them. Chapter your_own_data."""
 
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -11,7 +9,7 @@ from tqdm import tqdm
 from deformable_detr.data.coco import CocoDataset
 from deformable_detr.data.names import counted, printable
 from deformable_detr.data.places import Place, plain_name
-from deformable_detr.files import write_json, writing
+from deformable_detr.files import removed_on_error, require_new, write_json, writing
 
 OVERLAP = 0.25  # part of a tile that its neighbour has as well; smaller objects are whole in one
 KEPT = 0.5  # part of an object from which it is one in a tile
@@ -51,13 +49,14 @@ def tile_dataset(
     KEPT lies in a tile is one there, its box cut at the tile's end; one of which less does is a
     crowd, which training leaves out and evaluation does not judge, for it is neither an object nor
     background. Each image says whose tile it is ("tile_of", its id) and where it lies ("tile"). All
-    tiles are kept, those without objects too. FileExistsError where the annotation file is there.
+    tiles are kept, those without objects too. FileExistsError where the folder holds something, or
+    the annotation file is there.
     """
-    if target[1].exists():
-        raise FileExistsError(f"{target[1]} is there already: give another folder")
+    require_new(*target)
     dataset = CocoDataset(*source)
     tile_places(1, 1, side, overlap)  # refuses what makes no tiles
-    with _removed_on_error(target[0]):
+    require_new(target[0])  # reading may have taken long: another process may write there now
+    with removed_on_error(target[0]):
         images, annotations = _cut_all(dataset, target[0], side, overlap, progress)
         kinds = {"images": images, "annotations": annotations, "categories": dataset.categories}
         write_json(target[1], {"info": dataset.info} | kinds)
@@ -66,19 +65,6 @@ def tile_dataset(
         f"{counted(len(annotations) - parts, 'box')}, and {parts} of crowds and of parts of objects"
     )
     return f"{counted(len(dataset), 'image')}, {counted(len(images), 'tile')}; {boxes}"
-
-
-@contextmanager
-def _removed_on_error(folder: Path) -> Iterator[None]:
-    """Make a folder, of which nothing stays where what is done then fails."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if new:
-            shutil.rmtree(new[-1])
-        raise
 
 
 def _cut_all(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deformable_detr.data.names import counted, listed, printable
 from deformable_detr.data.places import SPLITS, pictures_in
-from deformable_detr.files import require_folder, write_json
+from deformable_detr.files import removed_on_error, require_folder, require_new, write_json
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
@@ -32,12 +32,12 @@ def convert_voc(source: Path | str, target: Path | str) -> list[str]:
     ImageSets/Main/train.txt; or without splits, when all is train. All splits number the classes of
     all of them, by name, from 1. Objects that are marked difficult become crowds, which training
     leaves out and metrics forgive, as VOC's own does. Pictures without an XML file are left out.
-    Raises ValueError and OSError, in one line, with the file and what is wrong in it.
+    Raises ValueError and OSError, in one line, with the file and what is wrong in it; of what was
+    written until then nothing stays.
     """
     source, target = Path(source), Path(target)
     require_folder(target)
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is there already and not empty, expected a new folder")
+    require_new(target)
     splits = find_voc(source)
     read = {
         name: [(picture, read_xml(file)) for picture, file in split.pairs]
@@ -45,11 +45,13 @@ def convert_voc(source: Path | str, target: Path | str) -> list[str]:
     }
     names = {o["name"] for pairs in read.values() for _, content in pairs for o in content["boxes"]}
     categories = {name: i for i, name in enumerate(sorted(names), 1)}
-    for name, pairs in read.items():
-        (target / name).mkdir(parents=True)
-        for picture, _ in pairs:
-            shutil.copy(picture, target / name)
-        write_json(target / "annotations" / f"{name}.json", as_coco(pairs, categories))
+    require_new(target)  # what another process has written meanwhile stays
+    with removed_on_error(target):
+        for name, pairs in read.items():
+            (target / name).mkdir()
+            for picture, _ in pairs:
+                shutil.copy(picture, target / name)
+            write_json(target / "annotations" / f"{name}.json", as_coco(pairs, categories))
     lines = [line for name in splits for line in _said(name, splits[name], read[name])]
     return [*lines, f"{counted(len(categories), 'class')}, in all splits: {listed(categories, 30)}"]
 
