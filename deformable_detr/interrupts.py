@@ -25,8 +25,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class CatchInterrupt:
-    """While open, the first signal of ENDING is only noted, in `happened`; a second one, more than
-    ECHO seconds later, does what it did before.
+    """While open, the first signal of ENDING is only noted, in `happened`, and said to be; a second
+    one, more than ECHO seconds later, does what it did before.
 
     Signals that are ignored stay so, as SIGHUP under nohup. Outside the main thread, which alone
     gets signals, it does nothing.
@@ -45,6 +45,8 @@ class CatchInterrupt:
     def _note(self, number: int, _: object) -> None:
         if not self.happened:
             self.happened, self.time = number, time.monotonic()
+            with suppress(OSError):  # of a terminal that is lost
+                os.write(2, b"\nends when this step is saved; a second signal ends at once\n")
         elif time.monotonic() - self.time > ECHO:
             self.__exit__()
             signal.raise_signal(number)

@@ -135,12 +135,13 @@ def test_signals_that_end_a_program_save_first(coco, tmp_path, name):
         assert load_detector(path).threshold == read_card(path)["threshold"]
 
 
-def test_a_signal_passed_on_twice_is_one_and_a_later_one_ends_at_once(monkeypatch):
+def test_a_signal_passed_on_twice_is_one_and_a_later_one_ends_at_once(monkeypatch, capfd):
     """A terminal sends Ctrl-C to all processes, and a launcher passes it on once more."""
     with CatchInterrupt() as interrupt:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
         assert interrupt.happened == signal.SIGINT
+        assert capfd.readouterr().err.count("ends when this step is saved") == 1
         monkeypatch.setattr(interrupts, "ECHO", 0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
