@@ -20,14 +20,13 @@ from types import ModuleType
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deformable_detr.ops import SpatialShapes, check_spatial_shapes, ms_deform_attn
 from deformable_detr.ops.sizes import Shapes, are_known
+from deformable_detr.ops.uneven import even_points
 
 OFFICIAL_NAME = "MultiScaleDeformableAttention"
-OUTSIDE = -2.0  # a location off every map: the kernel reads nothing there
 
 
 # Hugging Face transformers, from 5.0
@@ -109,13 +108,17 @@ def use_in_transformers(model: nn.Module) -> Replacement:
                 f"{type(module).__name__} samples by the {method!r} method, but ours is the "
                 "'default' one, bilinear"
             )
-    done = Replacement()
-    for module in modules:
-        _replace(module, done)
     if not modules:
         raise ValueError(
             f"{type(model).__name__} has no multi-scale deformable attention of transformers"
         )
+    done = Replacement()
+    try:
+        for module in modules:
+            _replace(module, done)
+    except ValueError:
+        done.undo()
+        raise
     return done
 
 
@@ -180,14 +183,8 @@ def ms_deform_attn_uneven(
     """
     if method != "default":
         raise ValueError(f"method must be 'default', got {method!r}")
-    K = max(num_points_list)
-    locations = sampling_locations.split(list(num_points_list), dim=3)
-    locations = [F.pad(x, (0, 0, 0, K - x.shape[3]), value=OUTSIDE) for x in locations]
-    weights = attention_weights.split(list(num_points_list), dim=3)
-    weights = [F.pad(x, (0, K - x.shape[3])) for x in weights]
-    return ms_deform_attn(
-        value, value_spatial_shapes, torch.stack(locations, 3), torch.stack(weights, 3)
-    )
+    points = even_points(sampling_locations, attention_weights, num_points_list)
+    return ms_deform_attn(value, value_spatial_shapes, *points)
 
 
 def _or_discrete(old: Callable[..., Tensor]) -> Callable[..., Tensor]:

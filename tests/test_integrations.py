@@ -6,9 +6,11 @@ import importlib
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 from deformable_detr import MSDeformAttn, integrations, ms_deform_attn
 from deformable_detr.integrations import (
@@ -451,3 +453,16 @@ def test_weights_of_mmcv_and_of_the_official_module_load():
     module = MSDeformAttn(embed_dim=C, num_levels=L, num_heads=M, num_points=K)
     module.load_state_dict(state)
     torch.testing.assert_close(dict(module.state_dict()), state, rtol=0, atol=0)
+
+
+def test_nothing_stays_replaced_where_one_module_is_laid_out_otherwise(monkeypatch):
+    place = "transformers.models.tomorrow"
+    monkeypatch.setitem(sys.modules, place, ModuleType(place))
+    usual, other = (
+        type(f"{name}MultiscaleDeformableAttention", (nn.Module,), {"__module__": place})()
+        for name in ("Usual", "Other")
+    )
+    usual.attn = nn.Identity()
+    with pytest.raises(ValueError, match=r"OtherMulti.* laid out as in .* nothing was replaced"):
+        use_in_transformers(nn.ModuleList([usual, other]))
+    assert "forward" not in vars(usual.attn)

@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deformable_detr.layers.attention import MSDeformAttn, Sampling
 from deformable_detr.ops import check_spatial_shapes
+from deformable_detr.ops.uneven import even_points
 
-OUTSIDE = -2.0  # a location off every map
 LOCATIONS = "sampling_locations"  # what everyone who samples calls them
 
 
@@ -125,17 +123,12 @@ def _from_arguments(
     num_points_list: list[int] | None = None,
     **others: object,
 ) -> Sampling:
-    """What a function sampled. Where a level has K_l points, all of them lie in one axis, sum(K_l)
-    long; levels with fewer than K get points of weight zero outside the map."""
+    """What a function sampled; num_points_list: where levels have different numbers of points."""
     names = ("value_spatial_shapes_list", "value_spatial_shapes", "spatial_shapes")
     shapes = next(others[name] for name in names if name in others)
     if num_points_list is not None:
-        K = max(num_points_list)
-        parts = sampling_locations.split(list(num_points_list), dim=3)
-        parts = [F.pad(x, (0, 0, 0, K - x.shape[3]), value=OUTSIDE) for x in parts]
-        sampling_locations = torch.stack(parts, 3)  # (B, Q, M, L, K, 2)
-        parts = attention_weights.split(list(num_points_list), dim=3)
-        attention_weights = torch.stack([F.pad(x, (0, K - x.shape[3])) for x in parts], 3)
+        points = sampling_locations, attention_weights
+        sampling_locations, attention_weights = even_points(*points, num_points_list)
     return Sampling(sampling_locations, attention_weights, check_spatial_shapes(shapes))
 
 

@@ -2,8 +2,8 @@
 
 From the bottom: sizes, checks and transforms of its arguments; reference, two forms in plain
 PyTorch; build and cache, then cpu and cuda, the kernel; registration, the kernel as PyTorch knows
-it; dispatch, which of them runs; operator; products, of queries with samples. threads runs the
-GPU's kernel on a CPU, to be looked at.
+it; dispatch, which of them runs; operator; products, of queries with samples; uneven, levels with
+different numbers of points. threads runs the GPU's kernel on a CPU, to be looked at.
 Chapter many_scales derives the operator, chapters cuda_kernel and making_it_fast build its kernel.
 """
 
