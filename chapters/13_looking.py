@@ -25,7 +25,7 @@
 # {{map}}
 
 # %% [markdown]
-# The detector says "seven, 0.89" and draws a box around the seven. Why there, and why a seven? A network cannot
+# The detector says "seven" and draws a box around the seven. Why there, and why a seven? A network cannot
 # tell us in words, but we can ask it two questions that have exact answers.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The running example at the left, then backbone and encoder, then a decoder layer, then the numbers x, y, w, h and score, joined by arrows. From the decoder layer an orange arrow leads back to three points on the maps: question 1, where did one query read the maps. From the numbers a purple arrow leads all the way back to the image: question 2, which pixels would change the answer."}}
@@ -174,7 +174,7 @@ plt.show()
 
 # %% [markdown]
 # *Figure {{n}}.2. Where the query that found the seven read, in each of the three decoder layers; a larger disc
-# has a larger weight. The blue box is the detection. In the last layer most of the heaviest points lie on the left and
+# has a larger weight. The blue box is the detection. Compare the heaviest points of the last layer with the left and
 # right border of the box.*
 #
 # The library's `record_sampling` does the same for any model that samples, also for those of Hugging Face. It must
@@ -214,10 +214,9 @@ def look_of(query, layer):
 slider(look_of, query=(0, model.config.num_queries - 1, query), layer=(0, 2, 2))
 
 # %% [markdown]
-# *Figure {{n}}.3. One query in one layer. The dashed box is the reference around which it looks. Try others. Most
-# of them look at bright spots of the wood; for queries 25 and 29 we see no reason in the picture. All keep nearly
-# all of their weight in and near their own box, whatever is in it. Query 10 has its box on the seven as well, but
-# its best score is only 0.03, so the seven is reported once.*
+# *Figure {{n}}.3. One query in one layer. The dashed box is the reference around which it looks. Try others. All keep
+# nearly all of their weight in and near their own box, whatever is in it. Query 10 has its box on the seven as well,
+# but its best score is close to 0, so the seven is reported once.*
 #
 # ## Exercise {{n}}.1  How much of it is inside?
 #
@@ -376,7 +375,7 @@ print(f"inside the box: {inside:.2f} of the score's energy")
 assert abs(inside - 0.36) < 0.02
 
 # %% [markdown]
-# About a third. We shall see with a thousand images whether that is usual.
+# Less than half. We shall see with a thousand images whether that is usual.
 #
 # A derivative is a promise about *small* changes. How far does it hold? We move the image along the direction of
 # the gradient, in steps that are no longer tiny, and compare $x$ with the straight line that the derivative
@@ -666,7 +665,7 @@ def told(figure, digits=3):
 print("inside the box, last layer:", told(layers[2]["inside"]["all"]["own"]))
 
 # %% [markdown]
-# 0.844 of the last layer's weight lies inside the box that was found. You need not take this on trust: we measure
+# Most of the last layer's weight lies inside the box that was found. You need not take this on trust: we measure
 # it again here, on the first 40 images. In the same loop we keep how much of each head's weight lies near the
 # border, for later.
 
@@ -690,7 +689,7 @@ print(f"{len(shares)} detections: {shares.mean():.3f}")
 assert abs(shares.mean() - layers[2]["inside"]["all"]["own"][0]) < 0.03
 
 # %% [markdown]
-# Does 0.844 prove that the decoder looks at its object? No, because we do not know what to compare it with. Offsets
+# Does this prove that the decoder looks at its object? No, because we do not know what to compare it with. Offsets
 # are measured in half-sides of the reference box, and before training they reach at most one half-side. So points
 # lie in or near the box *by construction*. A number needs **controls**: what would it be if our claim were false?
 
@@ -712,10 +711,11 @@ for name in ("inside", "border"):
         print(f"    {kind:10}", told(layers[2][name]["all"][kind]))
 
 # %% [markdown]
-# Compared with its controls, 0.844 is not much. The same points with equal weights would have 0.936 of the
-# weight inside, and a star that has learned nothing has 0.873. (Why not 1? The tips of the star lie on the edge of
+# Compared with its controls, the share inside is not much. The same points with equal weights would have more of
+# the weight inside, and so has a star that has learned nothing. (Why not 1? The tips of the star lie on the edge of
 # the reference box, and the box that is found is a little different.) So the weights favour points *outside*. Which
-# ones? The border tells. The last layer has **0.456** of its weight there; equal weights would put 0.179 there.
+# ones? The border tells. The last layer has more than twice as much of its weight there as
+# equal weights would put there.
 #
 # We leave out *borrowed* here, because it could not tell us anything. A borrowed pattern lies in its new box just as
 # it lay in the old one, so it brings its shares along, and the mean over all detections stays the same whatever the
@@ -741,10 +741,10 @@ plt.show()
 #
 # So is A.6 wrong about our detector? The last layer does not read "the whole foreground instance" evenly: it reads
 # the middle and the border, and less of what is between. But "only extreme points" would be wrong too. And the
-# 0.456 is less than it seems, because the band at the border is wide: 0.8 of the area of the box (0.36 inside it
+# share at the border is less than it seems, because the band at the border is wide: 0.8 of the area of the box (0.36 inside it
 # and 0.44 outside). If weight were spread evenly over the box, 0.36 of it would lie in the band.
 #
-# What does the 0.456 depend on? Before you run, guess: on the head, on the level, on the size of the object, or on
+# What does this share depend on? Before you run, guess: on the head, on the level, on the size of the object, or on
 # the object itself?
 
 # %%
@@ -777,10 +777,9 @@ plt.show()
 # *Figure {{n}}.12. How much of each head's weight lies at the border of the box. Heads have divided the work: in
 # the last layer, heads 0 and 2 read the border, heads 1 and 3 the inside.*
 #
-# It depends most of all on the head (0.89 for head 0, 0.03 for head 3), then on the level (0.56 on the finest map,
-# which has 0.78 of all weight, and less than 0.11 on the others) and on the layer. It hardly depends on the size of
-# the object. And from one object to the next it varies only a little: of the detections in our 40 images, nine in
-# ten have between 0.3 and 0.5 of their weight at the border. The single points do move from object to object
+# It depends most of all on the head, then on the level (it is high on the finest map alone, which has most of the
+# weight) and on the layer. It hardly depends on the size of the object. And from one object to the next it varies
+# only a little: the last line gives the range that holds nine in ten of the detections in our 40 images. The single points do move from object to object
 # (compare Figure {{n}}.8). But how the weight is divided between border and middle is much the same in every box,
 # whatever object is in it.
 #
@@ -855,9 +854,9 @@ print("all of the box", told(last["edge rank"]["all"]["all of the box"]))
 
 # %% [markdown]
 # All ranks are far above 0.5. Again that says little, because digits have edges, and whatever looks at a digit finds
-# them: the mean rank over the whole box of a digit is 0.714. The second column says how much the points adapt to
-# *this* object. In the first layer of the decoder it is nothing, 0.001; in the last it is 0.044. In the encoder's
-# first layer it is slightly below zero; in the second it is 0.033. So points do gather on edges of their object, but
+# them: the last line has the mean rank over the whole box of a digit. The second column says how much the points
+# adapt to *this* object. In the first layer, of the decoder as of the encoder, they do not; in later layers the
+# difference is clearly above zero. So points do gather on edges of their object, but
 # only in the later layers, and only a little.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Dots with intervals: how much higher the edge rank of a detection's own points is than that of borrowed ones, for small, medium and large objects. Decoder: layer 0 at zero, layers 1 and 2 between 0.02 and 0.06. Encoder: layer 0 slightly below zero, layer 1 between 0.02 and 0.04, falling with size."}}
@@ -896,11 +895,11 @@ print(
 )
 
 # %% [markdown]
-# Again, a little. In layer 1, 0.554 of a token's weight stays on its digit, and with a pattern borrowed from a
-# token on another digit it is 0.499. So most of the gain over the untrained 0.235 does not depend on this digit:
+# Again, a little. In layer 1 slightly more of a token's weight stays on its digit than with a pattern borrowed from a
+# token on another digit. So most of the gain over the untrained pattern does not depend on this digit:
 # the encoder has learned to look *near*. Only the second layer adds something that depends on the digit. Nor
-# does the encoder adapt to scale: on average, the weight of a token on a small digit lies 22.4 pixels away, on a
-# large one 22.9. In the decoder, scale is built in by the reference box.
+# does the encoder adapt to scale: on average, the weight of a token on a small digit lies as many pixels away as
+# that of a token on a large one. In the decoder, scale is built in by the reference box.
 #
 # ## {{n}}.6 Which pixels decide, over a thousand images
 #
@@ -941,17 +940,16 @@ axis.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
 plt.show()
 
 # %% [markdown]
-# *Figure {{n}}.14. Where the gradient of each number lies, over 993 detections: at the left and right border of
+# *Figure {{n}}.14. Where the gradient of each number lies, over one detection per image: at the left and right border of
 # the box (sides), at its top and bottom (ends), in the middle, or farther away.*
 #
-# What A.5 says of boxes is true here, and now has numbers: per pixel, the gradient of $x$ is 6.8 times as strong (in
-# energy) at the sides as at the ends, and that of $y$ 0.24 times. For $x$ it is clearer the larger the object:
-# 4.5, 8.7 and 11.5 times on small, medium and large digits. And this belongs to *this* object. As a control, lay
-# another image's energy under the same box: 0.050 of it lies inside, hardly more than the box's 0.042 of the area.
+# What A.5 says of boxes is true here, and now has numbers: per pixel, the gradient of $x$ is several times as strong
+# (in energy) at the sides as at the ends, and that of $y$ at the ends. And this belongs to *this* object. As a
+# control, lay another image's energy under the same box (last line): hardly more of it lies inside than the box has
+# of the area.
 #
-# What A.5 says of the score is true only in part. The middle of the box has 0.212 of its energy, twice as much as
-# for $x$ (0.096). But only **0.459** of the score's energy lies inside the box, 0.316 lies beyond the band, and
-# the border (sides and ends) has 0.472. (For our seven, 0.36 lay inside the box.) One can imagine why: whether
+# What A.5 says of the score is true only in part. The middle of the box has more than twice as much of its energy
+# as for $x$. But **less than half** of the score's energy lies inside the box, for our seven too. One can imagine why: whether
 # a stroke is a seven also depends on what is *not* beside it. But this is a guess, not a measurement.
 #
 # ## {{n}}.7 What such pictures do not say
@@ -1013,16 +1011,16 @@ plt.show()
 #
 # Here is what is often said of such pictures, and what we found for this detector:
 #
-# | often said | measured here | verdict |
+# | often said | what we measured | verdict |
 # |:--|:--|:--|
-# | "0.84 of the weight is in the box, so it has learned to look at the object" | an untrained star has 0.87 | the box does it, not the learning |
-# | the decoder looks at the whole object (A.6) | 0.456 of the weight at the border; two of four heads read mainly the border | no: the middle and the border |
-# | points adapt to the object's shape (A.6) | edge rank, own minus borrowed: 0.001, 0.031, 0.044 in the three layers | a little, and not in the first layer |
-# | points adapt to the object's scale (A.6) | encoder: 22.4, 21.7 and 22.9 pixels; decoder: by its reference | the reference does it |
-# | the encoder separates the instances (A.6) | stays on its digit: 0.554, borrowed 0.499 | a little |
-# | the box is decided at the extreme points (A.5) | energy per pixel at sides to ends: $x$ 6.8, $y$ 0.24 | yes |
-# | the score looks inside (A.5) | 0.459 of its energy inside | less than half of it |
-# | a heavy point is an important one | rank correlation about 0.7; the heaviest hardly moves the score | often |
+# | "most of the weight is in the box, so it has learned to look at the object" | an untrained star has more | the box does it, not the learning |
+# | the decoder looks at the whole object (A.6) | two of four heads read mainly the border | no: the middle and the border |
+# | points adapt to the object's shape (A.6) | edge rank, own minus borrowed | a little, and not in the first layer |
+# | points adapt to the object's scale (A.6) | encoder: equally far on all sizes; decoder: by its reference | the reference does it |
+# | the encoder separates the instances (A.6) | weight that stays on its digit, against borrowed | a little |
+# | the box is decided at the extreme points (A.5) | energy per pixel, sides to ends | yes |
+# | the score looks inside (A.5) | its energy inside the box | less than half of it |
+# | a heavy point is an important one | rank correlation high; the seven's heaviest hardly moves the score | often |
 #
 # These are verdicts on *one* small detector of digits. What a detector of photographs does may differ; the method
 # is the same, and a control costs little. A last warning: the pictures of some other gradient methods look just as

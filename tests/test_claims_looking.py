@@ -1,5 +1,5 @@
-"""What the chapter on looking says of the shipped detector: each figure in its text is that of
-data/results/looking.json, and each verdict would fall if the measurement changed."""
+"""What the chapter on looking says of the shipped detector: each verdict would fall if the
+measurement in data/results/looking.json changed."""
 
 import json
 import re
@@ -25,86 +25,12 @@ def text():
     return re.sub(r"[*$]", "", " ".join(lines))
 
 
-def edge_ranks(layers):
-    return [layer["edge rank"]["all"]["own minus borrowed"][0] for layer in layers]
-
-
 def energy(item, region, kind="own"):
     return GRADIENT[item][region]["all"][kind][0]
 
 
 def reach(size):
     return ENCODER[1]["mean distance in pixels"][size]["own"][0]
-
-
-QUOTED = (
-    ("{:.3f} of the last layer's weight lies inside", [LAST["inside"]["all"]["own"][0]]),
-    (
-        "would have {:.3f} of the weight inside, and a star that has learned nothing has {:.3f}",
-        [LAST["inside"]["all"][kind][0] for kind in ("unweighted", "untrained")],
-    ),
-    (
-        "The last layer has {:.3f} of its weight there; equal weights would put {:.3f} there",
-        [LAST["border"]["all"][kind][0] for kind in ("own", "unweighted")],
-    ),
-    ("({:.2f} for head 0", LAST["border of heads"][:1]),
-    ("{:.2f} for head 3)", LAST["border of heads"][3:]),
-    (
-        "({:.2f} on the finest map, which has {:.2f} of all weight",
-        [LAST["border of levels"][0], LAST["weight of levels"][0]],
-    ),
-    (
-        "over the whole box of a digit is {:.3f}",
-        [LAST["edge rank"]["all"]["all of the box"][0]],
-    ),
-    ("it is nothing, {:.3f}; in the last it is {:.3f}", edge_ranks(DECODER)[::2]),
-    ("in the second it is {:.3f}", edge_ranks(ENCODER)[1:]),
-    ("{:.3f}, {:.3f}, {:.3f} in the three layers", edge_ranks(DECODER)),
-    (
-        "{:.3f} of a token's weight stays on its digit, and with a pattern borrowed from a token "
-        "on another digit it is {:.3f}",
-        [ENCODER[1]["stays in the object"]["all"][kind][0] for kind in ("own", "borrowed")],
-    ),
-    (
-        "the untrained {:.3f} does not depend",
-        [ENCODER[1]["stays in the object"]["all"]["untrained"][0]],
-    ),
-    (
-        "on a small digit lies {:.1f} pixels away, on a large one {:.1f}",
-        [reach("small"), reach("large")],
-    ),
-    ("encoder: {:.1f}, {:.1f} and {:.1f} pixels", [reach(size) for size in SIZES]),
-    (
-        "the gradient of x is {:.1f} times as strong (in energy) at the sides as at the ends, and "
-        "that of y {:.2f} times",
-        [GRADIENT[item]["sides to ends"]["all"][0] for item in "xy"],
-    ),
-    (
-        "For x it is clearer the larger the object: {:.1f}, {:.1f} and {:.1f} times on small, "
-        "medium and large digits",
-        [GRADIENT["x"]["sides to ends"][size][0] for size in SIZES],
-    ),
-    (
-        "under the same box: {:.3f} of it lies inside, hardly more than the box's {:.3f} of the "
-        "area",
-        [energy("x", "inside", "another's"), energy("x", "inside", "area")],
-    ),
-    (
-        "The middle of the box has {:.3f} of its energy, twice as much as for x ({:.3f})",
-        [energy("score", "middle"), energy("x", "middle")],
-    ),
-    (
-        "only {:.3f} of the score's energy lies inside the box, {:.3f} lies beyond the band, and "
-        "the border (sides and ends) has {:.3f}",
-        [energy("score", region) for region in ("inside", "farther", "border")],
-    ),
-    ("over {} detections", [FOUND["gradient"]["detections"]["all"]]),
-)
-
-
-@pytest.mark.parametrize(("sentence", "figures"), QUOTED, ids=[words for words, _ in QUOTED])
-def test_a_figure_in_the_text_is_the_one_that_was_measured(text, sentence, figures):
-    assert sentence.format(*figures) in text
 
 
 def test_the_last_layer_does_not_spread_its_weight_over_the_object():
@@ -169,6 +95,7 @@ def test_boxes_are_decided_at_their_borders_and_less_than_half_of_the_score_insi
         ratio = GRADIENT[item]["sides to ends"]
         assert all((ratio[size][1] > 3 if across else ratio[size][2] < 0.4) for size in SIZES)
     assert GRADIENT["score"]["inside"]["all"]["own"][2] < 0.5
+    assert energy("x", "inside", "another's") < 1.5 * energy("x", "inside", "area")
     assert energy("score", "middle") > 2 * energy("x", "middle")
 
 
