@@ -206,6 +206,11 @@ def test_a_table_read_at_relative_places_is_nearly_one_that_was_resized(size, er
 # Memory
 
 
+@pytest.mark.parametrize("attention", [DAttention(8, 4, 2, (4, 4)), WindowAttention(8, 4, 3, 1)])
+def test_a_batch_without_images(attention):
+    assert attention(torch.zeros(0, 5, 4, 8)).shape == (0, 5, 4, 8)
+
+
 def test_queries_that_take_turns_change_nothing(monkeypatch):
     layer = randomised(DAttention(8, 4, 2, (5, 3), 3, 1).double())
     x = torch.randn(2, 5, 4, 8, dtype=torch.float64, requires_grad=True)

@@ -132,6 +132,15 @@ def test_bad_input_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"expected 3 levels, got spatial_shapes \[\(5, 3\)"):
         attention = KeyAwareAttention(18, 3, 3)
         attention(torch.rand(1, 5, 18), torch.rand(1, 5, 3, 2), torch.rand(1, S, 18), SHAPES)
+    attention = KeyAwareAttention(18, L, 3)
+    given = torch.rand(1, 5, 18), torch.rand(1, 5, L, 2), torch.rand(1, S, 18), SHAPES
+    for i, wrong, message in (
+        (0, torch.rand(1, 5, 17), r"query must be \(B, Q, C=18\), got \(1, 5, 17\)"),
+        (1, torch.rand(1, 4, L, 2), r"reference_points must be \(B=1, Q=5, .*got \(1, 4, "),
+        (2, torch.rand(2, S, 18), r"input_flatten must be \(B=1, S, C=18\), got \(2, "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(*given[:i], wrong, *given[i + 1 :])
 
 
 # The module

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from deformable_detr.layers.dense_attention import check_heads
 from deformable_detr.ops import ms_deform_attn
 from deformable_detr.ops.sizes import (
     Shapes,
@@ -49,10 +50,7 @@ class MSDeformAttn(nn.Module):
                 "embed_dim, num_levels, num_heads and num_points must be at least 1, "
                 f"got {embed_dim}, {num_levels}, {num_heads} and {num_points}"
             )
-        if embed_dim % num_heads:
-            raise ValueError(
-                f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}"
-            )
+        check_heads(embed_dim, num_heads)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.num_levels, self.num_points = num_levels, num_points
         samples = num_heads * num_levels * num_points
@@ -80,7 +78,7 @@ class MSDeformAttn(nn.Module):
     ) -> Sampling:
         """Where these queries look, and with what weights; arguments as in `forward`."""
         shapes = check_spatial_shapes(spatial_shapes)
-        self._check(query, reference_points, shapes)
+        check_queries(query, reference_points, shapes, self.embed_dim, self.num_levels)
         if reference_points.dtype != torch.float64:  # autocast must not round coordinates
             reference_points = reference_points.float()
         B, Q, _ = query.shape
@@ -128,11 +126,9 @@ class MSDeformAttn(nn.Module):
     ) -> Tensor | tuple[Tensor, Sampling]:
         """What a layer of encoder or decoder calls: `forward`, with references (B, Q, 2 or 4) that
         are relative to the images without their padding. Returns (B, Q, C)."""
-        references = queries.references
-        ratios = memory.valid_ratios.repeat(1, 1, references.shape[-1] // 2)  # (B, L, 2 or 4)
         return self(
             queries.content + queries.position,
-            references[:, :, None] * ratios[:, None],
+            on_levels(queries.references, memory),
             memory.features,
             memory.spatial_shapes,
             memory.padding_mask,
@@ -146,7 +142,7 @@ class MSDeformAttn(nn.Module):
         padding_mask: Tensor | None,
         return_sampling: bool,
     ) -> Tensor | tuple[Tensor, Sampling]:
-        self._check_values(sampling.locations, input_flatten, padding_mask)
+        check_tokens(input_flatten, padding_mask, sampling.locations.shape[0], self.embed_dim)
         value = self.value_proj(input_flatten)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask.unsqueeze(-1), 0)
@@ -158,47 +154,51 @@ class MSDeformAttn(nn.Module):
         output = self.output_proj(output)
         return (output, sampling) if return_sampling else output
 
-    @quietly
-    def _check_values(
-        self, locations: Tensor, input_flatten: Tensor, padding_mask: Tensor | None
-    ) -> None:
-        B, C = locations.shape[0], self.embed_dim
-        if input_flatten.ndim != 3 or input_flatten.shape[::2] != (B, C):
-            given = tuple(input_flatten.shape)
-            raise ValueError(f"input_flatten must be (B={B}, S, C={C}), got {given}")
-        S = input_flatten.shape[1]
-        if padding_mask is None:
-            return
-        if padding_mask.shape != (B, S) or padding_mask.dtype != torch.bool:
-            given = f"{tuple(padding_mask.shape)} of {padding_mask.dtype}"
-            raise ValueError(f"padding_mask must be (B={B}, S={S}) of bool, got {given}")
 
-    @quietly
-    def _check(self, query: Tensor, reference_points: Tensor, shapes: Shapes) -> None:
-        if query.ndim != 3 or query.shape[-1] != self.embed_dim:
-            raise ValueError(f"query must be (B, Q, C={self.embed_dim}), got {tuple(query.shape)}")
-        if len(shapes) != self.num_levels:
-            raise ValueError(f"expected {self.num_levels} levels, got spatial_shapes {shapes}")
-        B, Q, _ = query.shape
-        given = tuple(reference_points.shape)
-        levels = (1, self.num_levels)
-        if (
-            len(given) != 4
-            or given[:2] != (B, Q)
-            or given[2] not in levels
-            or given[3] not in (2, 4)
-        ):
-            raise ValueError(
-                f"reference_points must be (B={B}, Q={Q}, L={self.num_levels} or 1, 2 or 4), "
-                f"got {given}"
-            )
-        if not reference_points.is_floating_point():
-            raise TypeError(f"reference_points must be floating, got {reference_points.dtype}")
-        if (reference_points.dtype == torch.float64) != (query.dtype == torch.float64):
-            raise TypeError(
-                "query and reference_points must be float64 both or neither, got "
-                f"{query.dtype} and {reference_points.dtype}"
-            )
+@quietly
+def check_queries(
+    query: Tensor, reference_points: Tensor, shapes: Shapes, embed_dim: int, num_levels: int
+) -> None:
+    """ValueError or TypeError unless these are as `MSDeformAttn.forward` has them."""
+    if query.ndim != 3 or query.shape[-1] != embed_dim:
+        raise ValueError(f"query must be (B, Q, C={embed_dim}), got {tuple(query.shape)}")
+    if len(shapes) != num_levels:
+        raise ValueError(f"expected {num_levels} levels, got spatial_shapes {shapes}")
+    B, Q, _ = query.shape
+    given = tuple(reference_points.shape)
+    fits = len(given) == 4 and given[:2] == (B, Q) and given[3] in (2, 4)
+    if not fits or given[2] not in (1, num_levels):
+        raise ValueError(
+            f"reference_points must be (B={B}, Q={Q}, L={num_levels} or 1, 2 or 4), got {given}"
+        )
+    if not reference_points.is_floating_point():
+        raise TypeError(f"reference_points must be floating, got {reference_points.dtype}")
+    if (reference_points.dtype == torch.float64) != (query.dtype == torch.float64):
+        raise TypeError(
+            "query and reference_points must be float64 both or neither, got "
+            f"{query.dtype} and {reference_points.dtype}"
+        )
+
+
+@quietly
+def check_tokens(input_flatten: Tensor, padding_mask: Tensor | None, B: int, C: int) -> None:
+    """ValueError unless these are as `MSDeformAttn.forward` has them."""
+    if input_flatten.ndim != 3 or input_flatten.shape[::2] != (B, C):
+        given = tuple(input_flatten.shape)
+        raise ValueError(f"input_flatten must be (B={B}, S, C={C}), got {given}")
+    S = input_flatten.shape[1]
+    if padding_mask is None:
+        return
+    if padding_mask.shape != (B, S) or padding_mask.dtype != torch.bool:
+        given = f"{tuple(padding_mask.shape)} of {padding_mask.dtype}"
+        raise ValueError(f"padding_mask must be (B={B}, S={S}) of bool, got {given}")
+
+
+def on_levels(references: Tensor, memory: Tokens) -> Tensor:
+    """References (B, Q, 2 or 4), relative to the images without their padding, as (B, Q, L, 2 or
+    4), relative to each padded level."""
+    ratios = memory.valid_ratios.repeat(1, 1, references.shape[-1] // 2)  # (B, L, 2 or 4)
+    return references[:, :, None] * ratios[:, None]
 
 
 def star(num_heads: int, num_levels: int, num_points: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deformable_detr.layers.window_attention import check_heads
+from deformable_detr.layers.dense_attention import check_heads
 from deformable_detr.ops import ms_deform_attn
 from deformable_detr.ops.checks import real_dtype
 from deformable_detr.ops.sizes import Size, numbers
@@ -73,7 +73,7 @@ class DAttention(nn.Module):
         `KeyPlaces` returns them. Returns (B, H, W, C)."""
         B, H, W, C = query.shape
         query, key, value = (self._heads(x.flatten(1, -2)) for x in (query, key, value))
-        rows = max(1, PAIRS_AT_ONCE // (B * self.num_heads * W * key.shape[1]))
+        rows = max(1, PAIRS_AT_ONCE // max(1, B * self.num_heads * W * key.shape[1]))
         turns = []
         for top in range(0, H, rows):
             bottom = min(top + rows, H)
@@ -83,7 +83,8 @@ class DAttention(nn.Module):
             else:
                 turns.append(self._rows(*part))
         mixed = turns[0] if len(turns) == 1 else torch.cat(turns, 1)  # (B * M, H * W, D)
-        return mixed.view(B, self.num_heads, H * W, -1).transpose(1, 2).reshape(B, H, W, C)
+        M = self.num_heads
+        return mixed.view(B, M, H * W, C // M).transpose(1, 2).reshape(B, H, W, C)
 
     def _rows(
         self, query: Tensor, key: Tensor, value: Tensor, places: Tensor, rows: tuple
@@ -151,14 +152,14 @@ def sample(x: Tensor, places: Tensor) -> Tensor:
     x: (B, H, W, C). places: of `KeyPlaces`. Returns (B, N, C). It is Deformable DETR's operator,
     with groups for heads and one point of weight one.
     """
-    B, H, W, _ = x.shape
+    B, H, W, C = x.shape
     G, N = places.shape[1:3]
     size = numbers((W, H), like=places)
     # from "0 and 1 are the first and the last pixel's centres" (align_corners=True) to "are edges"
     locations = (places * (size - 1) + 0.5) / size
     locations = locations.transpose(1, 2)[:, :, :, None, None]  # (B, N, G, 1, 1, 2)
     weights = locations.new_ones(B, N, G, 1, 1)
-    return ms_deform_attn(x.reshape(B, H * W, G, -1), [(H, W)], locations, weights)
+    return ms_deform_attn(x.reshape(B, H * W, G, C // G), [(H, W)], locations, weights)
 
 
 class PositionBias(nn.Module):
@@ -203,6 +204,6 @@ class PositionBias(nn.Module):
         grid = torch.stack([dx[:, :, None].expand(shape), dy[:, :, :, None].expand(shape)], -1)
         table = self.table.unflatten(0, (G, -1)).expand(B, -1, -1, -1, -1)  # M / G to a group
         bias = F.grid_sample(
-            table.flatten(0, 1).to(grid.dtype), grid.view(B * G, -1, N, 2), align_corners=True
+            table.flatten(0, 1).to(grid.dtype), grid.flatten(2, 3).flatten(0, 1), align_corners=True
         )
         return bias.flatten(0, 1)

@@ -13,10 +13,7 @@ class DenseAttention(nn.MultiheadAttention):
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}"
-            )
+        check_heads(embed_dim, num_heads)
         super().__init__(embed_dim, num_heads, dropout=dropout, batch_first=True)
 
     def attend(self, queries: Queries, memory: Tokens) -> Tensor:
@@ -51,6 +48,14 @@ class DenseAttention(nn.MultiheadAttention):
             need_weights=False,
         )
         return update.reshape(queries.content.shape)
+
+
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    """ValueError unless the width can be shared out among the heads."""
+    if num_heads < 1 or embed_dim % num_heads:
+        raise ValueError(
+            f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}"
+        )
 
 
 def between_groups(queries: Queries) -> Tensor:

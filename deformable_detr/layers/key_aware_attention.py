@@ -4,7 +4,8 @@ tokens"."""
 import torch
 from torch import Tensor, nn
 
-from deformable_detr.layers.attention import star
+from deformable_detr.layers.attention import check_queries, check_tokens, on_levels, star
+from deformable_detr.layers.dense_attention import check_heads
 from deformable_detr.ops import (
     SpatialShapes,
     check_spatial_shapes,
@@ -28,10 +29,7 @@ class KeyAwareAttention(nn.Module):
         self, embed_dim: int = 256, num_levels: int = 4, num_heads: int = 8, num_points: int = 4
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}"
-            )
+        check_heads(embed_dim, num_heads)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.num_levels, self.num_points = num_levels, num_points
         self.sampling_offsets = nn.Linear(embed_dim, num_heads * num_levels * num_points * 2)
@@ -52,11 +50,9 @@ class KeyAwareAttention(nn.Module):
 
     def attend(self, queries: Queries, memory: Tokens) -> Tensor:
         """What a layer of encoder or decoder calls, as `MSDeformAttn.attend`: (B, Q, C)."""
-        references = queries.references
-        ratios = memory.valid_ratios.repeat(1, 1, references.shape[-1] // 2)  # (B, L, 2 or 4)
         return self(
             queries.content + queries.position,
-            references[:, :, None] * ratios[:, None],
+            on_levels(queries.references, memory),
             memory.features,
             memory.spatial_shapes,
             memory.padding_mask,
@@ -70,10 +66,10 @@ class KeyAwareAttention(nn.Module):
         spatial_shapes: SpatialShapes,
         padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Arguments as `MSDeformAttn.forward` has them. Returns (B, Q, C)."""
+        """Arguments and errors as `MSDeformAttn.forward` has them. Returns (B, Q, C)."""
         shapes = check_spatial_shapes(spatial_shapes)
-        if len(shapes) != self.num_levels:
-            raise ValueError(f"expected {self.num_levels} levels, got spatial_shapes {shapes}")
+        check_queries(query, reference_points, shapes, self.embed_dim, self.num_levels)
+        check_tokens(input_flatten, padding_mask, query.shape[0], self.embed_dim)
         value = self.value_proj(input_flatten)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask.unsqueeze(-1), 0)

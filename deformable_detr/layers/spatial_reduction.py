@@ -4,7 +4,8 @@ attention. The chapter on DAT compares them."""
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deformable_detr.layers.window_attention import check_heads, pad_to_multiple
+from deformable_detr.layers.dense_attention import check_heads
+from deformable_detr.layers.window_attention import pad_to_multiple
 
 
 class SpatialReductionAttention(nn.Module):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deformable_detr.layers.dense_attention import check_heads
 from deformable_detr.ops.sizes import Size
 
 
@@ -53,7 +54,8 @@ class WindowAttention(nn.Module):
                 ~allowed, -torch.inf
             )
             bias = bias + forbidden[:, None]  # (windows, M, w * w, w * w)
-        scores = scores.unflatten(0, (B, -1)) + bias
+        w = self.window_size
+        scores = scores.unflatten(0, (B, x.shape[1] // w * (x.shape[2] // w))) + bias
         mixed = scores.flatten(0, 1).softmax(-1) @ value
         mixed = self._map(mixed, x.shape)
         if any(shifts):
@@ -112,11 +114,3 @@ def pad_to_multiple(x: Tensor, size: int) -> Tensor:
     if height % size or width % size:
         x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
     return x
-
-
-def check_heads(embed_dim: int, num_heads: int) -> None:
-    """ValueError unless the width can be shared out among the heads."""
-    if num_heads < 1 or embed_dim % num_heads:
-        raise ValueError(
-            f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}"
-        )
