@@ -67,8 +67,7 @@ schematics.grid_block_warp_lane()
 
 # %% [markdown]
 # *Figure {{n}}.1. A grid has blocks, a block has threads. The hardware runs a block's threads 32 at a
-# time: such a group is a **warp**, and a thread's place in it is its **lane**. (The green lanes will
-# share one attention head later on.)*
+# time: such a group is a **warp**, and a thread's place in it is its **lane**.*
 #
 # A thread finds its place in three variables: `blockIdx` is the number of its block, `threadIdx`
 # its number within the block, `blockDim` how many threads a block has. (`gridDim` counts the
@@ -97,8 +96,8 @@ static Place threadIdx, blockIdx, blockDim, gridDim;
 """
 
 # %% [markdown]
-# What remains is the grid. Two loops stand in for it. A GPU runs threads side by side, in no order that one can rely
-# on. So a correct kernel gives the same result in any order, also when the threads run one after another.
+# Two loops stand in for the grid. A GPU runs threads side by side, in no order that one can rely on. So a correct
+# kernel gives the same result in any order, also when the threads run one after another.
 
 # %%
 LOOPS = r"""
@@ -288,9 +287,8 @@ for number in (1, 32, 50):
 print(B * Q * M * D, "numbers, equal for blocks of 1, 32 and 50 threads")
 
 # %% [markdown]
-# A kernel that samples a map anywhere can also rotate a picture. The book's seven is a map with
-# three channels. Each pixel of a turned and magnified grid becomes a query with one point (code
-# folded):
+# Such a kernel can also rotate a picture, which is a map with three channels. Each pixel of a turned and
+# magnified grid becomes a query with one point (code folded):
 
 # %% tags=["hide-input"]
 picture = torch.from_numpy(running_example() / 255).float()  # (128, 128, 3)
@@ -306,8 +304,8 @@ schematics.turned_picture(
 )
 
 # %% [markdown]
-# *Figure {{n}}.2. The naive kernel at work on the running example: one point per query, at the places in
-# the orange frame. Outside the map there is nothing, so one corner is black.*
+# *Figure {{n}}.2. The naive kernel at work on the running example, with its queries in the orange frame. Outside
+# the map it reads zeros, so one corner is black.*
 
 # %% [markdown]
 # ## {{n}}.4 Look inside a thread
@@ -356,9 +354,9 @@ assert abs(sum(n for name, n in steps if name == "attention") - 1) < 1e-5  # all
 # ## {{n}}.5 Who reads which address
 #
 # The naive kernel is right. What does it cost? A GPU runs the 32 lanes of a warp together. When they reach a line
-# that reads memory, their 32 addresses go out as one **request**. Memory sends no single numbers, only **sectors** of
-# 32 bytes, eight floats. So lanes that read neighbouring numbers share a sector, while lanes that read far apart need
-# one each.
+# that reads memory, their 32 addresses go out as one **request**. Memory does not send single numbers: it sends
+# **sectors** of 32 bytes, eight floats. So lanes that read neighbouring numbers share a sector, while lanes that
+# read far apart need one each.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Strips of memory in frames of eight cells. Above, channels last: four neighbouring frames are filled completely. Below, channels first: of each frame that is fetched, only a single cell is filled; six of 32 such frames are drawn."}}
 schematics.two_layouts()
@@ -411,85 +409,25 @@ slider(schematics.stride_and_sectors, stride=(1, 16, 3))
 # *Figure {{n}}.4. One request of 32 lanes, lane t reading number t · stride. Orange: the numbers read.
 # Green frames: the sectors that memory fetches for them.*
 #
-# Does the kernel do what the simulator predicts? We let it write down every address that it reads:
-# `READ(x)`, folded here, gives `x` and notes who wanted it. A regular expression puts it around
-# every read.
+# So channels first would fetch eight times as many sectors, 1024 bytes for every 128 that are used. This is why
+# the library keeps `value` channels last.
+#
+# The reads of shapes, locations and weights show another waste. Their index in the kernel does not contain d, so
+# all 32 lanes read the same number. That costs only one sector per request. But then all lanes compute the same
+# x, y, corners and weights from it: 31 times too often. (A folded cell makes random inputs for the next section.)
 
 # %% tags=["hide-input"]
-TRACE = r"""
-extern "C" { int reads = 0; long long trace[1 << 16][2]; }
-static int me() { return blockIdx.x * blockDim.x + threadIdx.x; }
-template <typename T> const T& READ(const T& x) {
-    trace[reads][0] = me();
-    trace[reads++][1] = (long long)&x;
-    return x;
-}
-"""
-
-
-def noted(kernel):
-    """The kernel with a READ around every number that it takes from an array."""
-    return re.sub(r"\b((?:value|shapes|locations|weights)\[[^\]]+\])", r"READ(\1)", kernel)
-
-
-# %% [markdown]
-# Our loops run the threads one by one. But the n-th read of each comes from the same line of code, which a warp would
-# run together. So the n-th reads of 32 threads make one request, as long as all take the same path; here they do,
-# because all points lie inside. The folded cell has `requests`, which sorts a trace in this way, and random inputs.
-# The two `values` have the same shape and the same numbers; only the order in memory differs.
-
-
-# %% tags=["hide-input"]
-def requests(library):
-    """The reads of warp 0 as (requests, 32) addresses; all its threads must read in one order."""
-    count = ctypes.c_int.in_dll(library, "reads").value
-    trace = np.ctypeslib.as_array((ctypes.c_longlong * (2 << 16)).in_dll(library, "trace"))
-    thread, address = trace[: 2 * count].reshape(-1, 2).T
-    return np.stack([address[thread == t] for t in range(32)], 1)
-
-
 value = torch.randn(B, S, M, D)
 locations = torch.rand(B, Q, M, L, K, 2) * 0.6 + 0.2
 weights = torch.rand(B, Q, M, L * K).softmax(-1).view(B, Q, M, L, K)
 expected = ms_deform_attn(value, shapes, locations, weights)
-values = {"channels last": value, "channels first": value.permute(0, 2, 3, 1).reshape_as(value)}
-
-# %%
-reads = {}  # by layout: the requests that go to value
-for name, index in LAYOUTS.items():
-    text = noted(NAIVE.replace(LAYOUTS["channels last"], index))
-    kernel, array = build(text, words=WORDS + TRACE), values[name]
-    torch.testing.assert_close(run_naive(kernel, array, shapes, locations, weights), expected)
-    addresses = requests(kernel.library)
-    begin, end = array.data_ptr(), array.data_ptr() + array.nbytes
-    to_value = ((addresses >= begin) & (addresses < end)).all(1)
-    reads[name], others = addresses[to_value], addresses[~to_value]
-    mean = np.mean([sectors(request) for request in reads[name]])
-    print(f"{name:>14}: {to_value.sum()} requests to value, {mean:.0f} sectors each")
-    assert mean == predicted[name]
-
-# %% [markdown]
-# The simulator was right: the second layout fetches eight times as many sectors, 1024 bytes for every 128 that are
-# used. This is why the library keeps `value` channels last. And the other reads, those of shapes, locations and
-# weights?
-
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, lane of the warp across, address up, six requests in each. Left, requests to value: six rising lines, each of 32 neighbouring addresses. Right, requests to all other arrays: six flat lines, because all lanes read one address."}}
-schematics.six_requests(to_value=reads["channels last"], to_all_else=others)
-assert all(len(set(row)) == 1 for row in others)
-
-# %% [markdown]
-# *Figure {{n}}.5. Six requests of each kind, from the trace; within a request, height is the address.
-# Left: 32 lanes read 32 neighbouring numbers. Right: they all read the same number. (Colours only tell
-# the requests apart.)*
-#
-# The right panel costs one sector per request, but it shows another waste. All 32 lanes read the same location and
-# compute the same x, y, corners and weights: 31 times too often.
+torch.testing.assert_close(run_naive(naive, value, shapes, locations, weights), expected)
 
 # %% [markdown]
 # ## {{n}}.6 Two phases
 #
 # The waste ends if lanes share their results. From here on, eight lanes of a warp work together on one head (the
-# green ones in Figure {{n}}.1, for example). Within the head we number them 0 to 7. They work in two phases. First
+# green ones in Figure {{n}}.1). Within the head we number them 0 to 7. They work in two phases. First
 # each lane takes some of the **points**, finds their corners and weights, and puts them where the others can read
 # them. Then each lane takes some of the **channels**, and runs over all points.
 
@@ -497,7 +435,7 @@ assert all(len(set(row)) == 1 for row in others)
 schematics.two_phases()
 
 # %% [markdown]
-# *Figure {{n}}.6. Eight lanes of one head. What a lane is responsible for changes between the phases:
+# *Figure {{n}}.5. Eight lanes of one head. What a lane is responsible for changes between the phases:
 # first points, then channels.*
 #
 # Two new words are needed. `__shared__` declares an array that all threads of a block see; on a GPU it lies in a
@@ -631,11 +569,11 @@ wide = 4 * ((token * M + lane // 8) * D + lane % 8 * 4)  # four heads of one tok
 naive_requests, wide_requests = 4 * L * K, 4 * L * K // 4  # per head; four heads share one
 print("naive:     ", predicted["channels last"], "sectors,", naive_requests, "requests per head")
 print("two phases:", sectors(wide, size=16), "sectors,", wide_requests, "requests per head")
-assert sectors(wide, size=16) == 16 and len(reads["channels last"]) == naive_requests
+assert sectors(wide, size=16) == 16 and wide_requests == 16
 
 # %% [markdown]
-# Per head both fetch the same bytes, and all of them are used. But the two-phase kernel needs a quarter of the
-# requests, and it computes each point's position once instead of 32 times.
+# Per head both fetch the same bytes. But the two-phase kernel needs a quarter of the requests, and it computes each
+# point's position once instead of 32 times.
 
 # %% [markdown]
 # ## Exercise {{n}}.2  Where wide loads start
@@ -750,7 +688,7 @@ check("cuda_kernel.3", lanes_of_a_head)
 # for left ones. (For y: the same with H.)
 #
 # So a point needs four inner products $\langle g, v_c\rangle$, from which the first two gradients follow, and four
-# additions to `value`'s gradient. The products pose one problem, the additions another.
+# additions to `value`'s gradient.
 #
 # **An inner product runs over channels, and these lie in different lanes.** In a **shuffle** each lane reads what
 # another one holds in a register: `__shfl_xor_sync(mask, x, step)` returns the `x` of the lane whose number differs
@@ -766,13 +704,12 @@ for step in (4, 2, 1):
 assert (held == 28).all()
 
 # %% [markdown]
-# *Figure {{n}}.7. Eight lanes sum what they hold in three shuffles. In the end each lane has the whole
+# *Figure {{n}}.6. Eight lanes sum what they hold in three shuffles. In the end each lane has the whole
 # sum, 28.*
 #
 # **Many queries read the same pixel, so many threads add to the same number.** An addition to memory has three
 # steps: read, add, write. If two threads both read before either writes, one addition is lost. An **atomic**
-# addition cannot be interrupted in between. {{chapter making_it_fast}} loses additions on purpose. With these
-# two words (`build_team` knows them, too) the backward kernel is short:
+# addition cannot be interrupted in between. With these two words (`build_team` knows them, too) the backward kernel is short:
 
 # %%
 BACKWARD = r"""
@@ -821,11 +758,10 @@ torch.testing.assert_close(grad_value, leaves[0].grad, atol=1e-5, rtol=1e-5)
 print("gradient of value", tuple(grad_value.shape), "equal to autograd's")
 
 # %% [markdown]
-# The inner products are in `dots`, (items, 4, points). From them follow the other two gradients.
-# That of an attention weight sums its point's four products, each times its bilinear weight $b_c$.
-# All our points lie inside, so in PyTorch this is short:
+# The inner products are in `dots`, (items, 4, points). The other two gradients follow from them. (The
+# folded cell shows it for the attention weights, in PyTorch.)
 
-# %%
+# %% tags=["hide-input"]
 size = torch.tensor(shapes).flip(1)[:, None]  # (L, 1, 2): W and H
 x, y = (locations * size - 0.5).frac().unbind(-1)
 bilinear = torch.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], 3)
@@ -916,7 +852,7 @@ check("cuda_kernel.4", point_gradients)
 # ## {{n}}.8 The library's kernel
 #
 # The library's kernel is one file of some 350 lines, `kernels/ms_deform_attn.cu`. The GPU, the fast CPU build and
-# this chapter all compile that text. Most of its names you have typed yourself. The others are:
+# this chapter all compile this file. Most of its names you have typed yourself. The others are:
 #
 # | Name | What it is |
 # |---|---|
@@ -924,13 +860,13 @@ check("cuda_kernel.4", point_gradients)
 # | `neighbours` | the part of `find_corners` for one axis, without a branch |
 # | `GROUPS` | heads per block |
 # | `VALUE`, `REAL`, `OFFSET` | the number type of value, of weights and sums, of indices |
-# | `ROW` | the number type of the rows that are read: `VALUE`, unless a CPU has copied them as `REAL` |
+# | `ROW` | the number type of the rows that are read |
 # | `Vector`; `load`, `store`, `add` | `VECTOR` channels as one thing; 16 bytes per instruction |
 # | `VECTORS` | vectors that a lane sums at once: more than one in large heads |
 # | `STEP`, `PASS` | channels of all lanes together: in one vector each, in `VECTORS` each |
 # | `EXISTS` | a tail guard for channels |
 # | `UNROLL`, `KEEP_LOOP` | have the compiler write a loop out, or not |
-# | `LOOK_AHEAD` | nothing on a GPU; a CPU fetches a later point's rows early |
+# | `LOOK_AHEAD` | on a CPU only: fetch a later point's rows early |
 #
 # The two phases are easy to recognise:
 
@@ -966,7 +902,8 @@ print("forward and all three gradients: equal to autograd's")
 assert (macros["VECTOR"], macros["LANES"]) == (4, 8)
 
 # %% [markdown]
-# This build can write a trace, too.
+# So far, requests and sectors were predictions. This build can write a **trace**: a list of every address that
+# every thread reads. The n-th reads of the 32 threads of a warp come from the same line, so they make one request.
 #
 # Before you run: does the real kernel keep to the 16 requests per head, of 16 sectors each,
 # that section {{n}}.6 predicted?
@@ -986,15 +923,15 @@ assert set(loads["bytes"]) == {16} and wide.shape == (L * K * 4, 32) and fetched
 # %% [markdown]
 # ## {{n}}.9 On a real GPU
 #
-# On a GPU not a word of the kernel changes, only who compiles and who launches it. **NVRTC**, NVIDIA's
-# compiler as a library, takes the text at run time, and CuPy's `RawModule` {cite}`okuta2017cupy` wraps it, so
-# neither a build step nor NVIDIA's toolkit is needed. Three things need care:
+# On a GPU the kernel stays as it is; only who compiles and who launches it changes. **NVRTC**, NVIDIA's
+# compiler as a library, takes the source at run time, and CuPy's `RawModule` {cite}`okuta2017cupy` wraps it, so
+# neither a build step nor NVIDIA's toolkit is needed. Two things need care:
 #
 # - A launch returns at once, and the GPU works through its **stream** of launches in order. The kernel must join
 #   the stream on which PyTorch computes. Otherwise it may read values that are not there yet.
 # - It must go to the GPU **on which the tensors lie**. The official operator does not make sure of that.
-# - **Enough warps** must fit, because a GPU hides waiting behind other work: while one warp waits for memory, another
-#   computes. Registers and shared memory set the limit; {{chapter making_it_fast}} works it out.
+#
+# How many warps fit on a GPU, and why that matters, is in {{chapter making_it_fast}}.
 #
 # ## Appendix: the rest of the kernel
 #
@@ -1004,9 +941,8 @@ assert set(loads["bytes"]) == {16} and wide.shape == (L * K * 4, 32) and fetched
 show("neighbours")
 
 # %% [markdown]
-# `put_sums` sums a point's inner products after the loop over corners, so that no corner's load waits for another
-# one's sum, and writes them to where the corners' weights were. The third phase follows. (On a GPU `SUMS` and
-# `PRODUCTS` are both true; a CPU may do the two parts in two loops.)
+# `backward_head` is your `backward` with the third phase at its end. `put_sums` is its shuffle; it stores the inner
+# products over the corners' weights, which are no longer needed. (`SUMS` and `PRODUCTS` are both true on a GPU.)
 
 # %% tags=["hide-output"]
 show("put_sums")
@@ -1020,7 +956,7 @@ show("backward_head")
 #   neighbouring numbers share a sector.
 # - Two phases, a lane per point and then a lane per vector of channels, compute each position once.
 # - Lanes wait at barriers, talk through shared memory and shuffles, and add atomically.
-# - One text runs on CPU and GPU, so a laptop can test what a GPU will run.
+# - One source runs on CPU and GPU, so a laptop can test what a GPU will run.
 #
 # > **Differs from the paper.** It describes no kernel. **Differs from the official code.** There
 # > one thread owns a channel and repeats the index arithmetic; six kernels serve backward by size

@@ -48,7 +48,7 @@ def grid_block_warp_lane() -> None:
     axes.text(
         3.5,
         0.25,
-        "All threads run the same text. The 32 lanes of a warp run it together, line by line.",
+        "All threads run the same code. The 32 lanes of a warp run it together, line by line.",
         ha="center",
         fontsize=9,
     )
@@ -192,13 +192,3 @@ def turned_picture(picture: np.ndarray, places: np.ndarray, drawn: np.ndarray) -
     )
     for axis, name in zip((before, after), names, strict=True):
         axis.set(title=name, xticks=[], yticks=[])
-
-
-def six_requests(**kinds: np.ndarray) -> None:
-    """The first six requests of each kind, (requests, 32) addresses in bytes, above one another."""
-    _, axes = plt.subplots(1, len(kinds), sharey=True, figsize=(7, 2.8))
-    for axis, (name, addresses) in zip(axes, kinds.items(), strict=True):
-        for n, row in enumerate(addresses[:6]):
-            axis.plot(40 * n + (row - row.min()) // 4, ".", markersize=4)
-        axis.set(xlabel="lane of the warp", yticks=range(0, 240, 40), title=name.replace("_", " "))
-    axes[0].set(yticklabels=[f"request {n}" for n in range(6)])
