@@ -149,12 +149,13 @@ print(f"from {right:.2f} to {found['enlarged to 256 x 256']:.2f} by the size alo
 # The network itself is Python code, and where there is no Python it must become data: a **graph**, which is a list of
 # operations on tensors. `torch.export` makes one. It runs the code once with tensors that have shapes but no numbers, and notes
 # each operation {cite}`ansel2024pytorch2`. In `dynamic_shapes` we say which axes may have another length later; let us call those
-# axes **free**. In the next cell they are axes 0, 2 and 3 of the features (images, height and width), and axes 0 and 1 (images and
-# queries) of the other two.
+# axes **free**.
 #
-# The module is the heart of deformable attention ({{chapter deformable_attention}}) for one level, one head and one point.
+# The module of the next cell is the heart of deformable attention ({{chapter deformable_attention}}) for one level, one head and one point.
 # A reference $p$ in [0, 1] is moved by an offset $(\Delta x, \Delta y)$ in pixels, and `grid_sample` wants the place in units from -1 to 1:
-# $2 \, (p + (\Delta x / W, \Delta y / H)) - 1$. So the sizes W and H are part of the computation.
+# $2 \, (p + (\Delta x / W, \Delta y / H)) - 1$. So the sizes W and H are part of the computation. Free are the
+# number of images, the height and the width of the features (axes 0, 2 and 3), and the numbers of images and of queries (axes 0 and 1)
+# of references and offsets.
 
 
 # %%
@@ -518,7 +519,7 @@ print(
 # What do smaller numbers gain for this detector, and what do they cost? For bfloat16 there is `--precision bf16` of
 # `evaluate`, `predict` and `explain`, and `in_precision` in Python ({{chapter training_at_every_size}}). For int8 we apply onnxruntime's own
 # tool to our file. It replaces the products of matrices, and leaves convolutions and sampling as they are. First the file in int8, and
-# a function each for time and size:
+# two functions, one for the time and one for the size:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -589,7 +590,7 @@ print("largest difference of AP below 0.03:", max(aps.values()) - min(aps.values
 # may differ, so measure on the machine that will run it.
 #
 # Two warnings. Scores move a little, so choose the threshold again. And coordinates bear less rounding than features do. An offset
-# of a few pixels may be rounded, and both small forms do so. But a *location* between 0.5 and 1 has steps of 1/256 in bfloat16, and in
+# of a few pixels may be rounded, and both smaller forms round it. But a *location* between 0.5 and 1 has steps of 1/256 in bfloat16, and in
 # an image of 1,000 pixels that is a step of four pixels. So the library keeps boxes and sampling locations in float32, whatever the precision.
 #
 # One form is not run here, because compiling takes minutes: AOTInductor turns a program of `torch.export` into machine code, in
@@ -635,7 +636,7 @@ assert torch.allclose(before.pred_boxes, after.pred_boxes, atol=1e-5)
 print(count, "modules replaced; the outputs are the same")
 
 # %% [markdown]
-# At the end of the `with` the old operator is back. The official code, DINO and Mask2Former import a compiled extension by its name; for
+# At the end of the `with` their operator is back. The official code, DINO and Mask2Former import a compiled extension by its name; for
 # them `install_official_names()` puts ours under that name, before their code is imported. mmcv's module has the same parameter names as
 # `MSDeformAttn`, so that `load_state_dict` takes its weights. The lines for each project are on the book's page of recipes
 # (`book/recipes.md`), and each is tested.
@@ -709,7 +710,8 @@ try:
     print(status, page[:36])
     status, text = ask("POST", Path("../data/samples/000010.png").read_bytes())
     print(status, text)
-    print(*ask("POST", b"no picture"))
+    status, refused = ask("POST", b"no picture")
+    print(status, json.loads(refused)["error"].split(":")[0])  # the reason follows
 finally:
     server.shutdown()
     server.server_close()
@@ -733,7 +735,9 @@ plt.show()
 # puts the same three steps (bytes in, `predict`, JSON out) behind a web framework. Sometimes no server is needed, because a page holds
 # everything in one file: `deformable-detr explain IMAGE --output explained.html` shows what the detector looked at, and
 # `deformable-detr evaluate DATA --report report.html` what it gets wrong. And a detector can run *in* a page: with the ONNX file from
-# above and onnxruntime's build for browsers. That build has to be fetched from the network, so it is not run here.
+# above and onnxruntime's build for browsers. That build has to be fetched from the network, so it is not run here. If you let it compute on
+# WebGPU, compare its outputs with those of a CPU first: its `GridSample` has been reported wrong
+# ([onnxruntime 32275](https://github.com/microsoft/onnxruntime/issues/32275)).
 #
 # ## Exercise {{n}}.3  An answer that does not break
 #
@@ -807,7 +811,7 @@ temporary.cleanup()
 #
 # ## Summary
 #
-# - Weights are one of six stations; the preparation is the one whose loss goes unnoticed.
+# - The weights cover one of six stations from picture to names. When the preparation is lost, no error says so.
 # - A trace may note a number where `torch.export` notes where it came from. Say which axes are free, and check at other sizes.
 # - In ONNX the operator is one GridSample per level, with no plug-in; the file is compared with PyTorch before it is put in place.
 # - Smaller numbers cost this detector hardly any AP. What they gain depends on the processor; places stay in float32.
