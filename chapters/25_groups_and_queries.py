@@ -584,11 +584,12 @@ for name, (member, options) in sizes_of.items():
 #
 # ## {{n}}.6 What both gain
 #
-# All members of the family were trained on the digits for 300 steps on two maps, with the same pictures, seeds
-# and learning rates (`python experiments/members.py`, not run here). None was tuned. Group DETR has five groups of
-# learned queries, so we compare it with Deformable DETR with learned queries and refinement. Efficient DETR we
-# compare with Deformable DETR in two stages. All of this is at equal images, although groups make a step more expensive: the
-# end of {{chapter fewer_tokens}} compares the whole family at equal multiply-adds.
+# All members of the family were trained on the digits for 300 steps on two maps, with the same pictures, seeds and
+# learning rates (`python experiments/members.py`, not run here). None was tuned: {{chapter fewer_tokens}} ends with a
+# rate of its own for each. Group DETR has five groups of learned queries, so we compare it with Deformable DETR with
+# learned queries and refinement. Efficient DETR we compare with Deformable DETR in two stages. All of this is at equal
+# images, although groups make a step more expensive: the end of {{chapter fewer_tokens}} compares the whole family at
+# equal multiply-adds.
 #
 # AP lies between 0 and 1. The brackets give a 95 % confidence interval for the mean over seeds. "Better" and "worse"
 # are said only where the interval of the difference leaves out zero. Elsewhere the number says how large a difference could

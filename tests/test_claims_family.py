@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deformable_detr.data.coco import CocoDataset, collate
 from deformable_detr.data.transforms import digits_eval_transform
 from deformable_detr.evaluation.complexity import complexity, count, make_batch
+from deformable_detr.evaluation.intervals import verdict
 from deformable_detr.layers.reading import tokens_read
 from deformable_detr.look.sampling import record_sampling
 from deformable_detr.losses import SetCriterion
@@ -209,3 +210,22 @@ def test_the_base_is_better_the_longer_it_is_trained():
         ]
         means.append(sum(of_it) / len(of_it))
     assert means == sorted(means)
+
+
+def test_with_rates_of_their_own_efficient_detr_is_ahead_and_fewer_tokens_are_not_behind():
+    rates = {
+        (r["configuration"]): float(r["value"])
+        for r in finished("member_rates")
+        if (r["split"], r["metric"]) == ("val", "object_ap")
+    }
+    found = {}
+    for row in finished("tuned_members"):
+        if (row["split"], row["metric"]) == ("test", "ap"):
+            found.setdefault(row["configuration"], []).append(float(row["value"]))
+    assert len(found) == 9 and all(len(values) >= 3 for values in found.values())
+    for name in found:
+        assert max(0.0005, 0.001, 0.002, key=lambda r: rates[f"{name}, {r:g}"]) == 0.002
+    said = {name: verdict(values, found[BASE]) for name, values in found.items()}
+    assert [name for name in said if said[name].startswith("better")] == ["Efficient DETR"]
+    for name in ("Sparse DETR", "Lite DETR"):
+        assert said[name].startswith("no difference")
