@@ -590,7 +590,8 @@ draw.every_layer()
 
 # %% [markdown]
 # *Figure {{n}}.5. What to see: each layer is matched by itself, with the same objects (dashed). So an object may
-# belong to another query in the next layer, or at the next step ({{chapter denoising}}). All losses are added; at test time only the last layer is used.*
+# belong to another query in the next layer, or at the next step ({{chapter denoising}}). All losses are added; at
+# test time only the last layer is used.*
 #
 # We take the small model of {{chapter pixels_to_boxes}} and two pictures: the seven that we have followed,
 # and the four digits of figure {{n}}.1.

@@ -741,8 +741,8 @@ plt.show()
 #
 # So is A.6 wrong about our detector? The last layer does not read "the whole foreground instance" evenly: it reads
 # the middle and the border, and less of what is between. But "only extreme points" would be wrong too. And the
-# share at the border is less than it seems, because the band at the border is wide: 0.8 of the area of the box (0.36 inside it
-# and 0.44 outside). If weight were spread evenly over the box, 0.36 of it would lie in the band.
+# share at the border is less than it seems, because the band at the border is wide: 0.8 of the area of the box (0.36
+# inside it and 0.44 outside). If weight were spread evenly over the box, 0.36 of it would lie in the band.
 #
 # What does this share depend on? Before you run, guess: on the head, on the level, on the size of the object, or on
 # the object itself?
@@ -779,8 +779,8 @@ plt.show()
 #
 # It depends most of all on the head, then on the level (it is high on the finest map alone, which has most of the
 # weight) and on the layer. It hardly depends on the size of the object. And from one object to the next it varies
-# only a little: the last line gives the range that holds nine in ten of the detections in our 40 images. The single points do move from object to object
-# (compare Figure {{n}}.8). But how the weight is divided between border and middle is much the same in every box,
+# only a little: the last line gives the range that holds nine in ten of the detections in our 40 images. The
+# single points do move from object to object (compare Figure {{n}}.8). But how the weight is divided between border and middle is much the same in every box,
 # whatever object is in it.
 #
 # ## Exercise {{n}}.4  Borrow a pattern
@@ -898,8 +898,8 @@ print(
 # Again, a little. In layer 1 slightly more of a token's weight stays on its digit than with a pattern borrowed from a
 # token on another digit. So most of the gain over the untrained pattern does not depend on this digit:
 # the encoder has learned to look *near*. Only the second layer adds something that depends on the digit. Nor
-# does the encoder adapt to scale: on average, the weight of a token on a small digit lies as many pixels away as
-# that of a token on a large one. In the decoder, scale is built in by the reference box.
+# does the encoder adapt to scale: on average, the weight of a token on a small digit lies about as many pixels away
+# as that of a token on a large one. In the decoder, scale is built in by the reference box.
 #
 # ## {{n}}.6 Which pixels decide, over a thousand images
 #
