@@ -101,8 +101,9 @@ schematics.two_limits()
 # *Figure {{n}}.1. The roofline of an imagined machine that fetches 10 GB/s and computes 40 GFLOP/s. A kernel with 4
 # operations per byte would meet both limits at once.*
 #
-# Your machine's limits take three measurements: copying what fits into the processor's cache, copying what does not,
-# and computing what does many operations per byte, a product of matrices or a convolution.
+# To find your machine's limits, we measure three things: how fast it copies an array that fits into the processor's
+# cache, how fast it copies one that does not, and how fast it computes where each byte is used many times, in a
+# product of matrices or a convolution.
 
 
 # %%
@@ -608,8 +609,8 @@ print("all three changes against none: faster in", won.sum(), "of 25 rounds")
 # %% [markdown]
 # Here "won" compares neighbours in the list, so the last line, printed apart, compares all three
 # changes (order, no gaps, fetching ahead) with none. The versions between have some of the changes.
-# Only such an **ablation** can show that changes help together. On the machine that made this page
-# the answer is faint: the printed ranges of the two overlap. Run the cell again and see if it holds.
+# Only such an **ablation** can show that changes help together. If the printed ranges of the two
+# overlap, the answer is faint: run the cell again and see if it holds.
 #
 # Now the whole ladder, with the library's kernel and PyTorch's form for comparison. (For step 4 the copy without gaps was
 # made before; the library makes it each time, and its time includes that.)
@@ -644,14 +645,13 @@ schematics.ladder(times)
 # bars overlap, look at the printed number of rounds before you call a step faster.*
 #
 # A step counts as shown if it won (nearly) all rounds, and does so again when you run the cell a
-# second time. Step 4 does not: it won more rounds in some runs than in others. Step 1 gained more than the factor
-# of 4 that we counted, because the compiler makes vector instructions of its loop over channels.
-# (You can tell it not to, by `-fno-tree-vectorize`, and measure again.) The
-# library's kernel adds vectors of 64 bytes, where the processor has them, and asks for rows ahead
-# of time.
+# second time. Step 4 is the doubtful one: compare the rounds that it won here with those in the race before. Step 1
+# gained more than the factor of 4 that we counted, because the compiler makes vector instructions of its loop over
+# channels. The library's kernel adds vectors of 64 bytes, where the processor has them, and asks for rows ahead of
+# time.
 #
-# (`data/results/operator_cpu.json` has measurements against other implementations at the paper's sizes, taken in the same
-# way by `make bench`.)
+# (`make bench` measures other implementations in the same way, at the paper's sizes, and writes what it finds to
+# `data/results/`.)
 
 # %% [markdown]
 # ## Exercise {{n}}.3  One thread per point
@@ -756,8 +756,7 @@ schematics.roofline(machine, speeds, intensity=0.5, others=others)
 # coordinates, jumps and loops. (PyTorch's form is another matter. It writes every sample to memory, and these bytes
 # are not counted here.) Above the dashed line bytes must come from a cache, since memory could not deliver them so
 # fast. The solid line is the rate of copying 1 MB, which lies in the second-level cache; what is still in the
-# first-level cache comes faster, so a version may even stand above it. The convolution stands to the right of all
-# that, because it uses what it reads many times.
+# first-level cache comes faster, so a version may even stand above it.
 #
 # ### Why the published detector is slower than its FLOPs
 #
@@ -796,7 +795,7 @@ for level, (h, w) in enumerate(LEVELS):
 
 # %% [markdown]
 # So a pixel of the coarsest level gets over a thousand additions, from threads that run at the same time. This is how
-# one of them gets lost:
+# one gets lost:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of boxes along time, thread A and thread B, and between them the number in memory. A reads 5, B reads 5, both compute 5 plus 1, A writes 6, B writes 6. The number should be 7."}}
 schematics.lost_addition()
