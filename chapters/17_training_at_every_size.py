@@ -694,7 +694,7 @@ command = [sys.executable, "-c", PROGRAM, str(folder / "meeting")]
 environment = os.environ | {"OMP_NUM_THREADS": "1"}
 pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
 processes = [subprocess.Popen([*command, str(rank)], **pipes) for rank in (0, 1)]
-printed = [process.communicate(timeout=100) for process in processes]
+printed = [process.communicate(timeout=300) for process in processes]
 assert all(process.returncode == 0 for process in processes), printed
 assert printed[0][0] == printed[1][0]  # after the backward pass both have the same gradient
 found = {name: [float(x) for x in row] for name, *row in map(str.split, printed[0][0].splitlines())}

@@ -698,10 +698,8 @@ rates, pairs = read("rates"), []
 
 def at_rate(side, rate, metric, step):
     """The mean on val over the seeds that are finished."""
-    wanted, keys = (
-        (f"{side}, {rate}", metric, step, "val"),
-        ("configuration", "metric", "at", "split"),
-    )
+    wanted = (f"{side}, {rate}", metric, step, "val")
+    keys = ("configuration", "metric", "at", "split")
     return np.mean([r["value"] for r in rates if tuple(r[key] for key in keys) == wanted])
 
 
@@ -859,9 +857,8 @@ assert max(needed[True, 4]) < MOST and min(needed[True, 6]) > min(needed[True, 4
 assert min(needed[True, 8]) > 10 * min(needed[False, 8])
 stuck = sum(steps == MOST for (dense, _), found in needed.items() if not dense for steps in found)
 print("the fastest seeds at 64 cells: dense", min(needed[True, 8]), "steps or more", end=", ")
-print(
-    "deformable", min(needed[False, 8]), f"\n{stuck} of {3 * len(SIDES)} deformable heads got stuck"
-)
+print("deformable", min(needed[False, 8]))
+print(f"{stuck} of {3 * len(SIDES)} deformable learners got stuck")
 
 # %% [markdown]
 # So with nothing else changed, dense attention does slow down as the map grows. The deformable learner has two

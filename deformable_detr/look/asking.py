@@ -100,7 +100,7 @@ class Look:
         if not len(self):
             raise ValueError(
                 f"nothing is detected with a score of {self.subject.threshold:.3g} or more; the "
-                f"best score is {self.best_score:.3g}: give a lower threshold"
+                f"best score is {self.best_score:.3g}: give a lower threshold (--threshold)"
             )
         if not 0 <= detection < len(self):
             raise ValueError(f"detection must be 0 to {len(self) - 1}, got {detection}")

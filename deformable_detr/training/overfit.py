@@ -98,7 +98,7 @@ def judge_learning(diagnosis: Diagnosis) -> None:
     last = sum(losses[-5:]) / len(losses[-5:])
     text = f"loss from {losses[0]:.2f} to {last:.2f} in {counted(len(losses), 'step')} on one batch"
     if not enough:
-        text += f", too few to expect what {ENOUGH_STEPS} bring"
+        text += f"; only after {ENOUGH_STEPS} would that be a fault"
     bad = "fatal" if enough else "warning"
     expected = f"expected: to {LOSS_FALLS_TO:.0%} or less"
     diagnosis.add(bad, f"{text} ({expected})", last <= LOSS_FALLS_TO * losses[0])
