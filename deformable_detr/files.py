@@ -75,7 +75,10 @@ def removed_on_error(folder: Path) -> Iterator[None]:
         raise
     except BaseException:
         for path in new[-1:] or (list(folder.iterdir()) if empty else ()):
-            shutil.rmtree(path)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         raise
 
 

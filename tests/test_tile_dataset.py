@@ -12,6 +12,7 @@ from deformable_detr.data.checks import check_dataset
 from deformable_detr.data.coco import CocoDataset
 from deformable_detr.data.places import find_split
 from deformable_detr.data.tiles import tile_dataset
+from deformable_detr.files import removed_on_error
 from tests.conftest import save_annotations, write_coco
 
 
@@ -90,6 +91,16 @@ def test_a_broken_picture_leaves_nothing_behind(large, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     assert main([*arguments, str(tmp_path / "there")]) == 2
     assert not list((tmp_path / "there").iterdir())
+
+
+def test_an_empty_folder_is_empty_again_after_a_failure(tmp_path):
+    """Files lie in it directly, and folders; the failure itself is what is raised."""
+    with pytest.raises(ZeroDivisionError), removed_on_error(tmp_path):
+        (tmp_path / "tile.png").write_bytes(b"1")
+        (tmp_path / "deep").mkdir()
+        (tmp_path / "deep" / "tile.png").write_bytes(b"1")
+        1 / 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_another_process_writes_stays(large, tmp_path, capsys, monkeypatch):
