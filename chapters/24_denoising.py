@@ -866,7 +866,7 @@ compare(rows, "DINO", "DINO, no pairs", "ap")
 
 # %% [markdown]
 # The first line compares DN-DETR *without* noise with Deformable DETR: whatever separates their means there, it is not the
-# noise. The noise itself makes two differences. With it, digits change their query less often in DN-DETR, which is its purpose. But
+# noise. The noise itself makes two differences of note. With it, digits change their query less often in DN-DETR, which is its purpose. But
 # the warning of the first section applies: with the noise or without, DN-DETR has an AP near 0 after 300 steps. In DINO
 # the pairs raise AP.
 #

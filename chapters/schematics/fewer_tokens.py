@@ -243,3 +243,22 @@ def at_equal_cost(members: dict[str, dict], base: list[float]) -> None:
     axes.set(ylim=(max(len(known), 1) - 0.5, -0.5), xlabel="AP on test")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     plt.show()
+
+
+def tuned(members: dict[str, tuple[list[float], list[float]]], base: str) -> None:
+    """AP of each seed with the common learning rate and with a member's own."""
+    axes = plt.subplots(figsize=(7, 0.8 + 0.4 * len(members)))[1]
+    sides = ("one rate for all", QUIET, -0.14), ("its own rate", QUERY, 0.14)
+    for row, pair in enumerate(members.values()):
+        for found, (label, colour, shift) in zip(pair, sides, strict=True):
+            if len(found) > 1:
+                of_mean = interval(found)
+                axes.plot([of_mean.low, of_mean.high], [row + shift] * 2, color=colour, lw=2)
+                axes.plot(
+                    of_mean.mean, row + shift, "o", color=colour, label=None if row else label
+                )
+    axes.axvline(np.mean(members[base][1]), color=QUIET, ls=":", label="the base, its own rate")
+    axes.set_yticks(range(len(members)), members)
+    axes.set(ylim=(len(members) - 0.5, -0.5), xlabel="AP on test")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    plt.show()
