@@ -59,12 +59,12 @@ def operator_table() -> str:
     """How many times as long as ours each peer takes, one thread, medians; a row for each kind of
     call, and in it a figure for each processor."""
     files = sorted((ROOT / "data" / "results").glob("operator_avx*.json"))
-    times: dict[tuple, list[str]] = defaultdict(list)
-    for path in files:
+    times: dict[tuple, list[str]] = defaultdict(lambda: ["not measured"] * len(files))
+    for column, path in enumerate(files):
         for row in json.loads(path.read_text())["ratios"]:
             if row["threads"] == 1 and row["allocator"] == "default":
                 key = row["shape"], row["mode"], row["peer"]
-                times[key].append(f"{row['times']:.1f}")
+                times[key][column] = f"{row['times']:.1f}"
     peers = list(dict.fromkeys(peer for _, _, peer in times))
     vectors = ", ".join(path.stem.removeprefix("operator_").upper() for path in files)
     rows = [f"| times on {vectors} | " + " | ".join(peers) + " |", "|---" * (len(peers) + 1) + "|"]

@@ -97,10 +97,10 @@ def judge_learning(diagnosis: Diagnosis) -> None:
     enough = len(losses) >= ENOUGH_STEPS
     last = sum(losses[-5:]) / len(losses[-5:])
     text = f"loss from {losses[0]:.2f} to {last:.2f} in {counted(len(losses), 'step')} on one batch"
-    if not enough:
-        text += f"; only after {ENOUGH_STEPS} would that be a fault"
-    bad = "fatal" if enough else "warning"
     expected = f"expected: to {LOSS_FALLS_TO:.0%} or less"
+    if not enough:
+        expected += f", after {ENOUGH_STEPS} steps at the latest"
+    bad = "fatal" if enough else "warning"
     diagnosis.add(bad, f"{text} ({expected})", last <= LOSS_FALLS_TO * losses[0])
     text = f"AP {ap:.2f} on that batch (expected: {AP_REACHES} or more)"
     diagnosis.add(bad, text, ap >= AP_REACHES)
