@@ -59,7 +59,7 @@ def operator_table() -> str:
     """How many times as long as ours each peer takes, one thread, medians; a row for each kind of
     call, and in it a figure for each processor."""
     files = sorted((ROOT / "data" / "results").glob("operator_avx*.json"))
-    times: dict[tuple, list[str]] = defaultdict(lambda: ["not measured"] * len(files))
+    times: dict[tuple, list[str]] = defaultdict(lambda: ["-"] * len(files))
     for column, path in enumerate(files):
         for row in json.loads(path.read_text())["ratios"]:
             if row["threads"] == 1 and row["allocator"] == "default":
