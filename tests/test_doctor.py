@@ -138,7 +138,9 @@ def test_a_model_that_cannot_learn_is_fatal_after_enough_steps(coco, monkeypatch
 def test_when_time_is_short_few_steps_are_judged_mildly(coco):
     found = examine(coco, steps=100, seconds=0)
     assert found.healthy and len(found.losses) == 1
-    assert "in 1 step on one batch, too few" in "".join(texts(found, "warning"))
+    assert "in 1 step on one batch (expected: to 40% or less, after 100" in "".join(
+        texts(found, "warning")
+    )
     assert "1 of 6 images checked" in found.table()
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from deformable_detr import Batch, DeformableDETR, DeformAttn, MSDeformAttn, Sampling
+from deformable_detr.layers import attention as attention_module
 from deformable_detr.look.gradients import FollowReferences
 from deformable_detr.look.sampling import record_sampling
 from tests.conftest import TINY
@@ -179,7 +180,7 @@ def test_a_pass_that_fails_spoils_no_later_one(monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="input_flatten"):
             layer = model.decoder.layers[0].cross_attention
             patch.setattr(layer, "embed_dim", 7)
-            patch.setattr(layer, "_check", lambda *_: None)
+            patch.setattr(attention_module, "check_queries", lambda *_: None)
             model(batch)
         model(batch)
     assert list(record) == NAMES
