@@ -664,6 +664,7 @@ def test_what_is_not_finite_stops_at_once_and_is_named_with_the_images(coco, tmp
         ({"patience": -1}, "patience must be at least 0, got -1"),
         ({"warmup_steps": -10}, "warmup_steps must be at least 0"),
         ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
+        ({"giou_weight": -1.0}, "giou_weight must be at least 0, got -1.0"),
         ({"lr": math.nan}, "lr must be positive, got nan"),
         ({"backbone_lr": math.inf}, "backbone_lr must be at least 0, got inf"),
         ({"mixed_precision": "half"}, "mixed_precision must be one of"),
@@ -673,6 +674,19 @@ def test_what_is_not_finite_stops_at_once_and_is_named_with_the_images(coco, tmp
 def test_recipes_are_refused(coco, tmp_path, recipe, message):
     with pytest.raises(ValueError, match=message):
         run(coco, tmp_path / "run", dataclasses.replace(RECIPE, **recipe))
+
+
+def test_the_weight_of_giou_is_the_recipes(coco, tmp_path):
+    terms = {}
+    for weight in (2.0, 5.0):
+        recipe = dataclasses.replace(RECIPE, epochs=1, giou_weight=weight)
+        run(coco, tmp_path / str(weight), recipe)
+        terms[weight] = json.loads(
+            (tmp_path / str(weight) / "log.jsonl").read_text().split("\n")[0]
+        )
+    for name in ("loss_class", "loss_box", "loss_giou"):
+        factor = 2.5 if name == "loss_giou" else 1.0
+        assert terms[5.0][name] == pytest.approx(factor * terms[2.0][name], rel=1e-5)
 
 
 def test_val_must_have_the_categories_of_train(coco, tmp_path):

@@ -34,6 +34,9 @@ class TrainConfig:
         "step", "step: all rates x 0.1 after drop_epoch; cosine: they fall to 1 % at the end"
     )
     drop_epoch: int = option(40, "epochs until the rates drop, with schedule step")
+    giou_weight: float = option(
+        2.0, "of the boxes' GIoU in the loss, where their L1 distance has 5; the matching keeps 2"
+    )
     warmup_steps: int = option(0, "first steps, over which the rates rise linearly")
     frozen: tuple[str, ...] | None = option(
         None,
@@ -68,7 +71,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for least, names in (
             (1, ("epochs", "batch_size", "accumulate", "evaluate_every", "top_k")),
-            (0, ("backbone_lr", "sampling_lr_factor", "weight_decay", "drop_epoch")),
+            (0, ("backbone_lr", "sampling_lr_factor", "weight_decay", "drop_epoch", "giou_weight")),
             (0, ("warmup_steps", "patience", "num_workers", "checkpoint_minutes")),
         ):
             for name in names:

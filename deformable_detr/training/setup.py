@@ -74,7 +74,7 @@ class Training:
             same_categories(train_set, val_set)
         torch.manual_seed(config.seed + self.accelerator.process_index)
         self._prepare(model)
-        self.criterion = SetCriterion()
+        self.criterion = SetCriterion(giou_weight=config.giou_weight)
         self.step, self.epochs_ended, self.best_ap, self.best_epoch, self.stale = 0, 0, -1.0, 0, 0
         self.metrics: Metrics | None = None
         self.threshold: float | None = None
