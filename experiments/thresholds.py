@@ -8,6 +8,7 @@ keeps; the k heaviest are the fair rival, with the same number for all. And, for
 are worth to small objects and to large ones: all points but those on one map.
 """
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from deformable_detr.data.transforms import digits_eval_transform
 from deformable_detr.evaluation.coco import predict_dataset, score
 from deformable_detr.layers.attention import MSDeformAttn, Sampling
 from deformable_detr.look.sampling import replaced
+from deformable_detr.provenance import checksum
 from deformable_detr.weights.ours import load_model
 
+DETECTOR = CHECKPOINTS / "digits.safetensors"
 IMAGES, FOLDS = 500, 5  # of test, and fifths of it, to see how far images differ
 
 
@@ -63,7 +66,7 @@ class Leave:
 
 def evaluate(keep: Keep | Leave, seed: int, folder: Path) -> list[dict]:
     """AP on images of test and on each fifth of them, and the points kept per query and head."""
-    model, _ = load_model(CHECKPOINTS / "digits.safetensors")
+    model, _ = load_model(DETECTOR)
     dataset = CocoDataset(*find_split(DATA, "test"), digits_eval_transform())
     dataset.image_ids = dataset.image_ids[:IMAGES]
     counts = {"encoder": [], "decoder": []}
@@ -85,6 +88,11 @@ def evaluate(keep: Keep | Leave, seed: int, folder: Path) -> list[dict]:
     return rows + [row("test", 0, name, round(mean, 3)) for name, mean in means.items()]
 
 
+def describe(keep: Keep | Leave) -> dict:
+    """What makes two trials the same, the detector's weights too."""
+    return dataclasses.asdict(keep) | {"weights": checksum(DETECTOR)}
+
+
 def keeping(sampling: Callable, keep: Keep | Leave, counts: list[float]) -> Callable:
     """A module's `sampling` with fewer points; their mean number is noted for each call."""
 
@@ -104,10 +112,11 @@ STUDY = Study(
     configurations={
         "all": Keep(),
         **{f"weight at least {w}": Keep(at_least=w) for w in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)},
-        **{f"{k} heaviest": Keep(heaviest=k) for k in (1, 2, 3, 4, 6, 8)},
+        **{f"{k} heaviest": Keep(heaviest=k) for k in (1, 2, 3, 4, 5, 6, 8)},
         **{f"none at stride {4 << level}": Leave(level) for level in range(3)},
     },
     seeds=(0,),
+    describe=describe,
     trial=evaluate,
     data=DATA,
     usual=25,

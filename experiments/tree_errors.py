@@ -8,12 +8,13 @@ fewer; the least score that shows so many on val then counts on test as well. Ch
 your_own_data reads the table.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from study import Study, row
 from study import main as run
-from trees import Remedy, fit, held_out, training_set
+from trees import DETECTOR, Remedy, fit, held_out, training_set
 
 from deformable_detr.cli.views import SCALES
 from deformable_detr.data.coco import CocoDataset
@@ -23,6 +24,7 @@ from deformable_detr.inference.postprocess import as_results
 from deformable_detr.inference.predict import detect
 from deformable_detr.inference.views import make_views
 from deformable_detr.models import BaseDetector
+from deformable_detr.provenance import checksum
 
 TRANSFORMS, SIDE, AT_ONCE = "coco", 128, 8
 
@@ -67,6 +69,11 @@ def measure(training: Training, seed: int, folder: Path) -> list[dict]:
     return [each for name in training.ways for each in look(model, name)]
 
 
+def describe(training: Training) -> dict:
+    """What makes two trials the same, the weights that they start from too."""
+    return dataclasses.asdict(training) | {"weights": checksum(DETECTOR)}
+
+
 def look(model: BaseDetector, name: str) -> list[dict]:
     """The rows of one way to look, whose threshold is chosen on val."""
     rows, threshold = [], None
@@ -107,6 +114,7 @@ STUDY = Study(
     },
     seeds=(0, 1, 2),
     trial=measure,
+    describe=describe,
     usual=200,
     seconds={"without empty tiles": 120, "ten epochs": 280},
 )

@@ -23,7 +23,7 @@ from deformable_detr.evaluation.coco import predict_dataset, score
 from deformable_detr.evaluation.report import analyse
 from deformable_detr.files import write_json
 from deformable_detr.models import DEFAULT, MODELS, BaseDetector
-from deformable_detr.provenance import provenance
+from deformable_detr.provenance import checksum, provenance
 from deformable_detr.training.loop import train
 from deformable_detr.training.recipe import load_recipe
 from deformable_detr.weights.ours import load_model, save_model
@@ -97,6 +97,12 @@ def held_out(split: str) -> CocoDataset:
     return CocoDataset(*find_split(make_tiles(), split), transform)
 
 
+def describe(remedy: Remedy) -> dict:
+    """What makes two trials the same, the weights that they start from too."""
+    weights = {"weights": checksum(DETECTOR)} if remedy.start == "digits" else {}
+    return dataclasses.asdict(remedy) | weights
+
+
 def train_on_trees(remedy: Remedy, seed: int, folder: Path) -> list[dict]:
     """The rows of one training."""
     model = fit(remedy, training_set(remedy, seed), seed, folder)
@@ -121,6 +127,7 @@ STUDY = Study(
     },
     seeds=(0, 1),
     trial=train_on_trees,
+    describe=describe,
     usual=125,
     seconds={"three times as long": 350, "three times as long, other colours": 350},
 )

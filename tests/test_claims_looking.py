@@ -5,7 +5,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torchvision.ops import box_iou
 
 from deformable_detr.inference.detector import load_detector
 from deformable_detr.look.asking import Look
@@ -53,10 +56,10 @@ def test_weight_favours_points_outside_the_box():
 
 def test_heads_divide_border_and_inside_and_sizes_do_not():
     heads, border = LAST["border of heads"], LAST["border"]
-    assert min(heads[0], heads[2]) > 0.7 and max(heads[1], heads[3]) < 0.2
+    assert min(heads[0], heads[2]) > 0.7 and max(heads[1], heads[3]) < 0.25
     sizes = [border[size]["own"][0] for size in SIZES]
     assert max(sizes) - min(sizes) < 0.1 < max(heads) - min(heads)
-    assert max(LAST["border of levels"][1:]) < 0.11
+    assert max(LAST["border of levels"][1:]) < 0.3 * LAST["border of levels"][0]
 
 
 def test_a_borrowed_pattern_brings_its_place_in_the_box_along():
@@ -84,9 +87,11 @@ def test_the_encoder_separates_instances_a_little_and_does_not_adapt_to_scale():
     stays = [layer["stays in the object"]["all"] for layer in ENCODER]
     assert stays[0]["own minus borrowed"][2] < 0 < stays[1]["own minus borrowed"][1]
     assert stays[1]["borrowed"][0] - stays[1]["untrained"][0] > (
-        3 * stays[1]["own minus borrowed"][0]
+        2 * stays[1]["own minus borrowed"][0]
     )
-    assert max(map(reach, SIZES)) < 1.1 * min(map(reach, SIZES))
+    assert max(map(reach, SIZES)) < 1.15 * min(map(reach, SIZES)) and reach("small") > reach(
+        "large"
+    )
 
 
 def test_boxes_are_decided_at_their_borders_and_less_than_half_of_the_score_inside():
@@ -102,11 +107,16 @@ def test_boxes_are_decided_at_their_borders_and_less_than_half_of_the_score_insi
 def test_queries_of_the_running_example_are_what_the_caption_says():
     detector = load_detector(ROOT / "data" / "checkpoints" / "digits.safetensors")
     look = Look(detector, ROOT / "data" / "samples" / "000010.png", gradients=False)
-    seven, second = look.at_query(0), look.at_query(10)
-    assert (seven.name, look.queries.tolist()) == ("seven", [0])
-    assert second.score < 0.05 and abs(second.box - seven.box).max() < 4
+    assert (look.at_query(0).name, look.queries.tolist()) == ("seven", [0])
+    seven = torch.from_numpy(look.at_query(0).box)[None]
     for query in range(30):
         seen = look.at_query(query)
+        if query > 0:
+            assert box_iou(seven, torch.from_numpy(seen.box)[None]) < 0.5
+        if 1 <= query <= 5:
+            centre = (seen.box[:2] + seen.box[2:]) / 2
+            assert seen.score < 0.3
+            assert min(np.linalg.norm(centre - speck) for speck in ((86, 39), (105, 27))) < 4
         low, high = seen.references[-1].reshape(2, 2)
         far = abs((seen.points[-1] - (low + high) / 2) / ((high - low) / 2)).max(-1)
         assert (seen.weights[-1] * (far <= 1.3)).sum() > 0.9 * seen.weights[-1].sum()

@@ -128,16 +128,21 @@ def against_the_same_number(name):
     return interval(found)
 
 
-def test_a_k_of_its_own_for_each_query_is_never_better():
-    found = [against_the_same_number(name) for name in RULES if "least" in name]
-    assert all(each.low <= 0 for each in found)
-    assert sum(each.high < 0 for each in found) == 1, "at one threshold it is slightly worse"
+def test_a_k_of_its_own_for_each_query_brings_next_to_nothing():
+    for name in (name for name in RULES if "least" in name):
+        found = against_the_same_number(name)
+        if points(name) > 5:
+            assert found.low > -0.005 and found.high < 0.0055
+        elif points(name) < 2.5:
+            assert found.high < 0 and found.low < -0.0055
+        else:
+            assert found.low < 0 < found.high
 
 
 def test_eight_of_twelve_points_keep_the_ap_and_four_most_of_it():
     ap = {name: MEASURED[name, "test", "ap"] for name in HEAVIEST}
     assert abs(ap["8 heaviest"] - ap["all"]) < 0.003
-    assert 0.03 > ap["all"] - ap["4 heaviest"] > 0.01
+    assert 0.035 > ap["all"] - ap["4 heaviest"] > 0.01
 
 
 def test_without_the_finest_map_small_digits_are_lost_and_large_ones_suffer_least():

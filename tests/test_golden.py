@@ -18,7 +18,7 @@ from deformable_detr.data.coco import CocoDataset, collate
 from deformable_detr.data.transforms import digits_eval_transform
 from deformable_detr.losses import SetCriterion
 from deformable_detr.models import DeformableDETR, DeformableDETRConfig
-from deformable_detr.weights.ours import load_model, upgrade_name
+from deformable_detr.weights.ours import upgrade_name
 from tests.golden import machine
 
 ROOT = Path(__file__).parents[1]
@@ -52,9 +52,7 @@ def filled(name, shape):
 
 
 def model_of(case):
-    """The shipped one, or one of these options with filled tensors under their old names."""
-    if "config" not in case:
-        return load_model(ROOT / "data" / "checkpoints" / "digits.safetensors")[0]
+    """Of these options, with filled tensors under their old names."""
     config = DeformableDETRConfig(**case["config"])
     model = DeformableDETR(config)
     state = {name: filled(name, shape) for name, shape in case["state"].items()}

@@ -251,6 +251,21 @@ if __name__ == "__main__":
         assert "unfinished" in (tmp_path / "quick.csv").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "of_all"), [("thresholds", 1), ("trees", 1 / 3), ("tree_errors", 1)]
+)
+def test_other_weights_make_other_trials(study, monkeypatch, tmp_path, name, of_all):
+    """Where a study starts from the shipped detector, and that is another one, it is run anew."""
+    module = importlib.import_module(name)
+    before = [place.folder for place in module.STUDY.trials()]
+    other = tmp_path / "digits.safetensors"
+    other.write_bytes(b"others")
+    monkeypatch.setattr(sys.modules[module.STUDY.describe.__module__], "DETECTOR", other)
+    after = [place.folder for place in module.STUDY.trials()]
+    changed = [old != new for old, new in zip(before, after, strict=True)]
+    assert sum(changed) == pytest.approx(of_all * len(changed))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_study_is_known_and_has_different_trials(study, name):
     each = importlib.import_module(name).STUDY
