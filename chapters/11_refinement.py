@@ -224,14 +224,14 @@ for step, means in enumerate(zip(overlaps.mean(1), flattered.mean(1), strict=Tru
 
 # %% tags=["hide-input"]
 gains = overlaps.mean(1).diff()
-assert gains.sum() > 0.02 and gains[-1] < 0.5 * gains[:-1].min()
+assert gains.sum() > 0.005 and abs(gains[-1]) < 0.5 * gains[:-1].min()
 assert flattered.mean(1).diff().sum() > 1.5 * gains.sum()
 print(f"gained in all: {gains.sum():.3f}, and {flattered.mean(1).diff().sum():.3f} if chosen last")
 
 # %% [markdown]
-# The last layer gains least, less than half of what either layer before it gains. In all it is little, because
-# this detector's proposals are good already. Chosen by the last box, the gain looks much larger, but only because
-# of the choice: if one picks the winners at the end, they will have improved on the way.
+# The first two layers gain a little, and the last gains nothing. In all it is not much, because this detector was
+# trained for long, and its proposals are good already. Chosen by the last box, the gain looks much larger, but only
+# because of the choice: if one picks the winners at the end, they will have improved on the way.
 #
 # Here are two digits: the one that we follow through the book, whose proposal is nearly right, and the one that
 # gains most among those wider than a tenth of the picture.

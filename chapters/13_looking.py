@@ -215,8 +215,8 @@ slider(look_of, query=(0, model.config.num_queries - 1, query), layer=(0, 2, 2))
 
 # %% [markdown]
 # *Figure {{n}}.3. One query in one layer. The dashed box is the reference around which it looks. Try others. All keep
-# nearly all of their weight in and near their own box, whatever is in it. Query 10 has its box on the seven as well,
-# but its best score is close to 0, so the seven is reported once.*
+# nearly all of their weight in and near their own box, whatever is in it. Queries 1 to 5 have theirs on two bright specks
+# of the background, and no score of theirs reaches 0.3. No other query has the seven, so it is reported once.*
 #
 # ## Exercise {{n}}.1  How much of it is inside?
 #
@@ -348,7 +348,7 @@ print("x in float32 is the same to a hundredth:", bool(largest < 0.01))
 # %% [markdown]
 # Before you run: where will the gradient of $y$ be, and where that of the score?
 
-# %% mystnb={"image": {"alt": "Five maps around the seven, dark where a pixel moves the number. For x and w the dark spots lie at the left and right of the blue box, for y and h at its bottom and top; for the score they are scattered, most of them left of the seven and beside it."}}
+# %% mystnb={"image": {"alt": "Five maps around the seven, dark where a pixel moves the number. For x and w the dark spots lie at the left and right of the blue box, for y and h at its bottom and top; for the score they are fainter, and most of them lie at the left border."}}
 figure, axes = plt.subplots(1, 5, figsize=(9.5, 2.4))
 for axis, (name, norm) in zip(axes, norms.items(), strict=True):
     axis.imshow(norm, cmap="gray_r", extent=(0, 128, 128, 0), vmax=norm.quantile(0.999))
@@ -359,7 +359,7 @@ plt.show()
 # %% [markdown]
 # *Figure {{n}}.5. Gradient norms of the five numbers of the seven's detection, each map on its own scale; darker
 # pixels move the number more. The maps of $x$ and $w$ are dark at the left and right of the box, those of $y$ and
-# $h$ at its bottom and top. The map of the score is scattered, and much of it lies outside the box.*
+# $h$ at its bottom and top. The map of the score is scattered, and most of it lies outside the box.*
 #
 # How much of it? Let the **energy** of a pixel be its squared norm. Energies can be added up: their sum over all
 # pixels is the squared length of the whole gradient. So count the energy inside the box.
@@ -372,7 +372,7 @@ rows = (middles >= box[1]) & (middles <= box[3])
 energy = norms["score"].square()
 inside = (energy[rows][:, columns].sum() / energy.sum()).item()
 print(f"inside the box: {inside:.2f} of the score's energy")
-assert abs(inside - 0.36) < 0.02
+assert inside < 0.48
 
 # %% [markdown]
 # Less than half. We shall see with a thousand images whether that is usual.
@@ -570,12 +570,12 @@ for layer, axis in enumerate(axes):
     outside = ((token.points[layer] < 0) | (token.points[layer] > 128)).any(-1)  # (M, L, K)
     share = token.weights[layer][outside].sum() / M
     print(f"layer {layer}: outside the picture, by level {outside.sum((0, 2))}, weight {share:.2f}")
-    assert share < 0.1 and not outside[:, :2].any()
+    assert share < 0.2 and not outside[:, :2].any()
 plt.show()
 
 # %% [markdown]
 # *Figure {{n}}.9. Where one token of the finest map, in the middle of the seven, looked (cross: the token). Most
-# of its weight stays near. The lines above the figure count what it cannot show: some light points of level 2, whose
+# of its weight stays near. The lines above the figure count what it cannot show: some points of level 2, whose
 # cells are 16 pixels wide, lie outside the picture, where there is nothing to read but zeros.*
 #
 # ## Exercise {{n}}.3  Less noise by more noise
@@ -760,9 +760,9 @@ for name, shares in (
     print(f"{name:21}", [round(share, 2) for share in shares])
 spread = at_border.mean(1).quantile(torch.tensor([0.05, 0.95])).tolist()
 print("nine in ten detections", [round(share, 1) for share in spread])
-assert 0.25 < spread[0] < 0.35 and 0.45 < spread[1] < 0.6 and at_border.mean(1).std() < 0.1
+assert spread[1] - spread[0] < 0.35 and at_border.mean(1).std() < 0.1
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Bars for the four heads in each of the three decoder layers: the share of each head's weight at the border of the box. In every layer some bars are high and some low; in the last layer they are 0.89, 0.16, 0.74 and 0.03."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Bars for the four heads in each of the three decoder layers: the share of each head's weight at the border of the box. In every layer some bars are high and some low; in the last layer they are 0.94, 0.21, 0.89 and 0.06."}}
 figure, axis = plt.subplots(figsize=(5.4, 2.6))
 for head in range(4):
     heights = [layer["border of heads"][head] for layer in layers]
@@ -855,11 +855,11 @@ print("all of the box", told(last["edge rank"]["all"]["all of the box"]))
 # %% [markdown]
 # All ranks are far above 0.5. Again that says little, because digits have edges, and whatever looks at a digit finds
 # them: the last line has the mean rank over the whole box of a digit. The second column says how much the points
-# adapt to *this* object. In the first layer, of the decoder as of the encoder, they do not; in later layers the
+# adapt to *this* object. In the first layer, of the decoder as of the encoder, they hardly do; in later layers the
 # difference is clearly above zero. So points do gather on edges of their object, but
 # only in the later layers, and only a little.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Dots with intervals: how much higher the edge rank of a detection's own points is than that of borrowed ones, for small, medium and large objects. Decoder: layer 0 at zero, layers 1 and 2 between 0.02 and 0.06. Encoder: layer 0 slightly below zero, layer 1 between 0.02 and 0.04, falling with size."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Dots with intervals: how much higher the edge rank of a detection's own points is than that of borrowed ones, for small, medium and large objects. Decoder: layer 0 near zero, layers 1 and 2 between 0.03 and 0.08. Encoder: layer 0 at zero, layer 1 between 0.03 and 0.05, falling with size."}}
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), sharey=True)
 for axis, (part, name) in zip(axes, ((layers, "decoder"), (encoder, "encoder")), strict=True):
     for number, layer in enumerate(part):
@@ -925,7 +925,7 @@ for item in "xy":
     print(f"{item}, energy per pixel, sides to ends:", ", ".join(ratios))
 print("x, another image's, inside:", told(gradient["x"]["inside"]["all"]["another's"]))
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Five stacked bars, for x, y, w, h and score, of the shares of gradient energy at the sides, at the ends, in the middle and farther away. x and w are half sides; y and h are half ends; score has 0.28 sides, 0.19 ends, 0.21 middle and 0.32 farther."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Five stacked bars, for x, y, w, h and score, of the shares of gradient energy at the sides, at the ends, in the middle and farther away. x and w are half sides; y and h are half ends; score has 0.30 sides, 0.16 ends, 0.18 middle and 0.36 farther."}}
 figure, axis = plt.subplots(figsize=(6.6, 2.7))
 left = np.zeros(5)
 for name, colour in zip(regions, ("C0", "C1", "C2", "0.75"), strict=True):
@@ -984,29 +984,32 @@ with mock.patch.object(attention, "sampling", one_silenced), torch.no_grad():
 boxes, scores = silenced.boxes[:, query] * 128, silenced.logits[:, query, label].sigmoid()
 moved, changed = (boxes[1:] - boxes[0]).norm(dim=1), (scores[1:] - scores[0]).abs()
 weight = points_and_weights(2, query)[1].flatten()
-heaviest = int(weight.argmax())
+heaviest, most = int(weight.argmax()), int(changed.argmax())
 print(f"rank correlation with weight: box {spearmanr(weight, moved)[0]:.2f}", end=", ")
 print(f"score {spearmanr(weight, changed)[0]:.2f}")
-print(f"the heaviest point, {weight[heaviest]:.2f}: box {moved[heaviest]:.2f} pixels", end=", ")
-print(f"score {changed[heaviest]:.4f}, the most of any point is {changed.max():.4f}")
+for name, point in (("heaviest", heaviest), ("that matters most for the score", most)):
+    print(f"the point {name}, {weight[point]:.2f}: box {moved[point]:.2f} pixels", end=", ")
+    print(f"score {changed[point]:.4f}")
 assert 0.5 < spearmanr(weight, changed)[0] < 0.9
-assert changed[heaviest] < 0.2 * changed.max() < 0.2 * 0.02
+assert weight[most] < 0.5 * weight.max() and moved[most] < 0.2 * moved.max()
+assert changed.max() < 0.02
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two scatter plots over the weight of each of the 48 points: how far the box moves without it, in pixels, and how much the score changes. Both rise with the weight, with a wide spread; the heaviest point moves the box most and the score hardly."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two scatter plots over the weight of each of the 48 points: how far the box moves without it, in pixels, and how much the score changes. Both rise with the weight, with a wide spread; the point that changes the score most is not the heaviest, and hardly moves the box."}}
 figure, axes = plt.subplots(1, 2, figsize=(7, 2.6))
 for axis, change, text in zip(axes, (moved, changed), ("box, pixels", "score"), strict=True):
     axis.plot(weight, change, "o", color="C4", mec="black", mew=0.6)
-    axis.plot(weight[heaviest], change[heaviest], "o", ms=11, mfc="none", color="C1")
+    axis.plot(weight[most], change[most], "o", ms=11, mfc="none", color="C1")
     axis.set(xlabel="weight of the point", ylabel=f"change of the {text}")
 plt.show()
 
 # %% [markdown]
 # *Figure {{n}}.15. What happens to the seven's detection without one point, for each of the 48 points of the last
-# layer. The heaviest point is circled: without it the box moves most, and the score hardly changes.*
+# layer. Circled is the point that matters most for the score: it is not the heaviest, and without it the box hardly
+# moves.*
 #
-# Heavier points matter more, as a rule. But the rule has exceptions, and one of them is the heaviest point, which
-# the eye sees first: it matters for the box, and hardly for the class. For models that read text,
-# {cite}`jain2019attention` found something similar, and called their paper "Attention is not Explanation". Notice
+# Heavier points matter more, as a rule. But the rule has exceptions, and they depend on the question. The point that
+# matters most for the score has less than half of the weight of the heaviest, which the eye sees first, and it hardly
+# matters for the box. For models that read text, {cite}`jain2019attention` found something similar, and called their paper "Attention is not Explanation". Notice
 # also how *little* any single point matters: the score never changes by more than 0.02.
 #
 # Here is what is often said of such pictures, and what we found for this detector:
@@ -1015,12 +1018,12 @@ plt.show()
 # |:--|:--|:--|
 # | "most of the weight is in the box, so it has learned to look at the object" | an untrained star has more | the box does it, not the learning |
 # | the decoder looks at the whole object (A.6) | two of four heads read mainly the border | no: the middle and the border |
-# | points adapt to the object's shape (A.6) | edge rank, own minus borrowed | a little, and not in the first layer |
+# | points adapt to the object's shape (A.6) | edge rank, own minus borrowed | a little, and hardly in the first layer |
 # | points adapt to the object's scale (A.6) | encoder: equally far on all sizes; decoder: by its reference | the reference does it |
 # | the encoder separates the instances (A.6) | weight that stays on its digit, against borrowed | a little |
 # | the box is decided at the extreme points (A.5) | energy per pixel, sides to ends | yes |
 # | the score looks inside (A.5) | its energy inside the box | less than half of it |
-# | a heavy point is an important one | rank correlation high; the seven's heaviest hardly moves the score | often |
+# | a heavy point is an important one | rank correlation high; for the seven's score another matters most | often |
 #
 # These are verdicts on *one* small detector of digits. What a detector of photographs does may differ; the method
 # is the same, and a control costs little. A last warning: the pictures of some other gradient methods look just as

@@ -99,6 +99,7 @@ for field in dataclasses.fields(PAPER):
 # | `weight_decay` | pulls every weight towards zero {cite}`loshchilov2019adamw` | hardly ever |
 # | `clip_norm` | bounds the length of the gradient | hardly ever |
 # | `schedule`, `drop_epoch` | when the rate falls | take the cosine if you do not know when to drop |
+# | `giou_weight` | the weight of the boxes' overlap in the loss ({{chapter matching_and_loss}}) | when objects are found but boxes fit badly |
 # | `warmup_steps` | makes the first steps shorter | when heads are new |
 # | `frozen` | parts that do not learn; by default a ResNet's `conv1` and `layer1` | freeze more when there are fewer images |
 # | `ema_decay`, `patience` | average the weights; stop when AP no longer rises | when there are few images |

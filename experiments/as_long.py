@@ -44,7 +44,8 @@ def train_member(member: Member, seed: int, folder: Path) -> list[dict]:
     train_set = load_split("train", digits_train_transform())
     val_set = load_split("val", digits_eval_transform())
     train(model, train_set, val_set, folder / "run", options, progress=False)
-    figures = evaluate(model.eval(), load_split("test", digits_eval_transform())).to_dict()
+    test_set = load_split("test", digits_eval_transform())
+    figures = evaluate(model.eval(), test_set, progress=False).to_dict()
     return [row("test", member.epochs, name, figures[name]) for name in FIGURES]
 
 

@@ -229,3 +229,10 @@ def test_with_rates_of_their_own_efficient_detr_is_ahead_and_fewer_tokens_are_no
     assert [name for name in said if said[name].startswith("better")] == ["Efficient DETR"]
     for name in ("Sparse DETR", "Lite DETR"):
         assert said[name].startswith("no difference")
+
+
+def test_trained_for_as_long_as_the_digits_detector_efficient_detr_is_not_ahead():
+    runs = json.loads((ROOT / "data/results/digits_training.json").read_text())["runs"]
+    base = [run["test"]["ap"] for run in runs if run["round"] == 0]
+    (long,) = (float(r["value"]) for r in finished("as_long") if r["metric"] == "ap")
+    assert abs(long - max(base)) < max(base) - min(base)

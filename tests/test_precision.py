@@ -88,11 +88,11 @@ def test_what_it_looked_at_is_nearly_the_same():
     wide, short = (
         explain(load_detector(DIGITS, precision=name), SAMPLES[2]) for name in ("float32", "bf16")
     )
-    assert wide.title == short.title
+    assert wide.name == short.name and wide.score == pytest.approx(short.score, abs=0.02)
     assert abs(wide.points - short.points).max() < 1  # pixels
     for name, norms in wide.gradients.items():
         pair = torch.from_numpy(norms), torch.from_numpy(short.gradients[name])
-        assert torch.cosine_similarity(*(x.flatten() for x in pair), dim=0) > 0.9
+        assert torch.cosine_similarity(*(x.flatten() for x in pair), dim=0) > 0.8
 
 
 def test_a_detector_in_float32_is_itself():
