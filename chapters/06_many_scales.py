@@ -643,8 +643,8 @@ assert moved["256 x 256"] < 1 and moved["153 x 165"] < 5 < moved["mask ignored"]
 
 # %% [markdown]
 # With the mask the boxes move by a few pixels at most, and least in the batch of 256 x 256, whose
-# size is divisible by all strides. So the detector is nearly, but not exactly, independent of padding.
-# If the mask is ignored, it is not: at least one box is lost or lies far off (last line).
+# size is divisible by all strides. In the other batch one digit's score also falls below 0.4. So the detector is nearly,
+# but not exactly, independent of padding. If the mask is ignored, it is not: no digit is found any more (last line).
 
 # %% [markdown]
 # ## {{n}}.10 Where a trained detector looks

@@ -359,7 +359,7 @@ plt.show()
 # %% [markdown]
 # *Figure {{n}}.5. Gradient norms of the five numbers of the seven's detection, each map on its own scale; darker
 # pixels move the number more. The maps of $x$ and $w$ are dark at the left and right of the box, those of $y$ and
-# $h$ at its bottom and top. The map of the score is scattered, and most of it lies outside the box.*
+# $h$ at its bottom and top. The map of the score is faint, because most of it is not even in this part of the picture.*
 #
 # How much of it? Let the **energy** of a pixel be its squared norm. Energies can be added up: their sum over all
 # pixels is the squared length of the whole gradient. So count the energy inside the box.
@@ -375,7 +375,8 @@ print(f"inside the box: {inside:.2f} of the score's energy")
 assert inside < 0.48
 
 # %% [markdown]
-# Less than half. We shall see with a thousand images whether that is usual.
+# Far less than half: most of it lies at a bright speck in the upper right of the picture (compare Figure {{n}}.3). We shall
+# see with a thousand images whether that is usual.
 #
 # A derivative is a promise about *small* changes. How far does it hold? We move the image along the direction of
 # the gradient, in steps that are no longer tiny, and compare $x$ with the straight line that the derivative
@@ -506,7 +507,7 @@ print("equal to ours")
 # The axes of `points` are layers, heads, levels, points and (x, y). `seen.columns()` gives a table with one row
 # per point. `seen.draw()` draws both figures, with the first and the last layer only.
 
-# %% mystnb={"image": {"alt": "Two rows of panels. Above: the picture with the seven in its box, and the sampling points of layers 0 and 2, with a mark of its own for each of three levels. Below: five close-ups of the seven that are pale where the gradient of centre x, centre y, width, height or score is small, with thick contours around half of its energy and thin ones around nine tenths."}}
+# %% mystnb={"image": {"alt": "Two rows of panels. Above: the picture with the seven in its box, and the sampling points of layers 0 and 2, with a mark of its own for each of three levels. Below: five close-ups of the seven that are pale where the gradient of centre x, centre y, width, height or score is small, with thick contours around half of its energy and thin ones around nine tenths; of the score's contours most lie beyond the panel."}}
 figure = seen.draw()
 figure.set_dpi(60)
 figure
@@ -516,7 +517,7 @@ figure
 # picture that all other panels show. Beside it, points as marks: a heavier point is larger, and shape and colour
 # are its level (level 0 is the finest). The cross is the centre of the reference, the dashed box the reference, and
 # the solid box the detection; here the two nearly coincide. Below, the thick contour holds half of the gradient's
-# energy, the thin one nine tenths; the dashed box is the detection.*
+# energy, the thin one nine tenths; the dashed box is the detection. Most of the score's energy lies beyond its panel.*
 #
 # On the command line it is one line. It writes a page that opens in any browser, and shows the best detections of
 # a picture, at most three:
@@ -536,7 +537,7 @@ with tempfile.TemporaryDirectory() as folder:
 # %% [markdown]
 # One detection is an anecdote, so look at several. `Look` sees a picture once and then explains anything in it.
 
-# %% mystnb={"image": {"alt": "Eight panels for four detections in one picture of several digits. Above: the sampling points of the last decoder layer, in each panel some large marks on the left and right border of the box. Below: the gradient norm of the score, whose contours lie on the digit in some and reach outside the box in others."}}
+# %% mystnb={"image": {"alt": "Eight panels for four detections in one picture of several digits. Above: the sampling points of the last decoder layer, in each panel some large marks on the left and right border of the box. Below: the gradient norm of the score, whose contours lie partly on the digit and in all four reach outside the box."}}
 look = Look(detector, DATA / "samples" / "000012.png")
 figure, axes = plt.subplots(2, 4, figsize=(9.5, 5.4))
 for number, (above, below) in enumerate(axes.T):
@@ -721,7 +722,7 @@ for name in ("inside", "border"):
 # it lay in the old one, so it brings its shares along, and the mean over all detections stays the same whatever the
 # patterns are. A control must be able to come out differently.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Three panels, one per decoder layer, of the share of points (grey steps) and of weight (orange) by distance from the box's centre, 0 to 1.5, with a dotted line at the border, 1. Points are most frequent around 0.4 and few at the border. Weight in layer 0 is spread from 0.2 to 1.1, in layer 1 it peaks just below 1, in layer 2 it has two peaks, around 0.3 and around 1."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three panels, one per decoder layer, of the share of points (grey steps) and of weight (orange) by distance from the box's centre, 0 to 1.5, with a dotted line at the border, 1. Points are most frequent between 0.3 and 0.6, and fewer towards the border. Weight in layer 0 is spread from 0.2 to 1.1, in layer 1 it peaks just below 1, in layer 2 it has two peaks, around 0.3 and around 1."}}
 distances = np.array(results["distances"])
 figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.5), sharey=True)
 for number, (axis, layer) in enumerate(zip(axes, layers, strict=True)):
@@ -1010,7 +1011,7 @@ plt.show()
 # Heavier points matter more, as a rule. But the rule has exceptions, and they depend on the question. The point that
 # matters most for the score has less than half of the weight of the heaviest, which the eye sees first, and it hardly
 # matters for the box. For models that read text, {cite}`jain2019attention` found something similar, and called their paper "Attention is not Explanation". Notice
-# also how *little* any single point matters: the score never changes by more than 0.02.
+# also how *little* any single point matters: the score never changes by more than 0.01.
 #
 # Here is what is often said of such pictures, and what we found for this detector:
 #
@@ -1023,7 +1024,7 @@ plt.show()
 # | the encoder separates the instances (A.6) | weight that stays on its digit, against borrowed | a little |
 # | the box is decided at the extreme points (A.5) | energy per pixel, sides to ends | yes |
 # | the score looks inside (A.5) | its energy inside the box | less than half of it |
-# | a heavy point is an important one | rank correlation high; for the seven's score another matters most | often |
+# | a heavy point is an important one | rank correlation 0.5 and 0.7; for the seven's box and its score other points matter most | often |
 #
 # These are verdicts on *one* small detector of digits. What a detector of photographs does may differ; the method
 # is the same, and a control costs little. A last warning: the pictures of some other gradient methods look just as

@@ -172,14 +172,14 @@ for rho in (0.1, 0.3):
     best = read.topk(int(S * rho) + 1).values.sum(1) / read.sum(1)
     print(f"the {rho:.0%} of tokens that are read most have {best.mean():.0%} of it, on average")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "The picture of the seven, and beside it three maps of how much the decoder read of each token, for levels 0, 1 and 2. On all levels the tokens of the seven are brighter than the dark rest, and so are some other places where queries have their boxes."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The picture of the seven, and beside it three maps of how much the decoder read of each token, for levels 0, 1 and 2. On levels 1 and 2 the tokens of the seven are somewhat brighter than the dark rest, on level 0 hardly. By far the brightest are other places, where queries have their boxes."}}
 draw.read_maps(read[9], shapes)
 
 # %% [markdown]
 # *Figure {{n}}.2. What to see: how much was read of each token of the three levels (bright: much; square roots,
-# so that little is seen too), and the share of each level. The decoder reads the seven. It also reads
-# places without a digit, sometimes even more, because many queries have their boxes there and have to find out that they
-# contain none.*
+# so that little is seen too), and the share of each level. The decoder reads the seven, but only one query has its box
+# there. It reads other places more, because most queries have their boxes there and have to find out that they
+# contain no digit.*
 #
 # **The target of the scorer.** An encoder that updates the share $\rho$ of the tokens should update those that
 # are read most. Their target is 1, that of all others 0.
@@ -335,7 +335,7 @@ for rho in (0.1, 0.3):
     print(f"rho {rho}: the scorer finds {shares_found[rho]:.1f} of the tokens that are read most")
 assert shares_found[0.1] > 0.3 and shares_found[0.3] > 0.5
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "The picture of the seven four times with the kept tokens of three levels as blue dots, orange and green circles. The first and the third panel show the tenth and the three tenths that are read most, on the seven and in other places; the second and the fourth those that the scorer keeps."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The picture of the seven four times with the kept tokens of three levels as blue dots, orange and green circles. The first and the third panel show the tenth and the three tenths that are read most: in the first mostly in other places and a few on the seven, in the third on both. The second and the fourth show those that the scorer keeps."}}
 marks = {}
 for rho in (0.1, 0.3):
     for name in ("read most", "scorer"):
