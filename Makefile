@@ -35,7 +35,8 @@ test: export OMP_NUM_THREADS := 1
 test: .venv/.dev $(DIGITS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest tests $(CHAPTERS) --nbval -n 2 --dist loadfile --durations 5
+	$(BIN)/pytest tests $(CHAPTERS) --nbval --nbval-kernel-startup-timeout 300 -n 2 --dist loadfile \
+		--durations 5
 
 book: .venv/.book
 	$(BIN)/python book/build.py book/_build
