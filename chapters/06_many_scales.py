@@ -633,13 +633,15 @@ torch.manual_seed(0)
 twice = Batch.from_images([image, torch.randn(3, 256, 256)])
 odd = Batch.from_images([image, torch.randn(3, 153, 165)])
 unmasked = replace(twice, mask=torch.zeros_like(twice.mask))
-moved = {}
+moved, found_in = {}, {}
 for name, batch in (("256 x 256", twice), ("153 x 165", odd), ("mask ignored", unmasked)):
     boxes, scores = boxes_of(batch)
     moved[name] = (alone[:, None] - boxes).abs().amax(-1).amin(1).max().item()  # to the nearest box
-    print(f"{name:>12}: {(scores > 0.4).sum()} found; boxes within {moved[name]:.1f} pixels")
+    found_in[name] = int((scores > 0.4).sum())
+    print(f"{name:>12}: {found_in[name]} found; boxes within {moved[name]:.1f} pixels")
 assert moved["256 x 256"] < moved["153 x 165"] < moved["mask ignored"]
 assert moved["256 x 256"] < 1 and moved["153 x 165"] < 5 < moved["mask ignored"]
+assert found_in["153 x 165"] == len(alone) - 1 and found_in["mask ignored"] == 0
 
 # %% [markdown]
 # With the mask the boxes move by a few pixels at most, and least in the batch of 256 x 256, whose

@@ -619,8 +619,8 @@ curves = {
 draw.kept(curves)
 
 # %% [markdown]
-# *Figure {{n}}.6. What to see: four of twelve points keep most of the AP, eight nearly all. The two rules lie nearly
-# on one curve.*
+# *Figure {{n}}.6. What to see: four of twelve points keep most of the AP, eight nearly all. From three
+# points on the two rules lie nearly on one curve.*
 #
 # How nearly? For each threshold we interpolate what the first rule would reach with as many points, on each fifth of the
 # images, and judge the five differences as before.

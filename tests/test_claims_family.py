@@ -98,6 +98,19 @@ def test_few_tokens_are_most_of_what_is_read(readings):
         assert best.mean() > share
 
 
+def test_in_the_sevens_picture_other_places_are_read_more(readings):
+    """And of the finest map a token of the seven is read less than another, on average."""
+    levels = readings[0][9].split([32 * 32, 16 * 16, 8 * 8])
+    for level, read in enumerate(levels):
+        side, cell = 32 >> level, 4 << level
+        middles = (torch.arange(side) + 0.5) * cell
+        rows, columns = (middles > 62) & (middles < 115), (middles > 43) & (middles < 77)
+        seven = rows[:, None] & columns
+        read = read.view(side, side)
+        assert read[~seven].max() > 2 * read[seven].max()
+        assert (read[seven].mean() > read[~seven].mean()) == (level > 0)
+
+
 def test_a_tenth_of_the_updates_costs_a_fifth_of_the_encoder():
     costs = [full_size("sparse_detr", rho=rho).parts["encoder"] for rho in (0.1, 1.0)]
     assert costs[0] / costs[1] == pytest.approx(0.2, abs=0.03)
